@@ -1,0 +1,82 @@
+"""How much processor this process may really use, and what its instruction set can do."""
+
+import math
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+
+def quota_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The cgroup's CPU quota in CPUs (v2, then v1), or None where there is no limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()[:2]
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limit = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        return None if limit <= 0 else limit / int((root / "cpu/cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def available_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: the smaller of affinity and cgroup quota (rounded up), at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = quota_cpus(root)
+    return max(1, affinity if quota is None else min(affinity, math.ceil(quota)))
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Feature flags as the operating system names them; empty where it does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    if platform.system() == "Darwin":
+        listed = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False, timeout=10).stdout
+        names = (line.split(":")[0].rsplit(".", 1)[-1].lower() for line in listed.splitlines() if "hw.optional" in line)
+        return frozenset(names)
+    return frozenset()
+
+
+def instruction_set(flags: frozenset[str] | None = None) -> str:
+    """The widest extension that matters here: AMX, AVX-512 VNNI, AVX-512, AVX2, NEON, or the bare architecture."""
+    have = cpu_flags() if flags is None else flags
+    for flag, name in (
+        ("amx_tile", "AMX"),
+        ("avx512_vnni", "AVX-512 VNNI"),
+        ("avx512f", "AVX-512"),
+        ("avx2", "AVX2"),
+        ("asimd", "NEON"),
+        ("neon", "NEON"),
+    ):
+        if flag in have:
+            return name
+    return "NEON" if platform.machine() in ("arm64", "aarch64") else platform.machine()
+
+
+def has_native_bf16(flags: frozenset[str] | None = None) -> bool:
+    """Whether BF16 matrix products run in hardware; without it they are many times slower than FP32."""
+    have = cpu_flags() if flags is None else flags
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & have)
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's name for people."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout.strip()
+    return platform.processor() or platform.machine()

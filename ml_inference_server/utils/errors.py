@@ -1,0 +1,115 @@
+"""The errors of the project.
+
+StartError                    the process ends, with `exit_code` and one line on stderr
+├── ConfigError          2    a setting is unknown, ill-typed or contradicts another
+├── ModelError           3    the model cannot be found, read or run as asked
+└── PortInUse            4    a port is taken
+ServiceError                  one request is answered with an error; the server goes on
+├── InvalidRequest            the input is wrong; repeating it cannot help
+├── WrongTask                 the loaded model cannot do this
+├── Overloaded                the queue is full; come back after `retry_after_ms`
+├── DeadlinePassed            the caller's time ran out before an answer was ready
+├── Unavailable               loading or shutting down; safe to retry
+└── BackendFailure            the model failed on this input, alone
+    └── NonFiniteOutput       the model answered NaN or infinity
+
+No error carries a gRPC or HTTP number: `server/status.py` maps them, in one place.
+"""
+
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_MODEL = 3
+EXIT_PORT = 4
+EXIT_FAILED_RUN = 5
+EXIT_INTERNAL = 70
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class StartError(Exception):
+    """The process cannot start; the message is one line that says what to do."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class ConfigError(StartError):
+    """A setting is unknown, has the wrong type or range, or contradicts another."""
+
+    exit_code = EXIT_CONFIG
+
+
+class ModelError(StartError):
+    """The model, the device or the precision that was asked for cannot be had."""
+
+    exit_code = EXIT_MODEL
+
+
+class PortInUse(StartError):
+    """A port that the server was told to listen on is taken."""
+
+    exit_code = EXIT_PORT
+
+
+class ServiceError(Exception):
+    """One request fails; `reason` is a stable upper-case word for programs, the message a sentence for people."""
+
+    reason = "INTERNAL_BUG"
+    retry_after_ms: int | None = None
+
+    def __init__(self, message: str, *, reason: str | None = None, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+        if retry_after_ms is not None:
+            self.retry_after_ms = retry_after_ms
+
+
+class InvalidRequest(ServiceError):
+    """The input is wrong. `violations` lists (field path, what is wrong with it), the first 16 of them."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(
+        self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message, reason=reason)
+        self.violations = tuple(violations[:16])
+
+
+class WrongTask(ServiceError):
+    """The loaded model cannot do what was asked (an embedding from a cross-encoder, say)."""
+
+    reason = "WRONG_TASK"
+
+
+class Overloaded(ServiceError):
+    """The queue is full. `retry_after_ms` estimates when there will be room."""
+
+    reason = "QUEUE_FULL"
+
+
+class DeadlinePassed(ServiceError):
+    """The deadline passed before the work was done."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Unavailable(ServiceError):
+    """The server is loading or draining; the request was not started and can be retried."""
+
+    reason = "DRAINING"
+    retry_after_ms = 1000
+
+
+class BackendFailure(ServiceError):
+    """The model raised on this input although it ran alone; its own message goes to the log only."""
+
+    reason = "BACKEND_ERROR"
+
+
+class NonFiniteOutput(BackendFailure):
+    """The model's answer for this input holds NaN or infinity."""
+
+    reason = "NON_FINITE_OUTPUT"
