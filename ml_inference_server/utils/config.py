@@ -4,7 +4,7 @@ Precedence: defaults < `experiments/base_config.yaml` < experiment file < its va
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,9 +85,14 @@ class ServerSettings(_Section):
         16_777_216, ge=65_536, le=1_073_741_824, description="gRPC message size, both directions."
     )
     default_timeout_ms: int = Field(
-        60_000, ge=1, le=86_400_000, description="Deadline of a call that brings none, and the longest that one may ask."
+        60_000,
+        ge=1,
+        le=86_400_000,
+        description="Deadline of a call that brings none, and the longest that one may ask.",
     )
-    drain_timeout_ms: int = Field(30_000, ge=0, le=3_600_000, description="How long accepted work may run after SIGTERM.")
+    drain_timeout_ms: int = Field(
+        30_000, ge=0, le=3_600_000, description="How long accepted work may run after SIGTERM."
+    )
     drain_delay_ms: int = Field(
         0, ge=0, le=600_000, description="How long to go on accepting after SIGTERM while health says NOT_SERVING."
     )
@@ -146,7 +151,9 @@ class Settings(_Section):
         if self.server.enable_test_faults and not loopback:
             raise ValueError("server.enable_test_faults needs server.host 127.0.0.1: faults are for tests only")
         if self.server.max_message_bytes < self.server.max_text_bytes:
-            raise ValueError("server.max_message_bytes is smaller than server.max_text_bytes: no such text could arrive")
+            raise ValueError(
+                "server.max_message_bytes is smaller than server.max_text_bytes: no such text could arrive"
+            )
         return self
 
 
@@ -157,7 +164,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -182,7 +189,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if content is None:
         return {}
@@ -201,9 +208,11 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
+    *parents, leaf = dotted.split(".")
+    tree = {leaf: value}
+    for part in reversed(parents):
+        tree = {part: tree}
+    return tree
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -213,8 +222,8 @@ def parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: expected key.path=value, for instance batching.max_batch_size=16")
     try:
         return _nested(key.strip(), yaml.load(raw, Loader=_UniqueKeyLoader))  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"--set {text:.200}: the value is not valid YAML") from error
 
 
 def load_settings(

@@ -71,9 +71,7 @@ class InvalidRequest(ServiceError):
 
     reason = "INVALID_FIELD"
 
-    def __init__(
-        self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message, reason=reason)
         self.violations = tuple(violations[:16])
 

@@ -1,0 +1,125 @@
+"""What a backend is: token ids in, float32 rows out; synchronous; it knows no server."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.utils.config import ModelSettings, Quantization
+
+Progress = Callable[[int, int], None]
+"""Called as progress(done, total) during a warm-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One text as token ids, special tokens included.
+
+    ids: (length,) int32. type_ids: (length,) int32, or None where the model has no segments or they are all 0.
+    """
+
+    ids: NDArray[np.int32]
+    type_ids: NDArray[np.int32] | None = None
+    truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Right-padded rows. All arrays are (batch, length) int64; attention_mask is 1 on tokens and 0 on padding."""
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
+    """Pad `rows` to the longest of them."""
+    shape = (len(rows), max(row.length for row in rows))
+    ids = np.full(shape, pad_id, np.int64)
+    mask = np.zeros(shape, np.int64)
+    types = np.zeros(shape, np.int64) if any(row.type_ids is not None for row in rows) else None
+    for i, row in enumerate(rows):
+        ids[i, : row.length] = row.ids
+        mask[i, : row.length] = 1
+        if types is not None and row.type_ids is not None:
+            types[i, : row.length] = row.type_ids
+    return TokenBatch(ids, mask, types)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What really runs, read from the loaded model and never from the settings."""
+
+    backend: str
+    model: str
+    task: str
+    device: str
+    device_name: str
+    dtype: str
+    quantized_layers: int
+    execution_provider: str
+    instruction_set: str
+    threads: int
+    concurrency: int
+    max_tokens: int
+    dimension: int
+    weights_sha256: str
+    weights_file: str
+    source: str
+    parameters: int
+    random_weights: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class TextTokenizer(Protocol):
+    """Text to token ids; safe to call from several threads."""
+
+    pad_id: int
+    max_tokens: int
+    prompts: Mapping[str, str]
+
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
+        """One Encoded for each text, cut at max_tokens. `prompt_name` must be a key of `prompts`, or None."""
+        ...
+
+
+class Backend(Protocol):
+    """A model that can be run.
+
+    `infer` is called from at most `info.concurrency` threads at a time; everything else from one. A backend runs
+    what its settings say or raises ModelError in `load_model`; it never falls back by itself.
+    """
+
+    def __init__(self, model: ModelSettings) -> None: ...
+
+    @staticmethod
+    def supported() -> Mapping[str, Sequence[Quantization]]:
+        """The devices of this machine that it can use, best first, with the precisions it runs there."""
+        ...
+
+    def load_model(self) -> None: ...
+
+    def warmup(self, progress: Progress) -> None: ...
+
+    def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """(batch, dimension) float32, rows in the order of the batch."""
+        ...
+
+    @property
+    def info(self) -> BackendInfo:
+        """Valid after `load_model`."""
+        ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Valid after `load_model`."""
+        ...

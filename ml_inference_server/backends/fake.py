@@ -1,0 +1,178 @@
+"""A backend without a model, for tests and for measuring the server's own cost.
+
+Its answer is a hash of the text, so that any client can check that it got its own: `fake_embedding(text)`. Its name
+may say how long a batch takes: `fake:base_ms=2,per_token_us=10` (slept, not burnt). With fault words switched on, a
+text that holds one of FAULTS makes its batch misbehave.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.backends.base import BackendInfo, Encoded, Progress, TokenBatch
+from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.errors import ModelError
+
+DIMENSION = 8
+_START, _END = 1, 2
+_FIRST_WORD = 1000
+
+# Fault word -> token id. A word may carry a number behind a colon (!slow:50), which becomes the next token.
+FAULTS = {"!raise": 10, "!raise-once": 11, "!nan": 12, "!short": 13, "!slow": 14, "!inf": 15}
+
+
+def _word_id(word: str) -> int:
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    return _FIRST_WORD + int.from_bytes(digest, "little") % (2**31 - 2 * _FIRST_WORD)
+
+
+def _text_ids(text: str, max_tokens: int) -> tuple[list[int], bool]:
+    ids = [_START]
+    for word in text.split():
+        name, _, number = word.partition(":")
+        if name in FAULTS:
+            ids += [FAULTS[name], _FIRST_WORD + int(number)] if number.isdigit() else [FAULTS[name]]
+        else:
+            ids.append(_word_id(word))
+    cut = len(ids) + 1 > max_tokens
+    return [*ids[: max_tokens - 1], _END], cut
+
+
+def _row(ids: Sequence[int]) -> NDArray[np.float32]:
+    digest = hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=4 * DIMENSION).digest()
+    row = np.frombuffer(digest, "<u4").astype(np.float64) / 2**31 - 1
+    return (row / np.linalg.norm(row)).astype(np.float32)
+
+
+def fake_embedding(text: str, max_tokens: int = 256) -> NDArray[np.float32]:
+    """What the fake backend answers for `text`: (8,) float32 of length 1."""
+    return _row(_text_ids(text, max_tokens)[0])
+
+
+class FakeTokenizer:
+    """One token for each word, plus a start and an end token."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.pad_id = 0
+        self.prompts: Mapping[str, str] = {}
+
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
+        out = []
+        for text in texts:
+            ids, cut = _text_ids(text, self.max_tokens)
+            out.append(Encoded(np.array(ids, np.int32), None, cut))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutedBatch:
+    """One call of `infer`: its rows' token ids (padding removed)."""
+
+    rows: tuple[tuple[int, ...], ...]
+    padded_tokens: int
+
+
+class FakeBackend:
+    """Deterministic answers, a log of what was executed, and a gate that holds batches until a test lets them go."""
+
+    def __init__(self, model: ModelSettings, *, faults: bool = False) -> None:
+        self._settings = model
+        self._faults = faults
+        self._base_s, self._per_token_s = _service_time(model.name)
+        self._raised: set[tuple[int, ...]] = set()
+        self.log: list[ExecutedBatch] = []
+        self._open = threading.Event()
+        self._open.set()
+
+    @staticmethod
+    def supported() -> Mapping[str, Sequence[Quantization]]:
+        return {"cpu": ("none",)}
+
+    def load_model(self) -> None:
+        self._tokenizer = FakeTokenizer(self._settings.max_tokens or 256)
+
+    def warmup(self, progress: Progress) -> None:
+        progress(1, 1)
+
+    def hold(self) -> None:
+        """Batches wait inside `infer` until `release`."""
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    def enable_faults(self) -> None:
+        """Obey fault words from now on."""
+        self._faults = True
+
+    def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        rows = [
+            tuple(int(i) for i in ids[: int(mask.sum())])
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        self.log.append(ExecutedBatch(tuple(rows), batch.input_ids.size))
+        self._open.wait()
+        delay_s = self._base_s + self._per_token_s * batch.input_ids.size
+        if delay_s:
+            time.sleep(delay_s)
+        out = np.stack([_row(row) for row in rows])
+        return self._misbehave(rows, out) if self._faults else out
+
+    def _misbehave(self, rows: list[tuple[int, ...]], out: NDArray[np.float32]) -> NDArray[np.float32]:
+        for i, row in enumerate(rows):
+            if FAULTS["!slow"] in row:
+                time.sleep((row[row.index(FAULTS["!slow"]) + 1] - _FIRST_WORD) / 1000)
+            if FAULTS["!raise"] in row:
+                raise RuntimeError("fault word !raise")
+            if FAULTS["!raise-once"] in row and row not in self._raised:
+                self._raised.add(row)
+                raise RuntimeError("fault word !raise-once")
+            if FAULTS["!nan"] in row:
+                out[i] = np.nan
+            if FAULTS["!inf"] in row:
+                out[i, 0] = np.inf
+        return out[:-1] if any(FAULTS["!short"] in row for row in rows) else out
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo(
+            backend="fake",
+            model=self._settings.name,
+            task="embedding",
+            device="cpu",
+            device_name="none",
+            dtype="float32",
+            quantized_layers=0,
+            execution_provider="blake2b",
+            instruction_set="",
+            threads=1,
+            concurrency=self._settings.streams or 1,
+            max_tokens=self._tokenizer.max_tokens,
+            dimension=DIMENSION,
+            weights_sha256="",
+            weights_file="",
+            source="none",
+            parameters=0,
+        )
+
+    @property
+    def tokenizer(self) -> FakeTokenizer:
+        return self._tokenizer
+
+
+def _service_time(name: str) -> tuple[float, float]:
+    """(base seconds, seconds for each padded token) from `fake:base_ms=2,per_token_us=10`."""
+    values = {"base_ms": 0.0, "per_token_us": 0.0}
+    for part in filter(None, name.partition(":")[2].split(",")):
+        key, _, number = part.partition("=")
+        try:
+            values[key] = values[key] * 0 + float(number)
+        except (KeyError, ValueError):
+            raise ModelError(f"model.name {name}: expected fake:base_ms=NUMBER,per_token_us=NUMBER") from None
+    return values["base_ms"] / 1e3, values["per_token_us"] / 1e6

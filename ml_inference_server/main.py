@@ -1,0 +1,90 @@
+"""The server's entry point: arguments to settings, serve, exit code."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_inference_server import __version__
+from ml_inference_server.server.lifecycle import serve
+from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
+from ml_inference_server.utils.logging import set_up_logging
+
+log = logging.getLogger(__name__)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_server.sh",
+        description="Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP.",
+        epilog="Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, 130 Ctrl-C.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--experiment", type=Path, metavar="FILE", help="experiment file (YAML)")
+    source.add_argument("--config", type=Path, metavar="FILE", help="legacy single-file configuration (deprecated)")
+    parser.add_argument("--variant", default="", metavar="NAME", help="one of the experiment's variants")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting; repeatable",
+    )
+    parser.add_argument("--host", help="gRPC address, and that of the dashboard (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="gRPC port (default 50051; 0: a free one)")
+    parser.add_argument("--http-port", type=int, help="dashboard and metrics port (default 8080; 0: a free one)")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
+    parser.add_argument("--model-name", help="Hugging Face name or local folder")
+    parser.add_argument(
+        "--ready-file", type=Path, metavar="PATH", help="written as JSON (ports, pid) once the server serves"
+    )
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="stop when the process that started this one ends"
+    )
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser.parse_args(argv)
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Flags are short forms of --set and win over it."""
+    short = {
+        "server.host": args.host,
+        "metrics.host": args.host,
+        "server.port": args.port,
+        "metrics.port": args.http_port,
+        "model.device": args.device,
+        "model.name": args.model_name,
+    }
+    flags = [f"{key}={value}" for key, value in short.items() if value is not None]
+    return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    set_up_logging(args.log_level)
+    try:
+        settings = settings_from(args)
+        if args.config is not None:
+            log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
+        return asyncio.run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        log.exception("the server failed")
+        return EXIT_INTERNAL
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread that still loads, or hangs in a library, must not keep the process alive.
+    os._exit(code)

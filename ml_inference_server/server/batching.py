@@ -1,0 +1,189 @@
+"""Which texts travel together: the batching policy. Pure: no clock, no asyncio, no sockets; `now` is an argument.
+
+A batch is built round an *anchor*, the text whose turn it is, so that no text can be passed over for ever: each batch
+serves the first in line. With length grouping the batch is filled with the anchor's neighbours in length. Among all
+runs of neighbours that hold the anchor and fit the budgets it takes the one with the most real tokens per unit of cost,
+where a batch costs its padded tokens plus a fixed overhead:
+
+    rate = real tokens / (overhead + texts * longest)
+
+so a text joins exactly if it makes the engine's work denser; there is no threshold to tune.
+docs/batching.md holds the measurements behind this choice.
+
+Turns: a text's tag is the queue's virtual time at its arrival plus the tokens of its own request in front of it
+(start-time fair queueing, Goyal et al. 1996). A request of one text thus does not wait for the end of one of a
+thousand.
+"""
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class ClosedBy(Enum):
+    """Why a batch stopped growing."""
+
+    FULL = "full"  # max_batch_size
+    TOKENS = "tokens"  # max_batch_tokens
+    TIMER = "timer"  # a worker was free, no limit was reached, and the first in line had waited timeout_ms
+    IDLE = "idle"  # a worker was free, and nothing else that waited would have made the batch denser
+    SINGLE = "single"  # batching is off
+    RETRY = "retry"  # part of a batch that raised
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One text that waits. `owner` and `row` say whose it is; the policy does not look at them."""
+
+    owner: Any
+    row: int
+    length: int
+    enqueued_at: float
+    payload: Any = None
+    tag: float = 0.0
+    seq: int = 0
+    waiting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`overhead_tokens`: what starting one more batch costs, in tokens of work."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    timeout_s: float = 0.0
+    enabled: bool = True
+    length_grouping: bool = True
+    overhead_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    items: list[Item]
+    closed_by: ClosedBy
+
+    @property
+    def tokens(self) -> int:
+        return sum(item.length for item in self.items)
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.items) * max(item.length for item in self.items)
+
+
+@dataclass(slots=True)
+class BatchQueue:
+    """The texts that wait, and the choice of the next batch. `texts` and `tokens` count what waits."""
+
+    limits: Limits
+    texts: int = 0
+    tokens: int = 0
+    _turns: list[tuple[float, int, Item]] = field(default_factory=list)
+    _by_length: list[Item] = field(default_factory=list)
+    _virtual_time: float = 0.0
+    _seq: int = 0
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Queue the texts of one request, in their order."""
+        tag = self._virtual_time if self.limits.enabled else 0.0  # equal tags: arrival order
+        for item in items:
+            self._seq += 1
+            item.seq, item.tag, item.waiting = self._seq, tag, True
+            tag += item.length * self.limits.enabled
+            heapq.heappush(self._turns, (item.tag, item.seq, item))
+            bisect.insort(self._by_length, item, key=_length_key)
+            self.texts += 1
+            self.tokens += item.length
+
+    def remove(self, items: Sequence[Item]) -> None:
+        """Forget those of `items` that still wait (their caller has left, or their deadline has passed)."""
+        for item in items:
+            if item.waiting:
+                item.waiting = False
+                del self._by_length[self._position(item)]
+                self.texts -= 1
+                self.tokens -= item.length
+
+    def next_batch(self, now: float) -> Batch | float | None:
+        """The next batch, removed from the queue; or the time at which to ask again; or None when nothing waits."""
+        anchor = self._first()
+        if anchor is None:
+            return None
+        batch = self._choose(anchor)
+        if batch.closed_by is ClosedBy.IDLE and self.limits.timeout_s:
+            closes_at = anchor.enqueued_at + self.limits.timeout_s
+            if now < closes_at:
+                return closes_at
+            batch = Batch(batch.items, ClosedBy.TIMER)
+        self._virtual_time = max(self._virtual_time, anchor.tag)
+        self.remove(batch.items)
+        return batch
+
+    def _first(self) -> Item | None:
+        while self._turns and not self._turns[0][2].waiting:
+            heapq.heappop(self._turns)
+        return self._turns[0][2] if self._turns else None
+
+    def _choose(self, anchor: Item) -> Batch:
+        limits = self.limits
+        if not limits.enabled:
+            return Batch(self._fit([item for item in self._in_turn() if item.owner is anchor.owner]), ClosedBy.SINGLE)
+        items = self._dense_run(anchor) if limits.length_grouping else self._fit(self._in_turn())
+        if len(items) >= limits.max_batch_size:
+            return Batch(items, ClosedBy.FULL)
+        longest = max(item.length for item in items)
+        full = (len(items) + 1) * longest > limits.max_batch_tokens
+        return Batch(items, ClosedBy.TOKENS if full else ClosedBy.IDLE)
+
+    def _in_turn(self) -> list[Item]:
+        """The first texts in line, at least max_batch_size of them where so many wait."""
+        gone = len(self._turns) - self.texts
+        first = heapq.nsmallest(self.limits.max_batch_size + gone, self._turns)
+        return [item for _, _, item in first if item.waiting]
+
+    def _fit(self, items: Sequence[Item]) -> list[Item]:
+        """The longest prefix of `items` within both budgets, at least one."""
+        longest = 0
+        for count, item in enumerate(items):
+            longest = max(longest, item.length)
+            over = (count + 1) * longest > self.limits.max_batch_tokens or count == self.limits.max_batch_size
+            if count and over:
+                return list(items[:count])
+        return list(items)
+
+    def _dense_run(self, anchor: Item) -> list[Item]:
+        """The run of neighbours in length with the highest rate (see the module's docstring)."""
+        queue, limits = self._by_length, self.limits
+        at = self._position(anchor)
+        best = (0.0, at, at)
+        anchor_to_high = 0
+        for high in range(at, min(len(queue), at + limits.max_batch_size)):
+            longest = queue[high].length
+            room = min(limits.max_batch_size, max(1, limits.max_batch_tokens // longest))
+            count = high - at + 1
+            if count > room:
+                break
+            anchor_to_high += longest
+            if count < room and high + 1 < len(queue) and queue[high + 1].length == longest:
+                continue  # one more of the same length is always denser
+            real, low = anchor_to_high, at
+            while low and count < room:
+                shorter = queue[low - 1].length
+                # (real + shorter) / (cost + longest) > real / cost, without the divisions
+                if shorter * (limits.overhead_tokens + count * longest) <= longest * real:
+                    break
+                real, low, count = real + shorter, low - 1, count + 1
+            rate = real / (limits.overhead_tokens + count * longest)
+            if rate > best[0]:
+                best = (rate, low, high)
+        return queue[best[1] : best[2] + 1]
+
+    def _position(self, item: Item) -> int:
+        return bisect.bisect_left(self._by_length, _length_key(item), key=_length_key)
+
+
+def _length_key(item: Item) -> tuple[int, int]:
+    return (item.length, item.seq)

@@ -1,0 +1,89 @@
+"""The grpc.aio server: options, health, reflection, port."""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ml_inference_server.server.servicers.native import SERVICE, NativeServicer
+from ml_inference_server.utils.config import ServerSettings
+from ml_inference_server.utils.errors import ConfigError, PortInUse
+
+
+def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    """Channel arguments. gRPC ignores a misspelt one without a word, so a test compares the names with gRPC's list."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # otherwise a second server binds the same port and takes half of the calls
+        ("grpc.max_concurrent_streams", 1000),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.max_connection_idle_ms", 900_000),
+        ("grpc.server_handshake_timeout_ms", 20_000),
+        ("grpc.max_allowed_incoming_connections", 4096),
+    ]
+
+
+@dataclass(slots=True)
+class GrpcServer:
+    """A listening server whose health says NOT_SERVING until it is told otherwise."""
+
+    server: grpc.aio.Server
+    health: Any
+    port: int
+    serving: bool = False
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health clients and watchers, for the whole server and for its service."""
+        self.serving = serving
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self.health.set(name, status)
+
+
+async def start_grpc(settings: ServerSettings, servicer: NativeServicer) -> GrpcServer:
+    """Bind and listen. PortInUse or ConfigError if that cannot be done."""
+    _check_bindable(settings.host, settings.port)
+    server = grpc.aio.server(options=server_options(settings))
+    server.add_generic_rpc_handlers((servicer.handlers(),))
+    health_servicer = health.aio.HealthServicer()
+    built = GrpcServer(server, health_servicer, 0)
+    await built.set_serving(False)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    try:
+        built.port = server.add_insecure_port(f"{host}:{settings.port}")
+    except RuntimeError as error:
+        raise _in_use(settings.host, settings.port) from error
+    await server.start()
+    return built
+
+
+def _check_bindable(host: str, port: int) -> None:
+    """gRPC's own message on a failed bind names neither the cause nor a remedy; a probe does."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"server.host {host} is not an address of this machine: {error.strerror}") from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except PermissionError as error:
+            raise ConfigError(f"server.port {port} needs administrator rights: use one above 1023") from error
+        except OSError as error:
+            if error.errno is not None and "address" in str(error.strerror).lower() and "assign" in str(error.strerror):
+                raise ConfigError(f"server.host {host} is not an address of this machine") from error
+            raise _in_use(host, port) from error
+
+
+def _in_use(host: str, port: int) -> PortInUse:
+    return PortInUse(f"port {port} on {host} is in use: stop what holds it, or pass --port 0 for a free one")

@@ -1,0 +1,217 @@
+"""Start order, signals, drain, stop order.
+
+Start: ports, then model, then warm-up, then SERVING. Stop: NOT_SERVING, drain, gRPC, sidecar, worker.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_inference_server.backends import create_backend
+from ml_inference_server.backends.base import Backend
+from ml_inference_server.backends.resolve import Resolution, resolve, title
+from ml_inference_server.metrics.http_server import Sidecar
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
+from ml_inference_server.server.health import watch_health, watch_parent
+from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
+from ml_inference_server.server.service import InferenceService
+from ml_inference_server.server.servicers.native import NativeServicer
+from ml_inference_server.server.servicers.shell import Shell
+from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.workers import ThreadWorker
+from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, ConfigError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Time for replies that are already computed to leave the socket.
+_REPLY_GRACE_S = 1.0
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: the first asks for a drain, a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.exit_code = EXIT_OK
+        self._in_flight: Callable[[], int] = lambda: 0
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.stop)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+
+    def report(self, in_flight: Callable[[], int]) -> None:
+        """From now on the first Ctrl-C says how many requests it waits for."""
+        self._in_flight = in_flight
+
+    def stop(self) -> None:
+        self.asked.set()
+
+    def _interrupt(self) -> None:
+        if self.asked.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        self.exit_code = EXIT_INTERRUPTED
+        print(
+            f"\nfinishing {self._in_flight()} requests; press Ctrl-C again to stop at once", file=sys.stderr, flush=True
+        )
+        self.asked.set()
+
+
+async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with_parent: bool = False) -> int:
+    """Run the server until it is told to stop; the process's exit code. Raises StartError if it cannot start."""
+    signals = StopSignals()
+    state = ServerState(settings)
+    metrics = Metrics(window_s=settings.metrics.window_s)
+    shell = Shell(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix=state.instance_id[:8])
+    sidecar = Sidecar(
+        settings.metrics,
+        metrics,
+        server_info=state.as_dict,
+        readiness=state.readiness,
+        liveness=lambda: (True, "the event loop turns"),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        grpc_server = await start_grpc(settings.server, NativeServicer(state, metrics, shell))
+        stack.push_async_callback(grpc_server.server.stop, None)
+        http_port = await sidecar.start()
+        stack.push_async_callback(sidecar.stop)
+        log.info("gRPC on %s:%d, dashboard and metrics on http://%s:%d",
+                 settings.server.host, grpc_server.port, settings.metrics.host, http_port)  # fmt: skip
+        if exit_with_parent:
+            stack.callback(asyncio.create_task(watch_parent(signals.stop)).cancel)
+        if not await _load(state, metrics, signals):
+            return signals.exit_code or EXIT_TERMINATED
+        batcher = state.batcher
+        assert batcher is not None  # noqa: S101 - _load has set it
+        signals.report(lambda: batcher.accepted_requests)
+        await grpc_server.set_serving(True)
+        health = asyncio.create_task(watch_health(state, grpc_server, metrics))
+        health.add_done_callback(lambda task: _health_ended(task, signals))
+        stack.callback(health.cancel)
+        if ready_file is not None:
+            _write_ready_file(ready_file, grpc_server.port, http_port)
+            stack.callback(ready_file.unlink, missing_ok=True)
+        log.info("ready")
+        await signals.asked.wait()
+        return await _drain(state, batcher, grpc_server) or signals.exit_code
+
+
+async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> bool:
+    """Resolve, load, warm up, in a thread; False if the process was told to stop before that was done."""
+
+    def load() -> tuple[Resolution, Backend]:
+        resolution = resolve(settings.model)
+        for sentence in resolution.fallbacks:
+            log.warning("fallback: %s", sentence)
+        for sentence in resolution.warnings:
+            log.warning("%s", sentence)
+        state.phase = "loading the model"
+        backend = create_backend(resolution.model)
+        backend.load_model()
+        resolution.check(backend.info)
+        state.phase = "warming up"
+        backend.warmup(lambda done, total: setattr(state, "phase", f"warming up {done}/{total}"))
+        return resolution, backend
+
+    settings = state.settings
+    state.phase = "choosing a device"
+    loading = _in_daemon_thread(load)
+    stopped = asyncio.create_task(signals.asked.wait())
+    waiting: set[asyncio.Future[Any]] = {loading, stopped}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        log.warning("told to stop while the model was loading")
+        return False
+    resolution, backend = loading.result()
+    info = backend.info
+    limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
+    if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
+        raise ConfigError(
+            f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
+            f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
+        )
+    if settings.server.enable_test_faults:
+        if not hasattr(backend, "enable_faults"):
+            raise ConfigError("server.enable_test_faults works with model.backend fake only")
+        backend.enable_faults()
+    state.resolution, state.info = resolution, info
+    state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
+    state.service = InferenceService(backend.tokenizer, state.batcher, settings.server, metrics)
+    log.info("running %s", title(resolution, info))
+    log.info("weights %s (%s) from the %s; %d streams of %d threads, batches of up to %d texts and %d padded tokens",
+             info.weights_file or "none", info.weights_sha256[:12] or "-", info.source, info.concurrency, info.threads,
+             limits.max_batch_size, limits.max_batch_tokens)  # fmt: skip
+    return True
+
+
+def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Like run_in_executor, but the interpreter does not wait for it at exit: loading can take minutes."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as caught:
+            result, error = None, caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future
+
+
+async def _drain(state: ServerState, batcher: DynamicBatcher, grpc_server: GrpcServer) -> int:
+    """Health first, then refuse new calls, then finish what was accepted; EXIT_FAILED_RUN if some was cut off."""
+    state.draining.set()
+    await grpc_server.set_serving(False)
+    if state.settings.server.drain_delay_ms:
+        log.info("draining: accepting for another %d ms", state.settings.server.drain_delay_ms)
+        await asyncio.sleep(state.settings.server.drain_delay_ms / 1000)
+    batcher.refuse_new()
+    log.info("draining: %d requests in flight", batcher.accepted_requests)
+    left = await batcher.drained(state.settings.server.drain_timeout_ms / 1000)
+    if left:
+        log.error("drain timeout: %d requests are answered with UNAVAILABLE", left)
+    batcher.close()
+    await grpc_server.server.stop(_REPLY_GRACE_S)
+    if state.service is not None:
+        state.service.close()
+    log.info("stopped")
+    return EXIT_FAILED_RUN if left else EXIT_OK
+
+
+def _health_ended(task: asyncio.Task[None], signals: StopSignals) -> None:
+    """The watcher never ends by itself; if a bug ends it, health could lie, so the server stops."""
+    if not task.cancelled():
+        log.critical("the health watcher failed: shutting down", exc_info=task.exception())
+        signals.exit_code = EXIT_FAILED_RUN
+        signals.stop()
+
+
+def _write_ready_file(path: Path, grpc_port: int, http_port: int) -> None:
+    """Whole or not at all: whoever polls for the file never reads half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps({"grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--ready-file {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,61 @@
+"""Error to status: the one place where an error meets a gRPC or HTTP number."""
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from ml_inference_server.utils.errors import (
+    BackendFailure,
+    DeadlinePassed,
+    InvalidRequest,
+    NonFiniteOutput,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+    WrongTask,
+)
+
+DOMAIN = "ml_inference_server"
+MAX_MESSAGE_BYTES = 512
+
+# error -> (gRPC, HTTP). UNKNOWN never stands here and is never sent.
+STATUS: dict[type[ServiceError], tuple[grpc.StatusCode, int]] = {
+    ServiceError: (grpc.StatusCode.INTERNAL, 500),
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400),
+    WrongTask: (grpc.StatusCode.FAILED_PRECONDITION, 400),
+    Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, 503),
+    BackendFailure: (grpc.StatusCode.INTERNAL, 500),
+    NonFiniteOutput: (grpc.StatusCode.INTERNAL, 500),
+}
+
+
+def grpc_code(error: ServiceError) -> grpc.StatusCode:
+    return STATUS[type(error)][0]
+
+
+def status_text(error: ServiceError) -> str:
+    """The message as it may travel in a header: printable ASCII, at most 512 bytes."""
+    printable = "".join(c if " " <= c <= "~" else "?" for c in str(error))
+    return printable[:MAX_MESSAGE_BYTES]
+
+
+def trailing_metadata(error: ServiceError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+    """Rich error details: ErrorInfo always, BadRequest for input faults, RetryInfo and pushback where waiting helps."""
+    status = status_pb2.Status(code=grpc_code(error).value[0], message=status_text(error))
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id})
+    status.details.add().Pack(info)
+    if isinstance(error, InvalidRequest) and error.violations:
+        bad = error_details_pb2.BadRequest()
+        for field, description in error.violations:
+            bad.field_violations.add(field=field, description=description)
+        status.details.add().Pack(bad)
+    trailers: list[tuple[str, str | bytes]] = [("request-id", request_id)]
+    if error.retry_after_ms is not None:
+        delay = Duration()
+        delay.FromMilliseconds(error.retry_after_ms)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        trailers.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
+    trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+    return tuple(trailers)

@@ -1,0 +1,57 @@
+"""Where a backend runs. A worker takes rows of token ids and gives back an array; the scheduler knows no more."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.backends.base import Backend, Encoded, collate
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a batch gave: `rows` as the backend returned it, unchecked; times on the event loop's monotonic clock."""
+
+    rows: NDArray[np.float32]
+    started_at: float
+    ended_at: float
+
+
+class Worker(Protocol):
+    """`slots` batches may be in flight at a time."""
+
+    @property
+    def slots(self) -> int: ...
+
+    async def run(self, rows: Sequence[Encoded]) -> Output:
+        """Run one batch; raises whatever the backend raised."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ThreadWorker:
+    """Runs a loaded backend in `backend.info.concurrency` threads of this process."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._pad_id = backend.tokenizer.pad_id
+        self.slots = backend.info.concurrency
+        self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="backend")
+
+    async def run(self, rows: Sequence[Encoded]) -> Output:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, rows)
+
+    def _infer(self, rows: Sequence[Encoded]) -> Output:
+        started_at = time.monotonic()
+        result = self._backend.infer(collate(rows, self._pad_id))
+        return Output(result, started_at, time.monotonic())
+
+    def close(self) -> None:
+        """Let the threads end once their batches have; does not wait for one that hangs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
