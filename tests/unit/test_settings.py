@@ -1,0 +1,244 @@
+"""The settings tree, its loader and the shipped files."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ml_inference_server.utils.config import (
+    BASE_CONFIG,
+    EXPERIMENTS_DIR,
+    ModelSettings,
+    Settings,
+    deep_merge,
+    load_settings,
+    parse_override,
+    read_yaml,
+    setting_rows,
+)
+from ml_inference_server.utils.errors import ConfigError
+
+LEGACY = EXPERIMENTS_DIR.parent / "config.yaml"
+EXPERIMENTS = sorted(path for path in EXPERIMENTS_DIR.glob("*.yaml") if path != BASE_CONFIG)
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, two levels deep, as `setting_rows` names them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "variants":
+            flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+# What is shipped
+
+
+def test_base_config_says_what_the_defaults_are() -> None:
+    assert load_settings() == Settings()
+    defaults = {key: value for key, value, _ in setting_rows()}
+    assert leaves(read_yaml(BASE_CONFIG)).items() <= defaults.items()
+
+
+def test_legacy_file_spells_out_every_key_with_its_default() -> None:
+    flat = leaves(read_yaml(LEGACY))
+    flat["variant"] = ""  # never in a file
+    assert flat == {key: value for key, value, _ in setting_rows()}
+    assert load_settings(legacy=LEGACY) == Settings()
+
+
+def test_the_experiments_of_the_specification_are_there() -> None:
+    asked = {"minilm_baseline": "none", "minilm_quantized": "fp16", "minilm_onnx": "none"}
+    for name, quantization in asked.items():
+        model = load_settings(EXPERIMENTS_DIR / f"{name}.yaml").model
+        assert model.name == "sentence-transformers/all-MiniLM-L6-v2"
+        assert (model.device, model.requested_quantization(model.device)) == ("mps", quantization)
+        assert model.backend == ("onnx" if name == "minilm_onnx" else "pytorch")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads_and_runs_anywhere(path: Path) -> None:
+    settings = load_settings(path)
+    assert settings.name == path.stem, "the results are named after the experiment"
+    assert settings.description
+    assert settings.model.allow_fallback
+    for variant in settings.variants:
+        assert load_settings(path, variant=variant).variant == variant
+
+
+def test_dynamic_batching_variants_differ_in_nothing_else() -> None:
+    path = EXPERIMENTS_DIR / "minilm_dynamic_batching.yaml"
+    off, on = (load_settings(path, variant=name) for name in ("batching_off", "batching_on"))
+    assert (off.batching.enabled, on.batching.enabled) == (False, True)
+    assert off.model_copy(update={"batching": on.batching, "variant": on.variant}) == on
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [key for key, _, description in setting_rows() if not description] == []
+
+
+# Precedence
+
+
+def test_each_layer_overrides_the_one_below(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "name: mine\nbatching: {max_batch_size: 16, timeout_ms: 1}\nexperiment: {batch_sizes: [2]}\n"
+        "variants: {small: {batching.max_batch_size: 8, experiment.seed: 3}}\n",
+    )
+    plain = load_settings(path)
+    assert (plain.batching.max_batch_size, plain.batching.timeout_ms, plain.experiment.seed) == (16, 1, 0)
+    assert plain.experiment.batch_sizes == [2], "a list is replaced whole"
+    assert plain.batching.enabled is True, "the base configuration shows through"
+    small = load_settings(path, variant="small")
+    assert (small.batching.max_batch_size, small.experiment.seed, small.variant) == (8, 3, "small")
+    overrides = ["batching.max_batch_size=4", "experiment.batch_sizes=[1, 4]", "batching.max_batch_size=5"]
+    told = load_settings(path, variant="small", overrides=overrides)
+    assert (told.batching.max_batch_size, told.experiment.seed) == (5, 3), "the last --set wins"
+    assert told.experiment.batch_sizes == [1, 4]
+
+
+def test_legacy_file_stands_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "server: {port: 6000}\n")
+    assert load_settings(legacy=path).server.port == 6000
+    assert load_settings(legacy=path, overrides=["server.port=0"]).server.port == 0
+
+
+def test_deep_merge_leaves_its_arguments_alone() -> None:
+    base, over = {"a": {"b": 1, "c": [1, 2]}, "d": 4}, {"a": {"c": [3]}, "d": {"e": 5}}
+    assert deep_merge(base, over) == {"a": {"b": 1, "c": [3]}, "d": {"e": 5}}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"),
+    [
+        ("batching.enabled=false", {"batching": {"enabled": False}}),
+        ("a.b=[1, 2]", {"a": {"b": [1, 2]}}),
+        ("a.b=x=y", {"a": {"b": "x=y"}}),
+        ("description=", {"description": None}),
+        (" name =  two words ", {"name": "two words"}),
+    ],
+)
+def test_override_values_are_read_as_yaml(text: str, tree: dict[str, Any]) -> None:
+    assert parse_override(text) == tree
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().server.port = 1  # type: ignore[misc]
+
+
+# Bad input: one clear sentence that names the place and the remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {}", "unknown key modle; did you mean model?"),
+        ("batching: {max_batchsize: 3}", "unknown key batching.max_batchsize; did you mean batching.max_batch_size?"),
+        ("metrics: {zzz: 3}", "unknown key metrics.zzz; known here: host, port, window_s"),
+        ("batching: {max_batch_size: many}", "batching.max_batch_size: input should be a valid integer"),
+        ("batching: {max_batch_size: 0}", "batching.max_batch_size: input should be greater than or equal to 1, not 0"),
+        ("batching: {max_batch_size: true}", "batching.max_batch_size: input should be a valid integer, not True"),
+        ('batching: {max_batch_size: "8"}', "batching.max_batch_size: input should be a valid integer, not '8'"),
+        ("batching: {enabled: 1}", "batching.enabled: input should be a valid boolean, not 1"),
+        ("batching: {timeout_ms: .nan}", "batching.timeout_ms: input should be a finite number"),
+        ("batching: {timeout_ms: .inf}", "batching.timeout_ms"),
+        ("batching: 7", "batching: "),
+        ("experiment: {batch_sizes: []}", "experiment.batch_sizes: "),
+        ("experiment: {batch_sizes: [1, 0]}", "experiment.batch_sizes.1: "),
+        ("model: {device: tpu}", "model.device: input should be 'auto', 'cpu', 'cuda' or 'mps', not 'tpu'"),
+        ("model: {quantization: fp16}", "set quantized: true"),
+        ("model: {quantized: true, quantization: none}", "name fp16, bf16 or int8"),
+        ("name: ../../etc/passwd", "name: "),
+        ("server: {port: 8080}", "server.port and metrics.port are both 8080"),
+        ("server: {port: 65536}", "server.port: "),
+        ("server: {enable_test_faults: true, host: 0.0.0.0}", "needs server.host 127.0.0.1"),
+        ("server: {max_message_bytes: 65536}", "server.max_message_bytes is smaller"),
+        ("a: 1\nb: [", ":2: not valid YAML"),
+        ("name: a\nname: b", ":2: not valid YAML: key 'name' stands twice"),
+        ("model: {device: cpu, device: mps}", "key 'device' stands twice"),
+        ("[1, 2]", "expected keys and values at the top, found list"),
+        ("1: x", "mine.yaml: "),
+        ("? [a]\n: 1", ":1: not valid YAML: found unhashable key"),
+        ("name: \x00", "not valid YAML"),
+        ("name: !!python/object/apply:os.system [id]", "not valid YAML"),
+        ("a: " + "[" * 5000, "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batching\.max_batch_size.*; unknown key server\.prot.*server\.port"):
+        load_settings(write(tmp_path, "batching: {max_batch_size: -1}\nserver: {prot: 1}\n"))
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"minilm_basline\.yaml: no such file; did you mean minilm_baseline\.yaml\?"):
+        load_settings(tmp_path / "minilm_basline.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"description: caf\xe9\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(tmp_path / "latin.yaml")
+    assert load_settings(write(tmp_path, "")) == Settings(), "an empty file overrides nothing"
+
+
+@pytest.mark.parametrize(
+    "text", ["novalue", "=3", "a..b=1", ".a=1", "server.port=[1", "server.port=high", "nope.x=1", "a={[b]: 1}"]
+)
+def test_a_bad_override_is_explained(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--set "):
+        load_settings(overrides=[text])
+
+
+def test_unknown_variant_lists_the_known_ones() -> None:
+    path = EXPERIMENTS_DIR / "minilm_dynamic_batching.yaml"
+    with pytest.raises(ConfigError, match="no variant 'on'; it has: batching_off, batching_on"):
+        load_settings(path, variant="on")
+    with pytest.raises(ConfigError, match="no variant 'on'; it has: none"):
+        load_settings(variant="on")
+
+
+def test_a_bad_variant_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "variants: {huge: {batching.max_batch_size: 1000000}}\n")
+    with pytest.raises(ConfigError, match=r"variant huge: batching\.max_batch_size: "):
+        load_settings(path, variant="huge")
+
+
+@pytest.mark.parametrize(
+    ("quantized", "quantization", "device", "asked"),
+    [
+        (False, None, "cpu", "none"),
+        (False, "none", "mps", "none"),
+        (True, None, "cpu", "int8"),
+        (True, None, "mps", "fp16"),
+        (True, "bf16", "cpu", "bf16"),
+    ],
+)
+def test_requested_quantization(quantized: bool, quantization: Any, device: str, asked: str) -> None:
+    assert ModelSettings(quantized=quantized, quantization=quantization).requested_quantization(device) == asked
+
+
+def test_no_default_is_out_of_its_own_range() -> None:
+    for section in (settings for settings in Settings() if hasattr(settings[1], "model_dump")):
+        type(section[1]).model_validate(section[1].model_dump())
+    assert math.isfinite(Settings().batching.timeout_ms)
