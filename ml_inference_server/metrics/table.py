@@ -1,0 +1,102 @@
+"""THE table of metrics: what exists, what it is called, what its labels may say."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+METHODS = ("Embed", "EmbedStream", "Score", "Rerank", "other")
+CODES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+CLOSED_BY = ("full", "tokens", "timer", "idle", "single", "retry")
+OUTCOMES = ("ok", "error")
+
+LABEL_VALUES = {"method": METHODS, "code": CODES, "closed_by": CLOSED_BY, "outcome": OUTCOMES}
+"""Every value that a label can have: whatever arrives, the number of series stays what it is at the start."""
+
+# Ratio 2 from 50 us to 13 s, then a minute: a cached query and a request that waited out its deadline both land inside.
+_SECONDS = (*(50e-6 * 2**step for step in range(19)), 30.0, 60.0)
+_TEXTS = tuple(float(2**step) for step in range(11))
+_TOKENS = tuple(float(2**step) for step in range(4, 18))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric. `name` ends with `unit`, counters with `_total` behind it; `buckets`: upper bounds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = ()
+
+    def label_sets(self) -> list[tuple[str, ...]]:
+        """Every combination of label values, in the order of `labels`."""
+        return list(product(*(LABEL_VALUES[label] for label in self.labels)))
+
+
+TABLE = (
+    Row("mlis_requests_total", "counter", "requests", ("method", "code"), "Requests that ended, by gRPC status."),
+    Row("mlis_in_flight_requests", "gauge", "requests", ("method",), "Requests that began and have not ended."),
+    Row(
+        "mlis_request_duration_seconds",
+        "histogram",
+        "seconds",
+        ("method", "outcome"),
+        "From the decoded request to its answer; outcome is ok for status OK, else error.",
+        _SECONDS,
+    ),
+    Row("mlis_texts_total", "counter", "texts", ("method",), "Texts in answered Embed and EmbedStream requests."),
+    Row("mlis_pairs_total", "counter", "pairs", ("method",), "Pairs scored in answered Score and Rerank requests."),
+    Row("mlis_tokenized_texts_total", "counter", "texts", (), "Texts turned into tokens."),
+    Row("mlis_tokenized_tokens_total", "counter", "tokens", (), "Tokens that the tokenizer made."),
+    Row(
+        "mlis_tokenize_duration_seconds",
+        "histogram",
+        "seconds",
+        (),
+        "Turning one request's texts into tokens.",
+        _SECONDS,
+    ),
+    Row("mlis_queue_wait_seconds", "histogram", "seconds", (), "A text's wait from queue to batch.", _SECONDS),
+    Row("mlis_queue_texts", "gauge", "texts", (), "Texts that wait for a batch."),
+    Row("mlis_queue_tokens", "gauge", "tokens", (), "Tokens of the texts that wait for a batch."),
+    Row(
+        "mlis_batches_total",
+        "counter",
+        "batches",
+        ("closed_by", "outcome"),
+        "Batches that the model ended, by what closed them; outcome error: the model raised.",
+    ),
+    Row("mlis_in_flight_batches", "gauge", "batches", (), "Batches that the model works on."),
+    Row("mlis_batch_texts", "histogram", "texts", (), "Texts in an answered batch.", _TEXTS),
+    Row("mlis_batch_tokens", "histogram", "tokens", (), "Tokens in an answered batch, padding included.", _TOKENS),
+    Row("mlis_batch_compute_seconds", "histogram", "seconds", (), "The model's time for an answered batch.", _SECONDS),
+    Row("mlis_tokens_total", "counter", "tokens", (), "Tokens of texts in answered batches, padding not included."),
+    Row("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
+    Row(
+        "mlis_event_loop_lag_seconds", "histogram", "seconds", (), "How late the event loop ran what was due.", _SECONDS
+    ),
+    Row("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
+    Row("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
+    # The last two carry the names that every Prometheus client library gives them.
+    Row("process_cpu_seconds_total", "counter", "seconds", (), "CPU time of this process, user and system."),
+    Row("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of this process."),
+)
