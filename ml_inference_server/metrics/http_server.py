@@ -1,0 +1,248 @@
+"""The sidecar: dashboard, metrics, health and server information over HTTP, beside gRPC on the same event loop."""
+
+import asyncio
+import errno
+import json
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler
+
+from ml_inference_server.metrics.http_rules import SECURITY_HEADERS, allowed_hosts, is_host_allowed, wants_prometheus
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.utils.config import MetricsSettings
+from ml_inference_server.utils.errors import ConfigError, PortInUse
+
+DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
+# Path -> (file, content type). Only these are served, from memory: no path of a request ever reaches the disk.
+STATIC_FILES = {
+    "/": ("index.html", "text/html"),
+    "/app.js": ("app.js", "text/javascript"),
+    "/sparkline.js": ("sparkline.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
+}
+
+MAX_CONNECTIONS = 256
+FIRST_REQUEST_TIMEOUT_S = 10.0
+KEEPALIVE_TIMEOUT_S = 15.0
+MAX_HEADER_BYTES = 8190
+LINGERING_S = 1.0
+SHUTDOWN_TIMEOUT_S = 1.0
+
+log = logging.getLogger(__name__)
+protocol_log = logging.getLogger(f"{__name__}.protocol")
+# aiohttp logs a traceback for each malformed request: whoever can connect could fill the disk.
+protocol_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+
+
+class Sidecar:
+    """Serves `metrics` and what three callables say.
+
+    server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
+    """
+
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        metrics: Metrics,
+        *,
+        server_info: Callable[[], dict[str, Any]],
+        readiness: Callable[[], tuple[bool, str]],
+        liveness: Callable[[], tuple[bool, str]],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._server_info = server_info
+        self._readiness = readiness
+        self._liveness = liveness
+        self._hosts = allowed_hosts(settings.host, socket.gethostname())
+        self._files = {
+            path: ((DASHBOARD_DIR / name).read_bytes(), content_type)
+            for path, (name, content_type) in STATIC_FILES.items()
+        }
+        self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+        self._sampler: asyncio.Task[None] | None = None
+        self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+
+    async def start(self) -> int:
+        """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
+        listening = await _listen(self._settings.host, self._settings.port)
+        app = web.Application(middlewares=[self._answer_errors_as_json, self._check_request])
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get("/metrics/prometheus", self._get_prometheus)
+        app.router.add_get("/info", self._get_info)
+        app.router.add_get("/healthz", self._get_health)
+        app.router.add_get("/readyz", self._get_readiness)
+        for path in self._files:
+            app.router.add_get(path, self._get_file)
+        app.on_response_prepare.append(_add_security_headers)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=protocol_log,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            lingering_time=LINGERING_S,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+        await self._runner.setup()
+        self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
+        self._sampler = asyncio.create_task(self._sample_system())
+        port: int = listening.getsockname()[1]
+        return port
+
+    async def stop(self) -> None:
+        """Close the port and every connection; at most SHUTDOWN_TIMEOUT_S for answers under way. Safe to call twice."""
+        listener, runner, sampler = self._listener, self._runner, self._sampler
+        self._listener = self._runner = self._sampler = None
+        if listener is not None:
+            listener.close()
+        for timer in self._waiting.values():
+            timer.cancel()
+        self._waiting.clear()
+        if sampler is not None:
+            sampler.cancel()
+            with suppress(asyncio.CancelledError):
+                await sampler
+        if runner is not None:
+            await runner.cleanup()
+
+    async def _sample_system(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(1)
+                self._metrics.sample_system()
+        except Exception:
+            log.exception("CPU and memory are no longer sampled every second, only when somebody asks for them")
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        """A connection begins. aiohttp itself would wait for ever for its first request."""
+        server = self._runner.server if self._runner else None
+        if server is None or len(server.connections) >= MAX_CONNECTIONS:
+            return _Refusal()
+        protocol = server()
+        loop = asyncio.get_running_loop()
+        self._waiting[protocol] = loop.call_later(FIRST_REQUEST_TIMEOUT_S, self._give_up, protocol)
+        return protocol
+
+    def _give_up(self, protocol: web.RequestHandler) -> None:
+        self._waiting.pop(protocol, None)
+        protocol.force_close()
+
+    @web.middleware
+    async def _answer_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            allow = error.headers.get("Allow")
+            return _error(error.status, error.reason, {"Allow": allow} if allow else None)
+        except Exception:
+            request_id = secrets.token_hex(8)
+            log.exception("%s %s failed (request %s)", request.method, request.path, request_id)
+            return _error(500, f"internal error, request {request_id}")
+
+    @web.middleware
+    async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        timer = self._waiting.pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+        hosts = request.headers.getall("Host", [])
+        if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
+            return _error(421, "this server is not known under that Host")
+        if request.body_exists:
+            response = _error(413, "no request here has a body")
+            response.force_close()
+            return response
+        return await handler(request)
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        accept = ",".join(request.headers.getall("Accept", []))
+        if wants_prometheus(accept):
+            return self._prometheus(accept)
+        ready, reason = self._readiness()
+        return _json(200, {**self._metrics.snapshot(), "readiness": {"ready": ready, "reason": reason}})
+
+    async def _get_prometheus(self, request: web.Request) -> web.Response:
+        return self._prometheus(",".join(request.headers.getall("Accept", [])))
+
+    def _prometheus(self, accept: str) -> web.Response:
+        body, content_type = self._metrics.prometheus(accept)
+        return web.Response(
+            body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store", "Vary": "Accept"}
+        )
+
+    async def _get_info(self, _: web.Request) -> web.Response:
+        return _json(200, self._server_info())
+
+    async def _get_health(self, _: web.Request) -> web.Response:
+        alive, reason = self._liveness()
+        return _json(200 if alive else 503, {"alive": alive, "reason": reason})
+
+    async def _get_readiness(self, _: web.Request) -> web.Response:
+        ready, reason = self._readiness()
+        return _json(200 if ready else 503, {"ready": ready, "reason": reason})
+
+    async def _get_file(self, request: web.Request) -> web.Response:
+        body, content_type = self._files[request.path]
+        return web.Response(
+            body=body, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
+        )
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes the connection at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _json(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        status=status,
+        text=json.dumps(content, allow_nan=False),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", "Vary": "Accept", **(headers or {})},
+    )
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    return _json(status, {"error": {"code": status, "message": message}}, headers)
+
+
+async def _add_security_headers(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(SECURITY_HEADERS)
+
+
+async def _listen(host: str, port: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"metrics.host {host!r} is no known address: use 127.0.0.1, or 0.0.0.0 for all") from error
+    # One socket only: the several addresses of a name would get several ports when a free one is asked for.
+    family, _, _, _, address = found[0]
+    both_families = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both_families)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"port {port} on {host} is in use: stop what holds it, or pass --http-port 0 for a free one"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(
+                f"port {port} on {host} needs more rights: pass --http-port with one above 1023"
+            ) from error
+        raise ConfigError(
+            f"metrics.host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
