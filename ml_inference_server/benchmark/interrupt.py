@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM as something that a coroutine can be raced against."""
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from ml_inference_server.utils.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """The user or the system asked for the end; what was measured so far is still good."""
+
+    def __init__(self, exit_code: int = EXIT_INTERRUPTED) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; the second one means at once."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.exit_code = EXIT_INTERRUPTED
+
+    def listen(self) -> None:
+        """Take over both signals for the rest of the running loop's life."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self.request, EXIT_INTERRUPTED)
+        loop.add_signal_handler(signal.SIGTERM, self.request, EXIT_TERMINATED)
+
+    def request(self, exit_code: int) -> None:
+        if self.requested.is_set():
+            self.at_once.set()
+            return
+        self.exit_code = exit_code
+        self.requested.set()
+
+    async def race(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; Interrupted, with `work` cancelled and ended, when the stop comes first."""
+        task = asyncio.create_task(work)
+        stopped = asyncio.create_task(self.requested.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise Interrupted(self.exit_code)
+        finally:
+            stopped.cancel()
+            task.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)

@@ -1,0 +1,137 @@
+"""The benchmark of a running server: one row, or with --experiment every row of an experiment file."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_inference_server.benchmark.channel import Target
+from ml_inference_server.benchmark.dataset import is_local, load_dataset
+from ml_inference_server.benchmark.interrupt import Interrupted, Stop
+from ml_inference_server.benchmark.results import DOCS, exit_code, new_document, output_paths
+from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
+from ml_inference_server.benchmark.suite import Progress, cells_of
+from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
+# A wildcard is a place to listen at, not one to call.
+_CALLABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_client.sh",
+        description="Measures a running server. Without --experiment: one row with one batch size and concurrency.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--experiment", action="store_true", help="run every row of the file given with --config")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="experiment file; a single run takes its defaults")
+    parser.add_argument("--batch-size", type=_positive, help="texts or pairs per request of a single run (default: 1)")
+    parser.add_argument("--concurrency", type=_positive, help="requests in flight of a single run (default: 1)")
+    parser.add_argument("--requests", type=_positive, help="measured requests per row")
+    parser.add_argument("--warmup", type=int, metavar="N", help="requests before each row that are not measured")
+    parser.add_argument("--workload", choices=("queries", "passages", "pairs"), help="embed texts, or score pairs")
+    parser.add_argument("--dataset", metavar="SOURCE", help="auto, ms_marco[:v1.1|:v2.1], sample, or a file")
+    parser.add_argument("--seed", type=int, metavar="N", help="order in which the texts are sent")
+    parser.add_argument("--timeout-ms", type=_positive, metavar="N", help="deadline of each request")
+    parser.add_argument("--host", help="where the server is (default: server.host of the settings)")
+    parser.add_argument("--port", type=_positive, help="its gRPC port (default: server.port of the settings)")
+    parser.add_argument("--output", metavar="OUT.md", help="where the table goes")
+    parser.add_argument("--json", metavar="OUT.json", help="where everything goes (default: beside the table)")
+    parser.add_argument("--set", action="append", default=[], metavar="experiment.KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--connect-timeout-s",
+        type=float,
+        default=CONNECT_TIMEOUT_S,
+        help="how long to wait for a server that is not there yet (default: %(default)g)",
+    )
+    return parser
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """The flags as settings, so that one place checks them; a flag beats --set."""
+    for text in arguments.set:
+        if not text.startswith(("experiment.", "server.host=", "server.port=")):
+            raise ConfigError(f"--set {text}: the client obeys experiment.* only; give this to the server instead")
+    flags = {
+        "benchmark_requests": arguments.requests,
+        "warmup_iterations": arguments.warmup,
+        "workload": arguments.workload,
+        "dataset": arguments.dataset,
+        "seed": arguments.seed,
+        "request_timeout_ms": arguments.timeout_ms,
+    }
+    if not arguments.experiment:
+        flags |= {"batch_sizes": [arguments.batch_size or 1], "concurrency_levels": [arguments.concurrency or 1]}
+    elif arguments.config is None:
+        raise ConfigError("--experiment needs --config FILE, which says what rows to run")
+    elif arguments.batch_size or arguments.concurrency:
+        raise ConfigError(
+            "--batch-size and --concurrency are for a single run; with --experiment use"
+            " --set experiment.batch_sizes=[4] and --set experiment.concurrency_levels=[8]"
+        )
+    return [*arguments.set, *(f"experiment.{k}={json.dumps(v)}" for k, v in flags.items() if v is not None)]
+
+
+def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
+    host = arguments.host or settings.server.host
+    port = arguments.port or settings.server.port
+    if not port:
+        raise ConfigError("server.port is 0, so the server took a free one: name it with --port")
+    return _CALLABLE.get(host, host), port
+
+
+async def _run(arguments: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+    overrides = _overrides(arguments)
+    settings = load_settings(arguments.config, overrides=overrides)
+    suite_file = DOCS / "experiments" / f"{settings.name}_results.md"
+    markdown, data = output_paths(
+        arguments.output, arguments.json, suite_file if arguments.experiment else DOCS / "experiment_results.md"
+    )
+    source = settings.experiment.dataset
+    dataset = await load_dataset(source) if is_local(source) else None
+    async with Target(*_address(arguments, settings)) as target:
+        await stop.race(target.wait_until_serving(arguments.connect_timeout_s))
+        info = await stop.race(target.server_info())
+        if info["variant"] in settings.variants:
+            settings = load_settings(arguments.config, overrides=overrides, variant=info["variant"])
+        if dataset is None:
+            dataset = await stop.race(load_dataset(source))
+        command = ["python", "-m", "ml_inference_server.client", *argv]
+        document = new_document("suite" if arguments.experiment else "single", settings, dataset, command)
+        load = settings.experiment
+        cells = cells_of(load)
+        document["planned_rows"] = len(cells)
+        progress = Progress(len(cells), sum(cell.batch_size for cell in cells) * load.benchmark_requests)
+        try:
+            await measure(target, load, cells, dataset, document, stop=stop, progress=progress)
+        except Interrupted as interrupted:
+            if not document["runs"]:
+                raise
+            document["interrupted"] = True
+            code = interrupted.exit_code
+        else:
+            code = exit_code(document)
+        finally:
+            progress.close()
+    finish(document, markdown, data)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    return run_to_exit_code(lambda stop: _run(arguments, given, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
