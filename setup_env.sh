@@ -189,10 +189,11 @@ build_venv() { # requirements file
       say "Setting up .venv with Python $(version_of "$PYTHON") and the packages of $1;" \
         "this takes some minutes, once only."
       mkdir -- "$VENV"
-      : >"$UNFINISHED"
-      run_child "$PYTHON" -I -m venv "$VENV" >&2 || fail 1 "making $VENV failed; the reason stands above"
     fi
     : >"$UNFINISHED"
+    if [ ! -e "$VENV/pyvenv.cfg" ]; then
+      run_child "$PYTHON" -I -m venv "$VENV" >&2 || fail 1 "making $VENV failed; the reason stands above"
+    fi
     run_child "$VENV/bin/python" -I -m pip install --no-input --disable-pip-version-check -r "$ROOT/$1" >&2 ||
       fail 1 "installing $1 failed; the reason stands above. Run this script again to go on"
     write_stamps "$1"

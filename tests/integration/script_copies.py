@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,24 @@ def run(
         timeout=150,
         check=False,
     )
+
+
+@contextmanager
+def started(script: Path, *arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """The script while it runs; it is ended even when the test fails."""
+    with subprocess.Popen(
+        [str(script), *arguments],
+        cwd=cwd,
+        env=clean_env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def bare_venv(folder: Path) -> Path:

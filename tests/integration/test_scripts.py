@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_copies import ROOT, SCRIPTS, bare_venv, clean_env, make_copy, run
+from script_copies import ROOT, SCRIPTS, bare_venv, clean_env, make_copy, run, started
 
 
 @pytest.fixture
@@ -56,9 +56,7 @@ def test_scripts_are_executable_valid_and_portable(script: Path) -> None:
 
 def test_arguments_folder_and_exit_code_pass_unharmed(echoing: Path, tmp_path: Path) -> None:
     odd = ["--set", "a.b=[1, 4]", "", "two  words", "*", "$HOME", 'quo"te', "--", "-x"]
-    with subprocess.Popen(
-        [str(echoing / "run_server.sh"), *odd], cwd=tmp_path, env=clean_env(), stdout=-1, stderr=-1, text=True
-    ) as process:
+    with started(echoing / "run_server.sh", *odd, cwd=tmp_path) as process:
         out, err = process.communicate(timeout=60)
     told = json.loads(out)
     assert told["argv"] == odd

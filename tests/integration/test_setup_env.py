@@ -4,17 +4,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from script_copies import ROOT, bare_venv, clean_env, make_copy, run
+from script_copies import ROOT, bare_venv, clean_env, make_copy, run, started
 
-# A package whose build never ends: it reports by opening a FIFO, and holds it open for as long as it lives.
+# A package whose build does not end by itself (but for the alarm, should a test fail): it reports by opening a FIFO,
+# and holds it open for as long as it lives.
 ENDLESS_BUILD = """
 import os, signal
 def get_requires_for_build_wheel(config_settings=None):
     os.open({fifo!r}, os.O_WRONLY)
+    signal.alarm(150)
     signal.pause()
 """
 
@@ -72,12 +73,9 @@ def test_half_made_environment_is_made_again(built: Path, damage: str) -> None:
 @pytest.mark.slow
 def test_two_scripts_at_once_build_one_environment(built: Path) -> None:
     shutil.rmtree(built / ".venv")
-    processes = [
-        subprocess.Popen([str(built / "run_server.sh")], cwd=built, env=clean_env(), stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    told = [process.communicate(timeout=150)[1] for process in processes]
-    assert [process.returncode for process in processes] == [7, 7], told
+    with started(built / "run_server.sh", cwd=built) as one, started(built / "run_server.sh", cwd=built) as two:
+        told = [process.communicate(timeout=150)[1] for process in (one, two)]
+    assert [one.returncode, two.returncode] == [7, 7], told
     assert sorted("Setting up .venv" in text for text in told) == [False, True]
     assert sorted("Another script is setting up .venv" in text for text in told) == [False, True]
 
@@ -95,10 +93,10 @@ def test_signal_during_set_up_leaves_no_process(tmp_path: Path, signum: signal.S
     (package / "backend.py").write_text(ENDLESS_BUILD.format(fifo=str(fifo)))
     copy = make_copy(tmp_path, f"endless @ file://{package}\n")
     script = copy / "run_server.sh"
-    with subprocess.Popen([str(script)], cwd=copy, env=clean_env(), stdout=-1, stderr=-1, text=True) as process:
+    with started(script, cwd=copy) as process:
         with fifo.open("rb") as reader:  # opens when pip's own child is in the middle of its work
             # A second script waits for the first; it can be ended too, and takes nothing with it.
-            with subprocess.Popen([str(script)], cwd=copy, env=clean_env(), stdout=-1, stderr=-1, text=True) as waiting:
+            with started(script, cwd=copy) as waiting:
                 assert waiting.stderr is not None
                 assert "waiting for it" in waiting.stderr.readline()
                 waiting.send_signal(signum)
