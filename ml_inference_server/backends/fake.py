@@ -143,7 +143,7 @@ class FakeBackend:
     def info(self) -> BackendInfo:
         return BackendInfo(
             backend="fake",
-            model=self._settings.name,
+            model=self._settings.name if self._settings.name.startswith("fake") else "fake",
             task="embedding",
             device="cpu",
             device_name="none",

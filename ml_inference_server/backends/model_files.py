@@ -150,7 +150,7 @@ def check_safetensors(file: Path) -> dict[str, object]:
                 raise ModelError(f"weights file {file} is truncated or damaged: download it again")
             header: dict[str, object] = json.loads(stream.read(header_bytes))
         ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]  # type: ignore[index]
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"weights file {file} cannot be read ({type(error).__name__}): download it again") from error
     wanted = 8 + header_bytes + max(ends, default=0)
     if wanted != size:

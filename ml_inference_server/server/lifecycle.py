@@ -109,7 +109,7 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
     """Resolve, load, warm up, in a thread; False if the process was told to stop before that was done."""
 
     def load() -> tuple[Resolution, Backend]:
-        resolution = resolve(settings.model)
+        resolution = resolve(state.settings.model)
         for sentence in resolution.fallbacks:
             log.warning("fallback: %s", sentence)
         for sentence in resolution.warnings:
@@ -122,7 +122,6 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
         backend.warmup(lambda done, total: setattr(state, "phase", f"warming up {done}/{total}"))
         return resolution, backend
 
-    settings = state.settings
     state.phase = "choosing a device"
     loading = _in_daemon_thread(load)
     stopped = asyncio.create_task(signals.asked.wait())
@@ -133,8 +132,23 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
         log.warning("told to stop while the model was loading")
         return False
     resolution, backend = loading.result()
+    attach(state, resolution, backend, metrics)
     info = backend.info
-    limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
+    log.info("running %s", title(resolution, info))
+    log.info(
+        "weights %s (%s), source: %s; %d streams of %d threads",
+        info.weights_file or "none",
+        info.weights_sha256[:12] or "-",
+        info.source,
+        info.concurrency,
+        info.threads,
+    )
+    return True
+
+
+def attach(state: ServerState, resolution: Resolution, backend: Backend, metrics: Metrics) -> None:
+    """Put a loaded, warm backend behind the batcher and the service. ConfigError where settings and model disagree."""
+    settings, info = state.settings, backend.info
     if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
         raise ConfigError(
             f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
@@ -144,14 +158,10 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
         if not hasattr(backend, "enable_faults"):
             raise ConfigError("server.enable_test_faults works with model.backend fake only")
         backend.enable_faults()
+    limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
     state.resolution, state.info = resolution, info
     state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
     state.service = InferenceService(backend.tokenizer, state.batcher, settings.server, metrics)
-    log.info("running %s", title(resolution, info))
-    log.info("weights %s (%s) from the %s; %d streams of %d threads, batches of up to %d texts and %d padded tokens",
-             info.weights_file or "none", info.weights_sha256[:12] or "-", info.source, info.concurrency, info.threads,
-             limits.max_batch_size, limits.max_batch_tokens)  # fmt: skip
-    return True
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -182,6 +182,8 @@ class DynamicBatcher:
                 log.exception("the batching policy failed; every waiting request is answered with an error")
                 for ticket in list(self._tickets):
                     _fail(ticket, ServiceError("internal error in the batcher"))
+                    for item in ticket.items:
+                        item.waiting = False
                 self._queue = BatchQueue(self._queue.limits)
                 return
             if chosen is None:

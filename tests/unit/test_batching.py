@@ -1,0 +1,194 @@
+"""The batching policy: budgets, grouping by length, turns, window. No loop, no clock, no model."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits
+
+LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
+
+
+def request(*lengths: int, now: float = 0.0) -> list[Item]:
+    owner = object()
+    return [Item(owner, row, length, now) for row, length in enumerate(lengths)]
+
+
+def take(queue: BatchQueue, now: float = 0.0) -> Batch:
+    batch = queue.next_batch(now)
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def drain(queue: BatchQueue) -> list[Batch]:
+    batches = []
+    while queue.texts:
+        batches.append(take(queue, 1e9))
+    return batches
+
+
+def lengths(batch: Batch) -> list[int]:
+    return [item.length for item in batch.items]
+
+
+def test_an_empty_queue_has_no_batch() -> None:
+    assert BatchQueue(LIMITS).next_batch(0.0) is None
+
+
+def test_one_waiting_text_is_served_at_once() -> None:
+    queue = BatchQueue(LIMITS)
+    queue.add(request(7))
+    assert take(queue).closed_by is ClosedBy.IDLE
+    assert (queue.texts, queue.tokens) == (0, 0)
+
+
+def test_item_budget() -> None:
+    queue = BatchQueue(LIMITS)
+    queue.add(request(*[5] * 9))
+    assert [len(batch.items) for batch in drain(queue)] == [4, 4, 1]
+
+
+def test_token_budget_counts_padding() -> None:
+    queue = BatchQueue(replace(LIMITS, overhead_tokens=1000))
+    queue.add(request(40, 40, 40))
+    batch = take(queue)
+    assert lengths(batch) == [40, 40]
+    assert batch.closed_by is ClosedBy.TOKENS
+    assert batch.padded_tokens == 80
+
+
+def test_a_text_above_the_budget_still_travels_alone() -> None:
+    queue = BatchQueue(LIMITS)
+    queue.add(request(500, 5))
+    assert sorted(lengths(batch) for batch in drain(queue)) == [[5], [500]]
+
+
+def test_texts_of_like_length_travel_together() -> None:
+    queue = BatchQueue(replace(LIMITS, max_batch_tokens=10_000))
+    queue.add(request(10, 200, 11, 210, 10, 205, 11, 208))
+    assert [lengths(batch) for batch in drain(queue)] == [[10, 10, 11, 11], [200, 205, 208, 210]]
+
+
+def test_a_short_text_is_not_padded_to_a_long_one_unless_that_is_cheaper_than_another_batch() -> None:
+    cheap_start, dear_start = replace(LIMITS, overhead_tokens=1), replace(LIMITS, overhead_tokens=1000)
+    for limits, expected in ((cheap_start, [[20], [50]]), (dear_start, [[20, 50]])):
+        queue = BatchQueue(limits)
+        queue.add(request(20, 50))
+        assert [lengths(batch) for batch in drain(queue)] == expected
+
+
+def test_without_grouping_the_next_in_turn_fill_the_batch() -> None:
+    queue = BatchQueue(replace(LIMITS, length_grouping=False, max_batch_tokens=10_000))
+    for length in (10, 200, 11, 210, 10):
+        queue.add(request(length))
+    assert lengths(take(queue)) == [10, 200, 11, 210]
+
+
+def test_batching_off_serves_each_request_by_itself_in_arrival_order() -> None:
+    queue = BatchQueue(replace(LIMITS, enabled=False))
+    for each in (request(5, 6), request(5), request(7, 8, 9)):
+        queue.add(each)
+    batches = drain(queue)
+    assert [lengths(batch) for batch in batches] == [[5, 6], [5], [7, 8, 9]]
+    assert {batch.closed_by for batch in batches} == {ClosedBy.SINGLE}
+
+
+def test_the_window_waits_for_company_but_not_beyond_the_timeout() -> None:
+    queue = BatchQueue(replace(LIMITS, timeout_s=2.0))
+    queue.add(request(5, now=10.0))
+    assert queue.next_batch(10.0) == 12.0
+    queue.add(request(5, now=11.0))
+    assert queue.next_batch(11.5) == 12.0
+    batch = take(queue, 12.0)
+    assert (lengths(batch), batch.closed_by) == ([5, 5], ClosedBy.TIMER)
+
+
+def test_a_full_batch_does_not_wait_for_the_window() -> None:
+    queue = BatchQueue(replace(LIMITS, timeout_s=2.0))
+    queue.add(request(5, 5, 5, 5, now=10.0))
+    assert take(queue, 10.0).closed_by is ClosedBy.FULL
+
+
+def test_a_text_whose_caller_left_is_never_in_a_batch() -> None:
+    queue = BatchQueue(LIMITS)
+    leaving, staying = request(5, 5), request(5)
+    queue.add(leaving)
+    queue.add(staying)
+    queue.remove(leaving)
+    queue.remove(leaving)
+    assert (queue.texts, queue.tokens) == (1, 5)
+    assert take(queue).items == staying
+    assert queue.next_batch(0.0) is None
+
+
+def test_a_single_text_does_not_wait_for_the_end_of_a_request_of_a_thousand() -> None:
+    queue = BatchQueue(LIMITS)
+    queue.add(request(*[20] * 1000))
+    take(queue)
+    single = request(21)
+    queue.add(single)
+    served_after = next(i for i, batch in enumerate(drain(queue)) if single[0] in batch.items)
+    assert served_after <= 1
+
+
+@pytest.mark.parametrize("rare", [1, 30, 100])
+def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None:
+    queue = BatchQueue(LIMITS)
+    queue.add(request(*[10] * 4))
+    waiting = request(rare)
+    queue.add(waiting)
+    for _ in range(20):
+        if waiting[0] in take(queue).items:
+            return
+        queue.add(request(*[10] * 4))
+    pytest.fail("the rare length was passed over 20 times")
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 120), min_size=1, max_size=12), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.integers(20, 400),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_text_is_served_exactly_once_within_the_budgets(
+    requests: list[list[int]], size: int, tokens: int, enabled: bool, grouping: bool, seed: int
+) -> None:
+    """Whatever arrives and leaves in whatever order: nothing is lost, nothing twice, no budget broken, counters right."""
+    rng = random.Random(seed)
+    limits = Limits(size, tokens, enabled=enabled, length_grouping=grouping, overhead_tokens=16)
+    queue = BatchQueue(limits)
+    waiting: dict[int, Item] = {}
+    served: set[int] = set()
+    for each in requests:
+        items = request(*each)
+        queue.add(items)
+        waiting |= {id(item): item for item in items}
+        if rng.random() < 0.3:
+            left = rng.sample(items, rng.randint(1, len(items)))
+            queue.remove(left)
+            for item in left:
+                del waiting[id(item)]
+        if rng.random() < 0.5 and waiting:
+            served |= _serve(queue, limits, waiting)
+    while waiting:
+        served |= _serve(queue, limits, waiting)
+    assert queue.next_batch(0.0) is None
+    assert (queue.texts, queue.tokens) == (0, 0)
+
+
+def _serve(queue: BatchQueue, limits: Limits, waiting: dict[int, Item]) -> set[int]:
+    assert (queue.texts, queue.tokens) == (len(waiting), sum(item.length for item in waiting.values()))
+    batch = take(queue)
+    assert 1 <= len(batch.items) <= limits.max_batch_size
+    assert len(batch.items) == 1 or batch.padded_tokens <= limits.max_batch_tokens
+    if not limits.enabled:
+        assert len({id(item.owner) for item in batch.items}) == 1
+    for item in batch.items:
+        del waiting[id(item)]  # KeyError: served twice, or served after its caller left
+    return {id(item) for item in batch.items}

@@ -1,0 +1,418 @@
+"""What the batcher owes every caller when something goes wrong for another: one test for each way.
+
+The clock jumps instead of ticking, so deadlines and windows cost no time and every order is the same on every run.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from ml_inference_server.backends.base import Encoded
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.batching import Limits
+from ml_inference_server.server.scheduler import DynamicBatcher, Ticket
+from ml_inference_server.server.workers import Output
+from ml_inference_server.utils.config import BatchingSettings
+from ml_inference_server.utils.errors import (
+    BackendFailure,
+    DeadlinePassed,
+    InvalidRequest,
+    NonFiniteOutput,
+    Overloaded,
+    Unavailable,
+)
+from tests.conftest import virtual_time
+
+POISON = 666
+HOUR = 3600.0
+
+
+class StubWorker:
+    """A worker without threads: a text's row is its first token id. Holds batches while `gate` is closed."""
+
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.batches: list[list[int]] = []
+        self.transform: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+        self.raises: Callable[[list[int]], bool] = lambda ids: POISON in ids
+        self.closed = False
+
+    async def run(self, rows: Sequence[Encoded]) -> Output:
+        ids = [int(row.ids[0]) for row in rows]
+        self.batches.append(ids)
+        now = asyncio.get_running_loop().time()
+        await self.gate.wait()
+        if self.raises(ids):
+            raise RuntimeError("the model raised")
+        return Output(self.transform(np.array([[i] for i in ids], np.float32)), now, asyncio.get_running_loop().time())
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Rig:
+    """A batcher over a stub worker, and callers."""
+
+    def __init__(self, *, slots: int = 1, timeout_s: float = 0.0, **settings: int) -> None:
+        self.worker = StubWorker(slots)
+        limits = Limits(max_batch_size=settings.pop("max_batch_size", 8), max_batch_tokens=4096, timeout_s=timeout_s)
+        self.metrics = Metrics(window_s=30)
+        self.batcher = DynamicBatcher(self.worker, limits, BatchingSettings(**settings), self.metrics)
+
+    def call(self, *ids: int, timeout_s: float = HOUR, tokens: int | None = None) -> asyncio.Task[list[float]]:
+        return asyncio.create_task(self._call(ids, timeout_s, tokens))
+
+    async def _call(self, ids: Sequence[int], timeout_s: float, tokens: int | None) -> list[float]:
+        texts = [Encoded(np.array([i, 0, 0], np.int32)) for i in ids]
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        ticket = self.batcher.admit(3 * len(ids) if tokens is None else tokens, deadline)
+        try:
+            rows = await self.batcher.compute(ticket, texts)
+        finally:
+            self.batcher.release(ticket)
+        return [float(value) for value in rows[:, 0]]
+
+    def assert_at_rest(self) -> None:
+        """Nothing is left of anybody: no request, no text, no token, no batch."""
+        assert self.batcher.accepted_requests == 0
+        queue = self.metrics.snapshot()["queue"]
+        assert (queue["texts"], queue["tokens"], queue["batches_in_flight"]) == (0, 0, 0)
+        # The reserve itself: a request that fills the whole queue is admitted.
+        whole = BatchingSettings().max_queue_tokens
+        ticket: Ticket = self.batcher.admit(whole, asyncio.get_running_loop().time() + HOUR)
+        self.batcher.release(ticket)
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@virtual_time
+async def test_each_caller_gets_its_own_rows_whatever_they_travelled_with() -> None:
+    rig = Rig(slots=2)
+    calls = [rig.call(*range(10 * n, 10 * n + n % 5 + 1)) for n in range(1, 40)]
+    answers = await asyncio.gather(*calls)
+    assert answers == [[float(i) for i in range(10 * n, 10 * n + n % 5 + 1)] for n in range(1, 40)]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_one_request_is_split_over_batches_and_joined_in_order() -> None:
+    rig = Rig(max_batch_size=4)
+    assert await rig.call(*range(1, 12)) == [float(i) for i in range(1, 12)]
+    assert [len(batch) for batch in rig.worker.batches] == [4, 4, 3]
+
+
+@virtual_time
+async def test_caller_leaves_the_queue_and_is_never_computed() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    first = rig.call(1)
+    await turns()
+    leaving, staying = rig.call(2), rig.call(3)
+    await turns()
+    leaving.cancel()
+    rig.worker.gate.set()
+    assert await asyncio.gather(first, staying) == [[1.0], [3.0]]
+    assert leaving.cancelled()
+    assert rig.worker.batches == [[1], [3]]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_caller_leaves_during_its_batch_and_neighbours_get_their_answers() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    calls = [rig.call(i) for i in (1, 2, 3)]
+    await turns()
+    assert rig.worker.batches == [[1, 2, 3]]
+    calls[1].cancel()
+    await turns()
+    rig.worker.gate.set()
+    assert await asyncio.gather(calls[0], calls[2]) == [[1.0], [3.0]]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_all_callers_of_a_running_batch_leave_and_the_slot_comes_back() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    calls = [rig.call(i) for i in (1, 2)]
+    await turns()
+    for call in calls:
+        call.cancel()
+    await turns()
+    rig.worker.gate.set()
+    assert await rig.call(5) == [5.0]
+    rig.assert_at_rest()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+def test_a_poisoned_text_fails_alone_at_every_position(size: int) -> None:
+    @virtual_time
+    async def check() -> None:
+        for position in range(size):
+            rig = Rig()
+            ids = [POISON if i == position else i + 1 for i in range(size)]
+            outcomes = await asyncio.gather(*(rig.call(i) for i in ids), return_exceptions=True)
+            for wanted, outcome in zip(ids, outcomes, strict=True):
+                if wanted == POISON:
+                    assert isinstance(outcome, BackendFailure)
+                    assert "model raised" not in str(outcome)
+                else:
+                    assert outcome == [float(wanted)]
+            extra_runs = len(rig.worker.batches) - 1
+            assert extra_runs <= 2 * int(np.ceil(np.log2(size))) + 1
+            rig.assert_at_rest()
+
+    check()
+
+
+@virtual_time
+async def test_a_poisoned_text_fails_its_whole_request_and_no_other() -> None:
+    rig = Rig()
+    guilty, innocent = rig.call(1, POISON, 2), rig.call(3, 4)
+    outcomes = await asyncio.gather(guilty, innocent, return_exceptions=True)
+    assert isinstance(outcomes[0], BackendFailure)
+    assert outcomes[1] == [3.0, 4.0]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_batch_that_raises_once_is_retried_and_nobody_notices() -> None:
+    rig = Rig()
+    rig.worker.raises = lambda ids: len(rig.worker.batches) == 1
+    assert await asyncio.gather(rig.call(1), rig.call(2)) == [[1.0], [2.0]]
+    rig.assert_at_rest()
+
+
+@pytest.mark.parametrize("change", [-1, 1], ids=["one row too few", "one row too many"])
+def test_a_wrong_row_count_never_hands_answers_to_the_wrong_callers(change: int) -> None:
+    @virtual_time
+    async def check() -> None:
+        rig = Rig()
+        # Wrong for every batch of more than one text, as a backend that drops or doubles a row would be.
+        rig.worker.transform = lambda rows: rows if len(rows) == 1 else np.resize(rows, (len(rows) + change, 1))
+        assert await asyncio.gather(*(rig.call(i) for i in (1, 2, 3))) == [[1.0], [2.0], [3.0]]
+        rig.worker.transform = lambda rows: np.zeros((0, 1), np.float32)
+        with pytest.raises(BackendFailure):
+            await rig.call(4)
+        rig.assert_at_rest()
+
+    check()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_refused_and_its_neighbours_are_not(value: float) -> None:
+    @virtual_time
+    async def check() -> None:
+        rig = Rig()
+        rig.worker.transform = lambda rows: np.where(rows == 2, value, rows)
+        outcomes = await asyncio.gather(*(rig.call(i) for i in (1, 2, 3)), return_exceptions=True)
+        assert isinstance(outcomes[1], NonFiniteOutput)
+        assert [outcomes[0], outcomes[2]] == [[1.0], [3.0]]
+        rig.assert_at_rest()
+
+    check()
+
+
+@virtual_time
+async def test_a_full_queue_refuses_exactly_what_does_not_fit_with_a_hint() -> None:
+    rig = Rig(max_queue_requests=3)
+    rig.worker.gate.clear()
+    accepted = [rig.call(i) for i in (1, 2, 3)]
+    await turns()
+    for _ in range(2):
+        with pytest.raises(Overloaded) as caught:
+            await rig.call(4)
+        assert caught.value.retry_after_ms is not None
+        assert 20 <= caught.value.retry_after_ms <= 5000
+    rig.worker.gate.set()
+    assert await asyncio.gather(*accepted) == [[1.0], [2.0], [3.0]]
+    assert await rig.call(4) == [4.0]
+    assert 4 not in [i for batch in rig.worker.batches[:-1] for i in batch]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_the_token_budget_is_all_or_nothing() -> None:
+    rig = Rig(max_queue_tokens=300)
+    deadline = asyncio.get_running_loop().time() + HOUR
+    first = rig.batcher.admit(250, deadline)
+    for _ in range(2):  # a refused request leaves nothing behind
+        with pytest.raises(Overloaded):
+            rig.batcher.admit(51, deadline)
+    second = rig.batcher.admit(50, deadline)
+    rig.batcher.release(first)
+    rig.batcher.release(first)
+    third = rig.batcher.admit(250, deadline)
+    with pytest.raises(Overloaded):
+        rig.batcher.admit(1, deadline)
+    rig.batcher.release(second)
+    rig.batcher.release(third)
+
+
+@virtual_time
+async def test_a_request_that_could_never_fit_is_told_so_and_not_to_come_back() -> None:
+    rig = Rig(max_queue_tokens=300)
+    with pytest.raises(InvalidRequest, match="split it"):
+        rig.batcher.admit(301, HOUR * 2)
+
+
+@virtual_time
+async def test_a_deadline_that_passes_in_the_queue_ends_the_wait_and_the_text_is_never_computed() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    first = rig.call(1)
+    await turns()
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    with pytest.raises(DeadlinePassed, match="in the queue"):
+        await rig.call(2, timeout_s=5)
+    assert loop.time() - before == pytest.approx(5)
+    rig.worker.gate.set()
+    assert await first == [1.0]
+    assert rig.worker.batches == [[1]]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_deadline_that_passes_during_the_batch_ends_the_wait() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    with pytest.raises(DeadlinePassed, match="while the request ran"):
+        await rig.call(1, timeout_s=5)
+    rig.worker.gate.set()
+    assert await rig.call(2) == [2.0]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_deadline_that_has_passed_is_not_admitted() -> None:
+    rig = Rig()
+    with pytest.raises(DeadlinePassed):
+        await rig.call(1, timeout_s=0)
+    assert rig.worker.batches == []
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_work_that_expired_while_its_batch_was_retried_is_not_computed_again() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    expired, other = rig.call(1, timeout_s=5), rig.call(2)
+    rig.worker.raises = lambda ids: len(ids) == 2
+    with pytest.raises(DeadlinePassed):
+        await expired
+    rig.worker.gate.set()
+    assert await other == [2.0]
+    assert rig.worker.batches == [[1, 2], [2]]
+
+
+@virtual_time
+async def test_shutdown_refuses_new_requests_and_finishes_accepted_ones() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    accepted = [rig.call(i) for i in (1, 2)]
+    await turns()
+    rig.batcher.refuse_new()
+    with pytest.raises(Unavailable) as caught:
+        await rig.call(3)
+    assert caught.value.retry_after_ms
+    draining = asyncio.create_task(rig.batcher.drained(60))
+    await turns()
+    rig.worker.gate.set()
+    assert await draining == 0
+    assert await asyncio.gather(*accepted) == [[1.0], [2.0]]
+
+
+@virtual_time
+async def test_a_drain_that_takes_too_long_says_how_many_are_left_and_close_answers_them() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    calls = [rig.call(i) for i in (1, 2)]
+    await turns()
+    rig.batcher.refuse_new()
+    assert await rig.batcher.drained(10) == 2
+    rig.batcher.close()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
+    assert rig.worker.closed
+
+
+@virtual_time
+async def test_an_idle_worker_never_waits_for_company() -> None:
+    rig = Rig()
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    assert await rig.call(1) == [1.0]
+    assert loop.time() == before
+
+
+@virtual_time
+async def test_the_window_gathers_calls_and_closes_at_the_oldest_ones_timeout() -> None:
+    rig = Rig(timeout_s=2.0)
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    first = rig.call(1)
+    await asyncio.sleep(1.5)
+    second = rig.call(2)
+    assert await asyncio.gather(first, second) == [[1.0], [2.0]]
+    assert loop.time() - before == pytest.approx(2.0)
+    assert rig.worker.batches == [[1, 2]]
+
+
+@virtual_time
+async def test_all_slots_are_used_and_none_is_used_twice() -> None:
+    rig = Rig(slots=2, max_batch_size=1)
+    rig.worker.gate.clear()
+    calls = [rig.call(i) for i in (1, 2, 3)]
+    await turns()
+    assert rig.worker.batches == [[1], [2]]
+    rig.worker.gate.set()
+    assert await asyncio.gather(*calls) == [[1.0], [2.0], [3.0]]
+
+
+@virtual_time
+async def test_a_bug_in_the_policy_answers_everybody_and_the_batcher_goes_on() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    running = rig.call(1)
+    await turns()
+    broken = rig.call(2)
+    await turns()
+    broken_queue = rig.batcher._queue  # noqa: SLF001 - the fault has to be planted somewhere
+    broken_queue._by_length.clear()
+    rig.worker.gate.set()
+    outcomes = await asyncio.gather(running, broken, return_exceptions=True)
+    assert outcomes[0] == [1.0]
+    assert "internal error" in str(outcomes[1])
+    assert await rig.call(3) == [3.0]
+
+
+@virtual_time
+async def test_failures_are_counted_until_a_batch_succeeds() -> None:
+    rig = Rig()
+    for _ in range(3):
+        with pytest.raises(BackendFailure):
+            await rig.call(POISON)
+    assert rig.batcher.failures_in_a_row == 3
+    await rig.call(1)
+    assert rig.batcher.failures_in_a_row == 0
+
+
+@virtual_time
+async def test_a_batch_that_hangs_is_seen() -> None:
+    rig = Rig()
+    assert rig.batcher.oldest_batch_s() == 0
+    rig.worker.gate.clear()
+    call = rig.call(1)
+    await asyncio.sleep(90)
+    assert rig.batcher.oldest_batch_s() == pytest.approx(90)
+    rig.worker.gate.set()
+    await call
