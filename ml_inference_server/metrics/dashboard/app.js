@@ -100,7 +100,7 @@ function errorCodes(totals) {
       if (code !== "OK") codes.set(code, (codes.get(code) ?? 0) + count);
     }
   }
-  const parts = [...codes].sort(([, a], [, b]) => b - a).map(([code, count]) => `${number(count)} ${code}`);
+  const parts = [...codes].sort(([, a], [, b]) => b - a).map(([code, count]) => `${number(count)} ${code.toLowerCase().replaceAll("_", " ")}`);
   return parts.length ? `since the start: ${parts.join(", ")}` : "none since the start";
 }
 
