@@ -36,9 +36,10 @@ def quick(path: Path) -> list[str]:
         experiment = load_settings(path).experiment
     except ConfigError:  # told when its turn comes
         return []
+    sizes, levels = experiment.batch_sizes, experiment.concurrency_levels
     return [
-        f"experiment.batch_sizes={sorted({experiment.batch_sizes[0], experiment.batch_sizes[-1]})}",
-        f"experiment.concurrency_levels={sorted({experiment.concurrency_levels[0], experiment.concurrency_levels[-1]})}",
+        f"experiment.batch_sizes={sorted({sizes[0], sizes[-1]})}",
+        f"experiment.concurrency_levels={sorted({levels[0], levels[-1]})}",
         f"experiment.benchmark_requests={min(QUICK_REQUESTS, experiment.benchmark_requests)}",
         f"experiment.warmup_iterations={min(QUICK_WARMUP, experiment.warmup_iterations)}",
     ]

@@ -118,7 +118,7 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; columns of figures stand right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = [all(not line[i][:1].isdigit() and line[i] != "-" for line in lines[1:]) for i in range(len(header))]
+    left = [not any(line[i][:1].isdigit() for line in lines[1:]) for i in range(len(header))]
 
     def row(cells: Sequence[str]) -> str:
         return (

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -63,15 +63,15 @@ def refuse_oversized(cells: Sequence[Cell], info: dict[str, Any]) -> None:
 class Progress:
     """One bar for all rows on a terminal; elsewhere one line for each finished row."""
 
-    def __init__(self, rows: int, items: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, rows: int, items: int) -> None:
         self._rows = rows
         self._row = 0
-        self._stream = stream
+        self._stream = sys.stderr
         # Counted in texts, not in requests: rows with large batches take longer, and the time left shall be true.
         self._bar = tqdm(
             total=items,
-            file=stream,
-            disable=not stream.isatty(),
+            file=self._stream,
+            disable=not self._stream.isatty(),
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix} [{elapsed}<{remaining}]",
         )

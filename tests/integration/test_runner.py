@@ -1,0 +1,276 @@
+"""The runner: starts the real server round the fake backend, measures it, and never leaves it behind."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ml_inference_server.benchmark import all_experiments, channel, runner
+from ml_inference_server.benchmark.interrupt import Stop
+from ml_inference_server.benchmark.runner import Experiment, run_experiment
+from ml_inference_server.benchmark.server_process import ServerOptions, ServerProcess
+from ml_inference_server.utils.errors import ConfigError
+from tests.integration.benchmark_kit import ROOT, SCRIPTED, python, write_pairs
+
+# The end of a process that was told to end; far above what it takes, so that only a real orphan reaches it.
+END_TIMEOUT_S = 60
+
+
+def write_experiment(folder: Path, name: str = "trial", *, requests: int = 4, more: str = "") -> Path:
+    pairs = write_pairs(folder / "pairs.tsv")
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"name: {name}\n"
+        f"model: {{backend: fake}}\n"
+        f"experiment: {{batch_sizes: [1, 2], concurrency_levels: [2], benchmark_requests: {requests},"
+        f" warmup_iterations: 1, dataset: {pairs}}}\n{more}"
+    )
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_one_experiment_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = runner.main([str(write_experiment(tmp_path)), "--output", str(tmp_path / "out.md"),
+                        "--set", "experiment.seed=3"])  # fmt: skip
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    document = read(tmp_path / "out.json")
+    assert [(row["batch_size"], row["ok"], row["status"]) for row in document["runs"]] == [
+        (1, 4, "valid"),
+        (2, 4, "valid"),
+    ]
+    server = document["servers"][0]
+    assert server["info"]["resolved"]["backend"] == "fake"
+    assert server["info"]["settings"]["experiment"]["seed"] == server["load"]["seed"] == 3
+    assert not psutil.pid_exists(server["info"]["pid"])
+    assert "the fake backend ran" in shown.out
+    assert str(tmp_path / "out.md") in shown.out
+    assert "stopped" in (tmp_path / "out_server.log").read_text()  # it was asked to end, not killed
+
+
+def test_each_variant_has_a_server_of_its_own(tmp_path: Path) -> None:
+    more = "variants:\n  'off': {batching.enabled: false}\n  'on': {batching.enabled: true}\n"
+    code = runner.main([str(write_experiment(tmp_path, more=more)), "--output", str(tmp_path / "out.md")])
+    assert code == 0
+    document = read(tmp_path / "out.json")
+    assert [(row["variant"], row["batch_size"]) for row in document["runs"]] == [
+        ("off", 1),
+        ("off", 2),
+        ("on", 1),
+        ("on", 2),
+    ]
+    assert [s["info"]["settings"]["batching"]["enabled"] for s in document["servers"]] == [False, True]
+    assert "Ratios are to off under the same load" in (tmp_path / "out.md").read_text()
+
+
+def test_a_variant_that_cannot_run_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "variants:\n  good: {}\n  bad: {model.device: cuda}\n"
+    code = runner.main([str(write_experiment(tmp_path, more=more)), "--output", str(tmp_path / "out.md")])
+    assert code == 3
+    document = read(tmp_path / "out.json")
+    assert {row["variant"] for row in document["runs"]} == {"good"}
+    assert document["planned_rows"] == 2
+    assert document["not_started"][0]["exit_code"] == 3
+    assert "variant bad did not run (exit code 3): " in capsys.readouterr().out
+
+
+def test_a_refusal_passes_on_the_servers_exit_code_and_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = runner.main([str(write_experiment(tmp_path)), "--output", str(tmp_path / "out.md"),
+                        "--set", "model.backend=no_such_backend"])  # fmt: skip
+    assert code == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert "no_such_backend" in last
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_bad_input_starts_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out.md")]
+    good = str(write_experiment(tmp_path))
+    for arguments, told in (
+        ([str(tmp_path / "none.yaml")], "none.yaml: no such file"),
+        ([good, "--set", "model.devise=cpu"], "did you mean model.device?"),
+        ([good, "--set", "experiment.dataset=/nowhere.tsv"], "/nowhere.tsv: no such file"),
+    ):
+        assert runner.main([*arguments, *output]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert "starting the server" not in error
+
+
+def test_a_server_killed_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(channel, "PROBE_TIMEOUT_S", 0.3)
+    experiment = Experiment(
+        file=write_experiment(tmp_path),
+        output=str(tmp_path / "out.md"),
+        server_command=(*SCRIPTED, '{"die_at": 4, "experiment": "trial"}'),
+    )
+    outcome = asyncio.run(run_experiment(experiment, Stop(), {}))
+    assert outcome.exit_code == 5
+    document = read(tmp_path / "out.json")
+    assert [row["status"] for row in document["runs"]] == ["invalid"]
+    assert document["servers"][0]["died"].startswith("the server was killed by SIGKILL")
+    assert "1 of 2 rows were not run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "told"),
+    [
+        ("import sys; print('error: no memory left', file=sys.stderr); sys.exit(3)", 3, "no memory left"),
+        ("import sys; sys.exit(0)", 70, "it wrote nothing"),
+        ("import os; os.kill(os.getpid(), 9)", 70, "killed by SIGKILL"),
+    ],
+)
+def test_a_server_that_ends_while_it_starts(tmp_path: Path, program: str, code: int, told: str) -> None:
+    experiment = Experiment(
+        file=write_experiment(tmp_path),
+        output=str(tmp_path / "out.md"),
+        server_command=(sys.executable, "-c", program),
+    )
+    outcome = asyncio.run(run_experiment(experiment, Stop(), {}))
+    assert outcome.exit_code == code
+    assert told in outcome.message
+
+
+def test_a_server_that_never_becomes_ready_is_ended(tmp_path: Path) -> None:
+    experiment = Experiment(
+        file=write_experiment(tmp_path),
+        output=str(tmp_path / "out.md"),
+        start_timeout_s=0.5,
+        server_command=(sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(999)"),
+    )
+    outcome = asyncio.run(run_experiment(experiment, Stop(), {}))
+    assert outcome.exit_code == 3
+    assert "was not ready within 0.5 s" in outcome.message
+    assert not psutil.pid_exists(int((tmp_path / "out_server.log").read_text()))
+
+
+async def test_a_second_ctrl_c_does_not_wait_for_a_server_that_will_not_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(999)"
+    stop = Stop()
+    server = ServerProcess(ServerOptions((), log, 999.0, 999.0, (sys.executable, "-c", stubborn)), stop)
+    start = asyncio.create_task(server.start())
+    async with asyncio.timeout(END_TIMEOUT_S):
+        while not (log.exists() and "up" in log.read_text()):  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        stop.request(130)
+        stop.request(130)
+        assert await server.end() == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path) -> "Iterator[tuple[subprocess.Popen[str], psutil.Process]]":
+    """A runner with hours of work before it, and its server, both once that serves."""
+    process = python("-m", "ml_inference_server.benchmark.runner", str(write_experiment(tmp_path, requests=9_000_000)),
+                     "--output", "out.md", cwd=tmp_path)  # fmt: skip
+    with process:
+        children: list[psutil.Process] = []
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("serving on port"):
+                    break
+            children = psutil.Process(process.pid).children()
+            (server,) = children
+            yield process, server
+        finally:
+            process.kill()
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_leaves_no_server_and_keeps_the_row(tmp_path: Path, number: int, expected: int) -> None:
+    with running(tmp_path) as (process, server):
+        process.send_signal(number)
+        _, err = process.communicate(timeout=END_TIMEOUT_S)
+        assert process.returncode == expected, err
+        assert "Traceback" not in err
+        assert not server.is_running()
+    if (tmp_path / "out.json").exists():  # the signal may come before the first row
+        assert read(tmp_path / "out.json")["interrupted"] is True
+
+
+def test_a_runner_killed_outright_takes_its_server_with_it(tmp_path: Path) -> None:
+    with running(tmp_path) as (process, server):
+        process.kill()
+        server.wait(timeout=END_TIMEOUT_S)
+        assert not server.is_running()
+
+
+def test_all_experiments_survive_one_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_experiment(tmp_path, "good")
+    refused = write_experiment(tmp_path, "refused")
+    refused.write_text(refused.read_text().replace("backend: fake", "backend: fake, device: cuda"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("nmae: x\n")
+    folder = tmp_path / "results"
+
+    code = all_experiments.main([str(good), str(refused), "--quick", "--output-dir", str(folder)])
+    assert code == 0  # a clean refusal is an answer
+    verdicts = {e["experiment"]: (e["verdict"], e["exit_code"]) for e in read(folder / "summary.json")["experiments"]}
+    assert verdicts == {"good": ("ok", 0), "refused": ("refused", 3)}
+
+    code = all_experiments.main([str(broken), str(good), "--quick", "--output-dir", str(folder)])
+    assert code == 5
+    summary = read(folder / "summary.json")
+    assert [(e["experiment"], e["verdict"]) for e in summary["experiments"]] == [
+        ("broken", "FAILED (exit code 2)"),
+        ("good", "ok"),
+    ]
+    text = (folder / "summary.md").read_text()
+    assert "did you mean name?" in text
+    assert "[good_results.md](good_results.md)" in text
+    assert "2 of 2" in capsys.readouterr().out
+    assert len(list(folder.glob("good_results.*.json"))) == 1  # the first result was kept
+    assert len(list(folder.glob("summary.*.md"))) == 1
+
+
+def test_the_choice_of_experiments() -> None:
+    names = [path.stem for path in all_experiments.choose([], None)]
+    assert "base_config" not in names
+    assert "minilm_baseline" in names
+    assert [path.stem for path in all_experiments.choose([], "*_onnx")] == ["minilm_onnx"]
+    with pytest.raises(ConfigError, match=r"no experiment is called that; there are: .*minilm_baseline"):
+        all_experiments.choose([], "nothing*")
+    first = all_experiments.quick(all_experiments.choose([], "minilm_baseline")[0])
+    assert "experiment.benchmark_requests=40" in first
+
+
+def test_run_all_experiments_without_dependencies_says_how_to_install_them(tmp_path: Path) -> None:
+    """-S hides site-packages, as a Python without the requirements would."""
+    script = shutil.copy(ROOT / "run_all_experiments.py", tmp_path)
+    (tmp_path / "ml_inference_server").symlink_to(ROOT / "ml_inference_server")
+    done = subprocess.run([sys.executable, "-S", script], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "is not installed here: run '" in line
+    assert "requirements.txt" in line
+
+
+def test_run_all_experiments_works_from_another_folder(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "run_all_experiments.py")]
+    done = subprocess.run([*script, "--only", "nothing*"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no experiment is called that" in done.stderr
