@@ -34,6 +34,8 @@ from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_INTERRUPTED, 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Before the port closes: this long without a new call, or at most so long.
+_QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to leave the socket.
 _REPLY_GRACE_S = 1.0
 
@@ -102,7 +104,7 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
             stack.callback(ready_file.unlink, missing_ok=True)
         log.info("ready")
         await signals.asked.wait()
-        return await _drain(state, batcher, grpc_server) or signals.exit_code
+        return await _drain(state, batcher, grpc_server, shell) or signals.exit_code
 
 
 async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> bool:
@@ -155,9 +157,7 @@ def attach(state: ServerState, resolution: Resolution, backend: Backend, metrics
             f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
         )
     if settings.server.enable_test_faults:
-        if not hasattr(backend, "enable_faults"):
-            raise ConfigError("server.enable_test_faults works with model.backend fake only")
-        backend.enable_faults()
+        backend.enable_faults()  # type: ignore[attr-defined] # Settings allow this with the fake backend only
     limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
     state.resolution, state.info = resolution, info
     state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
@@ -189,7 +189,7 @@ def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     return future
 
 
-async def _drain(state: ServerState, batcher: DynamicBatcher, grpc_server: GrpcServer) -> int:
+async def _drain(state: ServerState, batcher: DynamicBatcher, grpc_server: GrpcServer, shell: Shell) -> int:
     """Health first, then refuse new calls, then finish what was accepted; EXIT_FAILED_RUN if some was cut off."""
     state.draining.set()
     await grpc_server.set_serving(False)
@@ -202,11 +202,20 @@ async def _drain(state: ServerState, batcher: DynamicBatcher, grpc_server: GrpcS
     if left:
         log.error("drain timeout: %d requests are answered with UNAVAILABLE", left)
     batcher.close()
+    await _quiet(shell)
     await grpc_server.server.stop(_REPLY_GRACE_S)
     if state.service is not None:
         state.service.close()
     log.info("stopped")
     return EXIT_FAILED_RUN if left else EXIT_OK
+
+
+async def _quiet(shell: Shell) -> None:
+    """Wait for a moment without new calls: grpc.aio answers those that arrive during `stop` with CANCELLED."""
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + _QUIET_LIMIT_S
+    while (now := loop.time()) < min(give_up_at, shell.last_call_at + _QUIET_S):  # noqa: ASYNC110 - it is a lull
+        await asyncio.sleep(min(give_up_at, shell.last_call_at + _QUIET_S) - now)
 
 
 def _health_ended(task: asyncio.Task[None], signals: StopSignals) -> None:

@@ -150,6 +150,8 @@ class Settings(_Section):
         loopback = self.server.host in ("127.0.0.1", "localhost", "::1")
         if self.server.enable_test_faults and not loopback:
             raise ValueError("server.enable_test_faults needs server.host 127.0.0.1: faults are for tests only")
+        if self.server.enable_test_faults and self.model.backend != "fake":
+            raise ValueError("server.enable_test_faults works with model.backend fake only")
         if self.server.max_message_bytes < self.server.max_text_bytes:
             raise ValueError(
                 "server.max_message_bytes is smaller than server.max_text_bytes: no such text could arrive"

@@ -49,6 +49,7 @@ class Shell:
         self._default_timeout_s = default_timeout_s
         self._prefix = prefix
         self._ids = itertools.count(1)
+        self.last_call_at = 0.0  # on the event loop's clock
 
     def unary(
         self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply]]
@@ -129,7 +130,8 @@ class Shell:
         given = next((v for k, v in context.invocation_metadata() or () if k == "x-request-id"), None)
         if not isinstance(given, str) or not _REQUEST_ID.fullmatch(given):
             given = f"{self._prefix}-{next(self._ids)}"
-        return Call(given, asyncio.get_running_loop().time() + timeout_s)
+        self.last_call_at = asyncio.get_running_loop().time()
+        return Call(given, self.last_call_at + timeout_s)
 
 
 def _deserializer(request: type[Message]) -> Callable[[bytes], Message | _Malformed]:

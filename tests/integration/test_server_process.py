@@ -1,0 +1,257 @@
+"""The server as a process: how it starts, how it refuses to start, how it stops."""
+
+import asyncio
+import json
+import signal
+import socket
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.proto import inference_pb2_grpc as rpc
+from tests.integration.server_process import run_to_end, server_process
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_it_starts_on_free_ports_serves_and_stops_with_0(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server:
+        ports = server.ready()
+        assert ports["pid"] == server.process.pid
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports['http_port']}/info") as reply:
+            assert json.load(reply)["resolved"]["backend"] == "fake"
+        with grpc.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+            reply = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["a"]))
+            assert reply.count == 1
+        server.signal(signal.SIGTERM)
+        code, _ = server.end()
+        assert code == 0
+        assert not server.ready_file.exists()
+
+
+BAD_STARTS: list[tuple[str, list[str], int, str]] = [
+    ("unknown key", ["--set", "batching.max_batchsize=4"], 2, "did you mean batching.max_batch_size?"),
+    ("wrong type", ["--set", "batching.max_batch_size=many"], 2, "batching.max_batch_size: input should be"),
+    ("no value", ["--set", "batching.max_batch_size"], 2, "expected key.path=value"),
+    ("missing file", ["--experiment", "no/such/minilm.yaml"], 2, "no such file"),
+    ("no variant", ["--variant", "fast"], 2, "no variant 'fast'"),
+    ("token budget below one text", ["--set", "batching.max_batch_tokens=100"], 2, "lower model.max_tokens"),
+    ("faults on a real model", ["--set", "model.backend=pytorch", "--set", "server.enable_test_faults=true"], 2,
+     "fake only"),
+    ("bad host", ["--host", "203.0.113.7"], 2, "not an address of this machine"),
+    ("unwritable ready file", ["--ready-file", "/proc/nowhere/ready"], 2, "--ready-file"),
+    ("unknown backend", ["--set", "model.backend=onxx"], 3, "there is no backend 'onxx'"),
+    ("missing device", ["--device", "mps"], 3, "allow_fallback: true"),
+    ("missing precision", ["--set", "model.quantized=true", "--set", "model.quantization=int8"], 3, "int8 is not"),
+    ("unknown model", ["--set", "model.backend=pytorch", "--model-name", "nobody/nothing"], 3, "was not found. Tried"),
+    ("token limit too high", ["--set", "model.backend=pytorch", "--set", "model.max_tokens=9999"], 3, "at most 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "extra", "code", "says"), BAD_STARTS, ids=[row[0] for row in BAD_STARTS])
+def test_a_bad_start_ends_with_its_code_and_one_clear_line(name: str, extra: list[str], code: int, says: str) -> None:
+    got, line = run_to_end(*extra)
+    assert (got, line.startswith("error: ")) == (code, True), line
+    assert says in line
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port"])
+def test_a_taken_port_is_named_before_the_model_is_loaded(flag: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        port = holder.getsockname()[1]
+        code, line = run_to_end(flag, str(port), "--set", "model.backend=no-such-backend")
+    assert code == 4
+    assert f"port {port}" in line
+    assert f"{flag} 0" in line
+
+
+def test_a_second_server_cannot_take_the_first_ones_port(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server:
+        code, line = run_to_end("--port", str(server.ready()["grpc_port"]))
+    assert (code, "in use" in line) == (4, True)
+
+
+def test_the_legacy_configuration_loads_and_says_that_it_is_deprecated(tmp_path: Path) -> None:
+    legacy = tmp_path / "config.yaml"
+    legacy.write_text("model:\n  backend: fake\n")
+    with server_process(tmp_path, "--config", str(legacy)) as server:
+        server.ready()
+        server.signal(signal.SIGTERM)
+        code, stderr = server.end()
+    assert code == 0
+    assert "--config is deprecated" in stderr
+
+
+def test_ctrl_c_finishes_the_work_and_exits_130(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server:
+        server.ready()
+        server.signal(signal.SIGINT)
+        code, stderr = server.end()
+    assert code == 130
+    assert "press Ctrl-C again" in stderr
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    async def check() -> None:
+        with server_process(tmp_path, "--model-name", "fake:base_ms=20000") as server:
+            port = server.ready()["grpc_port"]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = rpc.InferenceServiceStub(channel)
+                call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["slow"])))
+                await until_busy(server.ready()["http_port"])
+                server.signal(signal.SIGINT)
+                await health_is(channel, NOT_SERVING)
+                server.signal(signal.SIGINT)
+                code, _ = await asyncio.to_thread(server.end)
+                assert code == 130
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call
+
+    asyncio.run(check())
+
+
+async def until_busy(http_port: int) -> None:
+    def busy() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics") as reply:  # noqa: S310
+            return bool(json.load(reply)["queue"]["batches_in_flight"])
+
+    while not await asyncio.to_thread(busy):
+        await asyncio.sleep(0.01)
+
+
+async def health_is(channel: grpc.aio.Channel, wanted: int) -> None:
+    async for reply in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+        if reply.status == wanted:
+            return
+
+
+@pytest.mark.parametrize("clients", [8])
+def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, clients: int) -> None:
+    """Each call ends with its answer or with UNAVAILABLE (safe to retry); health turns before the first refusal."""
+
+    async def check() -> None:
+        with server_process(tmp_path, "--model-name", "fake:base_ms=5") as server:
+            port = server.ready()["grpc_port"]
+            events: list[str] = []
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = rpc.InferenceServiceStub(channel)
+                watcher = asyncio.create_task(health_is(channel, NOT_SERVING))
+                watcher.add_done_callback(lambda _: events.append("NOT_SERVING"))
+                answered = 0
+
+                async def client(number: int) -> None:
+                    nonlocal answered
+                    for i in range(100_000):
+                        try:
+                            await stub.Embed(pb.EmbedRequest(texts=[f"{number} {i}"]))
+                        except grpc.aio.AioRpcError as error:
+                            events.append(error.code().name)
+                            return
+                        answered += 1
+                        if answered == 50:
+                            server.signal(signal.SIGTERM)
+
+                await asyncio.gather(*(client(n) for n in range(clients)))
+                code, stderr = await asyncio.to_thread(server.end)
+            assert code == 0, stderr
+            assert answered >= 50
+            assert events[0] == "NOT_SERVING"
+            assert set(events[1:]) == {"UNAVAILABLE"}
+            assert "answered with UNAVAILABLE" not in stderr
+
+    asyncio.run(check())
+
+
+def test_a_drain_that_takes_too_long_answers_the_rest_and_exits_5(tmp_path: Path) -> None:
+    async def check() -> None:
+        slow = ("--model-name", "fake:base_ms=20000", "--set", "server.drain_timeout_ms=100")
+        with server_process(tmp_path, *slow) as server:
+            ports = server.ready()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["slow"]))
+                pending = asyncio.ensure_future(call)
+                await until_busy(ports["http_port"])
+                server.signal(signal.SIGTERM)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await pending
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            code, stderr = await asyncio.to_thread(server.end)
+            assert code == 5
+            assert "1 requests are answered with UNAVAILABLE" in stderr
+
+    asyncio.run(check())
+
+
+def test_a_hanging_batch_turns_health_and_readiness(tmp_path: Path) -> None:
+    async def check() -> None:
+        hang = ("--model-name", "fake:base_ms=3000", "--set", "server.hang_timeout_ms=100")
+        with server_process(tmp_path, *hang) as server:
+            port = server.ready()["grpc_port"]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["slow"]))
+                await health_is(channel, NOT_SERVING)
+                assert not call.done()
+                await call
+                await health_is(channel, health_pb2.HealthCheckResponse.SERVING)
+
+    asyncio.run(check())
+
+
+def test_a_model_that_always_fails_turns_health_until_a_probe_succeeds(tmp_path: Path) -> None:
+    async def check() -> None:
+        with server_process(tmp_path, "--set", "server.enable_test_faults=true") as server:
+            port = server.ready()["grpc_port"]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = rpc.InferenceServiceStub(channel)
+                for _ in range(3):
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await stub.Embed(pb.EmbedRequest(texts=["!raise"]))
+                await health_is(channel, NOT_SERVING)
+                await health_is(channel, health_pb2.HealthCheckResponse.SERVING)
+
+    asyncio.run(check())
+
+
+def test_sigterm_while_loading_ends_it_at_once(tmp_path: Path) -> None:
+    """The real model takes seconds to load; the port is open meanwhile and says NOT_SERVING."""
+    with server_process(tmp_path, "--set", "model.backend=pytorch") as server:
+        wait_for_line(server.process, lambda line: "dashboard and metrics on" in line)
+        server.signal(signal.SIGTERM)
+        code, _ = server.end()
+    assert code == 143
+
+
+def wait_for_line(process, wanted: Callable[[str], bool]) -> None:
+    for line in process.stderr:
+        if wanted(line):
+            return
+    pytest.fail("the process ended before the line came")
+
+
+def test_exit_with_parent_leaves_no_orphan(tmp_path: Path) -> None:
+    """A middle process starts the server and is killed; the server notices and goes."""
+    import subprocess
+    import sys
+    import time
+
+    from tests.integration.server_process import ROOT, arguments
+
+    ready = tmp_path / "ready.json"
+    command = arguments("--set", "model.backend=fake", "--exit-with-parent", "--ready-file", str(ready))
+    middle = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(600)"], cwd=ROOT
+    )
+    while not ready.exists():
+        assert middle.poll() is None
+        time.sleep(0.01)
+    middle.kill()
+    middle.wait()
+    while ready.exists():  # removed at a clean stop; pytest's timeout is the limit
+        time.sleep(0.01)
