@@ -23,7 +23,6 @@ from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
 
-
 P = ParamSpec("P")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -203,11 +204,12 @@ def running(tmp_path: Path) -> "Iterator[tuple[subprocess.Popen[str], psutil.Pro
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_leaves_no_server_and_keeps_the_row(tmp_path: Path, number: int, expected: int) -> None:
     with running(tmp_path) as (process, server):
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
         _, err = process.communicate(timeout=END_TIMEOUT_S)
         assert process.returncode == expected, err
         assert "Traceback" not in err
         assert not server.is_running()
+    assert "press Ctrl-C again" not in (tmp_path / "out_server.log").read_text()  # only the runner was interrupted
     if (tmp_path / "out.json").exists():  # the signal may come before the first row
         assert read(tmp_path / "out.json")["interrupted"] is True
 

@@ -119,10 +119,10 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 async def until_busy(http_port: int) -> None:
     def busy() -> bool:
-        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics") as reply:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics") as reply:
             return bool(json.load(reply)["queue"]["batches_in_flight"])
 
-    while not await asyncio.to_thread(busy):
+    while not await asyncio.to_thread(busy):  # noqa: ASYNC110 - the state of another process
         await asyncio.sleep(0.01)
 
 

@@ -159,7 +159,7 @@ def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None
 def test_every_text_is_served_exactly_once_within_the_budgets(
     requests: list[list[int]], size: int, tokens: int, enabled: bool, grouping: bool, seed: int
 ) -> None:
-    """Whatever arrives and leaves in whatever order: nothing is lost, nothing twice, no budget broken, counters right."""
+    """Whatever arrives and leaves, in any order: nothing is lost, nothing twice, no budget broken, counters right."""
     rng = random.Random(seed)
     limits = Limits(size, tokens, enabled=enabled, length_grouping=grouping, overhead_tokens=16)
     queue = BatchQueue(limits)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from ml_inference_server.backends import backend_class, create_backend, resolve as resolve_module
+from ml_inference_server.backends import backend_class, create_backend
+from ml_inference_server.backends import resolve as resolve_module
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.resolve import resolve, title
 from ml_inference_server.utils.config import ModelSettings, Quantization
@@ -17,7 +18,7 @@ CPU_ONLY: Mapping[str, Sequence[Quantization]] = {"cpu": ("none", "bf16")}
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Pretend that this machine has other devices: what a backend supports, and whether the CPU has bf16 instructions."""
+    """Pretend that this machine is another: what a backend supports there, and whether the CPU has bf16 instructions."""
 
     def have(supported: Mapping[str, Sequence[Quantization]], *, native_bf16: bool = False) -> None:
         monkeypatch.setattr(FakeBackend, "supported", staticmethod(lambda: supported))

@@ -386,7 +386,7 @@ async def test_a_bug_in_the_policy_answers_everybody_and_the_batcher_goes_on() -
     await turns()
     broken = rig.call(2)
     await turns()
-    broken_queue = rig.batcher._queue  # noqa: SLF001 - the fault has to be planted somewhere
+    broken_queue = rig.batcher._queue
     broken_queue._by_length.clear()
     rig.worker.gate.set()
     outcomes = await asyncio.gather(running, broken, return_exceptions=True)
