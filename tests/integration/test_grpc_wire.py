@@ -336,6 +336,7 @@ async def test_metrics_count_every_outcome(server: FakeServer) -> None:
     await server.stub.Embed(pb.EmbedRequest(texts=["a", "b"]))
     await server.stub.Score(pb.ScoreRequest(pairs=[pb.Pair(query="a", passage="b")]))
     await refusal(server.stub.Embed(pb.EmbedRequest()))
+    await server.stub.GetServerInfo(pb.GetServerInfoRequest())  # a question about the server is no work
     reply = await server.stub.GetMetrics(pb.GetMetricsRequest())
     assert (reply.requests_by_code["OK"], reply.requests_by_code["INVALID_ARGUMENT"]) == (2, 1)
     assert (reply.requests_total, reply.errors_total) == (3, 1)

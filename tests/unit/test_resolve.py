@@ -18,7 +18,7 @@ CPU_ONLY: Mapping[str, Sequence[Quantization]] = {"cpu": ("none", "bf16")}
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Pretend that this machine is another: what a backend supports there, and whether the CPU has bf16 instructions."""
+    """Pretend to be another machine: what a backend supports there, and whether the CPU has bf16 instructions."""
 
     def have(supported: Mapping[str, Sequence[Quantization]], *, native_bf16: bool = False) -> None:
         monkeypatch.setattr(FakeBackend, "supported", staticmethod(lambda: supported))

@@ -38,8 +38,10 @@ class NativeServicer:
                 "EmbedStream": shell.stream(pb.EmbedStreamRequest, self.embed_stream),
                 "Score": shell.unary("Score", pb.ScoreRequest, self.score),
                 "Rerank": shell.unary("Rerank", pb.RerankRequest, self.rerank),
-                "GetMetrics": shell.unary("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
-                "GetServerInfo": shell.unary("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
+                "GetMetrics": shell.unary("GetMetrics", pb.GetMetricsRequest, self.get_metrics, counted=False),
+                "GetServerInfo": shell.unary(
+                    "GetServerInfo", pb.GetServerInfoRequest, self.get_server_info, counted=False
+                ),
             },
         )
 

@@ -52,13 +52,13 @@ class Shell:
         self.last_call_at = 0.0  # on the event loop's clock
 
     def unary(
-        self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply]]
+        self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply]], *, counted: bool = True
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a unary RPC that `run` answers."""
+        """The handler of a unary RPC that `run` answers. Questions about the server itself are not `counted` as work."""
 
         async def handle(message: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Message:
             call = self._call(context)
-            reply, error = await self.observe(method, call, lambda: run(_decoded(message), call))
+            reply, error = await self.observe(method, call, lambda: run(_decoded(message), call), counted=counted)
             if reply is None:
                 await _refuse(context, error or ServiceError("internal error"), call.request_id)
                 raise AssertionError("abort always raises")
@@ -97,12 +97,13 @@ class Shell:
         )
 
     async def observe(
-        self, method: str, call: Call, run: Callable[[], Awaitable[Reply]]
+        self, method: str, call: Call, run: Callable[[], Awaitable[Reply]], *, counted: bool = True
     ) -> tuple[Reply | None, ServiceError | None]:
         """Run one request: its reply, or the error to answer with. Every outcome is counted."""
         loop = asyncio.get_running_loop()
         started_at = loop.time()
-        self._metrics.request_started(method)
+        if counted:
+            self._metrics.request_started(method)
         reply: Reply | None = None
         error: ServiceError | None = None
         code = grpc.StatusCode.OK
@@ -119,8 +120,9 @@ class Shell:
             error = ServiceError(f"internal error (request_id={call.request_id})")
             code = grpc_code(error)
         finally:
-            texts, pairs = (reply.texts, reply.pairs) if reply else (0, 0)
-            self._metrics.request_finished(method, code.name, loop.time() - started_at, texts=texts, pairs=pairs)
+            if counted:
+                texts, pairs = (reply.texts, reply.pairs) if reply else (0, 0)
+                self._metrics.request_finished(method, code.name, loop.time() - started_at, texts=texts, pairs=pairs)
         return reply, error
 
     def _call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
