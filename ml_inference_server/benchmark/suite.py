@@ -70,10 +70,11 @@ class Progress:
         # Counted in texts, not in requests: rows with large batches take longer, and the time left shall be true.
         self._bar = tqdm(
             total=items,
+            desc="starting",
             file=self._stream,
             disable=not self._stream.isatty(),
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix} [{elapsed}<{remaining}]",
+            bar_format="{desc} {percentage:3.0f}% |{bar:30}| {postfix} [{elapsed}<{remaining}]",
         )
 
     def begin(self, cell: Cell, requests: int) -> Callable[[Call], None]:
