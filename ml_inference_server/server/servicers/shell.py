@@ -54,7 +54,7 @@ class Shell:
     def unary(
         self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply]], *, counted: bool = True
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a unary RPC that `run` answers. Questions about the server itself are not `counted` as work."""
+        """The handler of a unary RPC that `run` answers. Questions about the server are not `counted` as work."""
 
         async def handle(message: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Message:
             call = self._call(context)
