@@ -1,0 +1,48 @@
+"""The README is complete: every setting, flag, RPC, path and exit code stands in it, and its example runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ml_inference_server import main
+from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.utils import errors
+from ml_inference_server.utils.config import setting_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("key", "default", "description"), setting_rows(), ids=[row[0] for row in setting_rows()])
+def test_every_setting_is_described_as_in_the_code(key: str, default: object, description: str) -> None:
+    row = next((line for line in README.splitlines() if line.startswith(f"| `{key}` |")), "")
+    assert description in row
+    if isinstance(default, int | float | str) and not isinstance(default, bool) and default != "":
+        assert f"`{default}`" in row
+
+
+def test_every_rpc_is_described() -> None:
+    for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods:
+        assert f"`{method.name}`" in README
+
+
+def test_every_server_flag_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.parse(["--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert flags
+    row = next(line for line in README.splitlines() if line.startswith("| `run_server.sh` |"))
+    assert {flag for flag in flags if f"`{flag}" not in row} == set()
+
+
+def test_every_exit_code_is_listed() -> None:
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    table = README[README.index("| exit code |") :].split("\n\n")[0]
+    assert {code for code in codes if not re.search(rf"\b{code}\b", table)} == set()
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
