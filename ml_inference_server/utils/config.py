@@ -110,13 +110,13 @@ class MetricsSettings(_Section):
 
 class ExperimentSettings(_Section):
     batch_sizes: list[Annotated[int, Field(ge=1, le=65536)]] = Field(
-        [1, 4, 8, 16, 32], min_length=1, description="Texts (or pairs) per request, one table row each."
+        [1, 4, 8], min_length=1, description="Texts (or pairs) per request, one table row each."
     )
     concurrency_levels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
         [1, 4, 16], min_length=1, description="Requests in flight, one table row each."
     )
-    benchmark_requests: int = Field(200, ge=1, le=10_000_000, description="Measured requests per row.")
-    warmup_iterations: int = Field(20, ge=0, le=1_000_000, description="Requests sent before each row, not measured.")
+    benchmark_requests: int = Field(100, ge=1, le=10_000_000, description="Measured requests per row.")
+    warmup_iterations: int = Field(10, ge=0, le=1_000_000, description="Requests sent before each row, not measured.")
     workload: Literal["queries", "passages", "pairs"] = Field(
         "pairs", description="queries and passages are embedded, pairs are scored."
     )
