@@ -42,7 +42,7 @@ def batch_limits(settings: BatchingSettings, device: str, max_tokens: int) -> Li
         timeout_s=settings.timeout_ms / 1000,
         enabled=settings.enabled,
         length_grouping=settings.length_grouping,
-        overhead_tokens=settings.batch_overhead_tokens or (32 if on_cpu else 4096),
+        overhead_tokens=settings.batch_overhead_tokens or (64 if on_cpu else 4096),
     )
 
 

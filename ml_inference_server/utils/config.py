@@ -73,7 +73,7 @@ class BatchingSettings(_Section):
     )
     length_grouping: bool = Field(True, description="Fill batches with texts of like length instead of the next ones.")
     batch_overhead_tokens: int = Field(
-        0, ge=0, le=1_000_000, description="What starting a batch costs, in tokens of work; 0: 32 on cpu, 4096 elsewhere."
+        0, ge=0, le=1_000_000, description="What starting a batch costs, in tokens of work; 0: 64 on cpu, 4096 elsewhere."
     )
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Accepted requests that may wait or run.")
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")
