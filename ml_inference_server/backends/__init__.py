@@ -10,6 +10,8 @@ from ml_inference_server.utils.errors import ModelError
 
 BACKENDS = {
     "pytorch": "ml_inference_server.backends.pytorch:PyTorchBackend",
+    "onnx": "ml_inference_server.backends.onnx:OnnxBackend",
+    "openvino": "ml_inference_server.backends.openvino:OpenVinoBackend",
     "fake": "ml_inference_server.backends.fake:FakeBackend",
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.errors import ModelError
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) during a warm-up."""
@@ -91,6 +92,10 @@ class TextTokenizer(Protocol):
         """One Encoded for each text, cut at max_tokens. `prompt_name` must be a key of `prompts`, or None."""
         ...
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """One Encoded for each (query, passage), as one sequence with segments; the longer part is cut first."""
+        ...
+
 
 class Backend(Protocol):
     """A model that can be run.
@@ -111,7 +116,7 @@ class Backend(Protocol):
     def warmup(self, progress: Progress) -> None: ...
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """(batch, dimension) float32, rows in the order of the batch."""
+        """(batch, dimension) float32, rows in the order of the batch; dimension is 1 for a cross-encoder's logits."""
         ...
 
     @property
@@ -123,3 +128,18 @@ class Backend(Protocol):
     def tokenizer(self) -> TextTokenizer:
         """Valid after `load_model`."""
         ...
+
+
+# (texts, tokens) run before the server says it is ready: allocators, thread pools and kernels are then warm.
+_WARMUP_SHAPES = ((1, 16), (1, 128), (8, 16), (8, 64), (8, 256), (32, 32))
+
+
+def run_warmup(backend: Backend, progress: Progress) -> None:
+    """Run a few shapes through `infer`. ModelError if the answer has a wrong shape or is not finite."""
+    for done, (texts, tokens) in enumerate(_WARMUP_SHAPES):
+        shape = (texts, min(tokens, backend.info.max_tokens))
+        ids = np.full(shape, backend.tokenizer.pad_id + 1, np.int64)
+        rows = backend.infer(TokenBatch(ids, np.ones_like(ids)))
+        if rows.shape != (texts, backend.info.dimension) or not np.isfinite(rows).all():
+            raise ModelError(f"the model's warm-up answer has shape {rows.shape} or is not finite: not fit to serve")
+        progress(done + 1, len(_WARMUP_SHAPES))

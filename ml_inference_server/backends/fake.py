@@ -54,6 +54,16 @@ def fake_embedding(text: str, max_tokens: int = 256) -> NDArray[np.float32]:
     return _row(_text_ids(text, max_tokens)[0])
 
 
+def _pair_ids(query: str, passage: str, max_tokens: int) -> tuple[list[int], bool]:
+    ids = [*_text_ids(query, max_tokens)[0], *_text_ids(passage, max_tokens)[0][1:]]
+    return ids[:max_tokens], len(ids) > max_tokens
+
+
+def fake_logit(query: str, passage: str, max_tokens: int = 256) -> float:
+    """What the fake backend answers for a pair when its task is cross_encoder."""
+    return float(_row(_pair_ids(query, passage, max_tokens)[0])[0])
+
+
 class FakeTokenizer:
     """One token for each word, plus a start and an end token."""
 
@@ -67,6 +77,14 @@ class FakeTokenizer:
         for text in texts:
             ids, cut = _text_ids(text, self.max_tokens)
             out.append(Encoded(np.array(ids, np.int32), None, cut))
+        return out
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        out = []
+        for query, passage in pairs:
+            ids, cut = _pair_ids(query, passage, self.max_tokens)
+            types = np.array([0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2), np.int32)
+            out.append(Encoded(np.array(ids, np.int32), types, cut))
         return out
 
 
@@ -121,7 +139,7 @@ class FakeBackend:
         delay_s = self._base_s + self._per_token_s * batch.input_ids.size
         if delay_s:
             time.sleep(delay_s)
-        out = np.stack([_row(row) for row in rows])
+        out = np.stack([_row(row) for row in rows])[:, : self.info.dimension]
         return self._misbehave(rows, out) if self._faults else out
 
     def _misbehave(self, rows: list[tuple[int, ...]], out: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -144,7 +162,7 @@ class FakeBackend:
         return BackendInfo(
             backend="fake",
             model=self._settings.name if self._settings.name.startswith("fake") else "fake",
-            task="embedding",
+            task=self._settings.task,
             device="cpu",
             device_name="none",
             dtype="float32",
@@ -154,7 +172,7 @@ class FakeBackend:
             threads=1,
             concurrency=self._settings.streams or 1,
             max_tokens=self._tokenizer.max_tokens,
-            dimension=DIMENSION,
+            dimension=1 if self._settings.task == "cross_encoder" else DIMENSION,
             weights_sha256="",
             weights_file="",
             source="none",

@@ -21,6 +21,9 @@ BUNDLED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
+# Models whose weights no package carries but whose architecture and tokenizer are those of a bundled one: enough to run
+# them with random weights.
+_SAME_ARCHITECTURE = {"cross-encoder/ms-marco-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _NOT_FILES = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]
 _HUB_LIMIT_S = 8
@@ -62,6 +65,17 @@ def find_model(name: str) -> ModelFiles:
             log.info("model %s: %s; using the %s", name, "; ".join(tried[1:]), source)
         return files
     raise ModelError(f"model {name} was not found. Tried, in order: " + "; ".join(tried))
+
+
+def architecture_of(name: str) -> ModelFiles:
+    """Files with the architecture and tokenizer of `name`, for random weights: its own, or those of a bundled twin."""
+    try:
+        files = find_model(name)
+    except ModelError:
+        if name not in _SAME_ARCHITECTURE:
+            raise
+        files = find_model(_SAME_ARCHITECTURE[name])
+    return ModelFiles(files.folder, f"architecture only, {files.source}", "none", "")
 
 
 def _from_cache(name: str) -> Path:

@@ -1,6 +1,7 @@
 """Text to token ids: the only tokenizer call of the project."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,12 +37,13 @@ class FastTokenizer:
         full = [prompt + text for text in texts] if prompt else list(texts)
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
         short = [self._prefix(text, limit) if len(text) > limit else text for text in full]
-        out = []
-        for encoding in self._cut.encode_batch_fast(short):
-            ids = np.array(encoding.ids, np.int32)
-            types = np.array(encoding.type_ids, np.int32)
-            out.append(Encoded(ids, types if types.any() else None, bool(encoding.overflowing)))
-        return out
+        return [_encoded(encoding) for encoding in self._cut.encode_batch_fast(short)]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
+        limit = self.max_tokens * _CHARACTERS_PER_TOKEN
+        short = [tuple(self._prefix(text, limit) if len(text) > limit else text for text in pair) for pair in pairs]
+        return [_encoded(encoding) for encoding in self._cut.encode_batch_fast(short)]
 
     def _prefix(self, text: str, limit: int) -> str:
         """The start of `text` where that gives the same tokens up to max_tokens, else all of it."""
@@ -50,3 +52,8 @@ class FastTokenizer:
         prefix = text[:limit]
         enough = self.max_tokens + _MARGIN_TOKENS
         return prefix if len(self._whole.encode_batch_fast([prefix])[0].ids) >= enough else text
+
+
+def _encoded(encoding: Any) -> Encoded:
+    types = np.array(encoding.type_ids, np.int32)
+    return Encoded(np.array(encoding.ids, np.int32), types if types.any() else None, bool(encoding.overflowing))

@@ -161,7 +161,7 @@ def attach(state: ServerState, resolution: Resolution, backend: Backend, metrics
     limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
     state.resolution, state.info = resolution, info
     state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
-    state.service = InferenceService(backend.tokenizer, state.batcher, settings.server, metrics)
+    state.service = InferenceService(backend.tokenizer, info.task, state.batcher, settings.server, metrics)
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -13,7 +13,7 @@ from ml_inference_server.backends.base import Encoded, TextTokenizer
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.scheduler import DynamicBatcher, Ticket
 from ml_inference_server.utils.config import ServerSettings
-from ml_inference_server.utils.errors import InvalidRequest
+from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
 # Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -50,19 +50,26 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Input:
+class _Job:
+    """One row to compute. `key` is what it depends on, so equal keys are computed once; `field` names it in errors.
+
+    key: (prompt name, text) for an embedding, (query, passage) for a cross-encoder. texts: (field, text) to validate.
+    """
+
     field: str
-    text: str
-    prompt_name: str | None
+    key: tuple[str | None, str]
+    texts: tuple[tuple[str, str], ...]
 
 
 class InferenceService:
     """Every protocol calls these three methods. `deadline` is on the event loop's clock."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, batcher: DynamicBatcher, limits: ServerSettings, metrics: Metrics
+        self, tokenizer: TextTokenizer, task: str, batcher: DynamicBatcher, limits: ServerSettings, metrics: Metrics
     ) -> None:
+        """task: of the model, embedding or cross_encoder."""
         self._tokenizer = tokenizer
+        self._is_cross_encoder = task == "cross_encoder"
         self._batcher = batcher
         self._limits = limits
         self._metrics = metrics
@@ -74,20 +81,25 @@ class InferenceService:
         self, texts: Sequence[str], deadline: float, *, prompt_name: str | None = None, truncate: bool = True
     ) -> Answer:
         """One row for each text, in order. Raises any ServiceError."""
+        if self._is_cross_encoder:
+            raise WrongTask("this model is a cross-encoder: it scores pairs (Score, Rerank) and has no embeddings")
         if prompt_name is not None and prompt_name not in self._tokenizer.prompts:
             known = ", ".join(name for name in self._tokenizer.prompts if name) or "none"
             message = f"this model has no such prompt; it has: {known}"
             raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         self._check_count("texts", len(texts))
-        inputs = [_Input(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
-        return await self._rows(inputs, deadline, truncate)
+        jobs = [_embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
+        return await self._rows(jobs, deadline, truncate)
 
     async def score(self, pairs: Sequence[tuple[str, str]], deadline: float, *, truncate: bool = True) -> Answer:
-        """The cosine of each (query, passage) pair, in order: (pairs,) within -1..1."""
+        """One score for each (query, passage) pair, in order: cosines within -1..1, or a cross-encoder's raw logits."""
         self._check_count("pairs", len(pairs))
-        inputs = [_Input(f"pairs[{i}].query", query, self._query_prompt) for i, (query, _) in enumerate(pairs)]
-        inputs += [_Input(f"pairs[{i}].passage", text, self._document_prompt) for i, (_, text) in enumerate(pairs)]
-        answer = await self._rows(inputs, deadline, truncate)
+        if self._is_cross_encoder:
+            fields = [(f"pairs[{i}].query", f"pairs[{i}].passage") for i in range(len(pairs))]
+            return await self._logits([f"pairs[{i}]" for i in range(len(pairs))], fields, pairs, deadline, truncate)
+        jobs = [_embedding_job(f"pairs[{i}].query", pair[0], self._query_prompt) for i, pair in enumerate(pairs)]
+        jobs += [_embedding_job(f"pairs[{i}].passage", pair[1], self._document_prompt) for i, pair in enumerate(pairs)]
+        answer = await self._rows(jobs, deadline, truncate)
         queries, passages = np.split(answer.values, 2)
         return Answer(_cosine(queries, passages), answer.truncated, answer.timing)
 
@@ -96,10 +108,17 @@ class InferenceService:
     ) -> Ranking:
         """The `top_k` best documents (0: all); equal scores keep the given order."""
         self._check_count("documents", len(documents))
-        inputs = [_Input("query", query, self._query_prompt)]
-        inputs += [_Input(f"documents[{i}]", text, self._document_prompt) for i, text in enumerate(documents)]
-        answer = await self._rows(inputs, deadline, truncate)
-        scores = _cosine(answer.values[:1], answer.values[1:])
+        names = [f"documents[{i}]" for i in range(len(documents))]
+        if self._is_cross_encoder:
+            fields = [("query", name) for name in names]
+            pairs = [(query, document) for document in documents]
+            answer = await self._logits(names, fields, pairs, deadline, truncate)
+            scores = answer.values
+        else:
+            jobs = [_embedding_job("query", query, self._query_prompt)]
+            jobs += [_embedding_job(*each, self._document_prompt) for each in zip(names, documents, strict=True)]
+            answer = await self._rows(jobs, deadline, truncate)
+            scores = _cosine(answer.values[:1], answer.values[1:])
         order = np.argsort(-scores, kind="stable")[: top_k or None]
         ranks = [(int(index), float(scores[index])) for index in order]
         return Ranking(ranks, answer.truncated, answer.timing)
@@ -107,34 +126,50 @@ class InferenceService:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _rows(self, inputs: Sequence[_Input], deadline: float, truncate: bool) -> Answer:
+    async def _logits(
+        self,
+        names: Sequence[str],
+        fields: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[str, str]],
+        deadline: float,
+        truncate: bool,
+    ) -> Answer:
+        jobs = [
+            _Job(name, (query, passage), ((query_field, query), (passage_field, passage)))
+            for name, (query_field, passage_field), (query, passage) in zip(names, fields, pairs, strict=True)
+        ]
+        answer = await self._rows(jobs, deadline, truncate)
+        return Answer(answer.values[:, 0], answer.truncated, answer.timing)
+
+    async def _rows(self, jobs: Sequence[_Job], deadline: float, truncate: bool) -> Answer:
         started_at = time.monotonic()
-        sizes = self._check_texts(inputs)
+        sizes = self._check_texts(jobs)
         # Equal texts of one request are computed once.
         places: dict[tuple[str | None, str], int] = {}
-        where = [places.setdefault((each.prompt_name, each.text), len(places)) for each in inputs]
+        where = [places.setdefault(job.key, len(places)) for job in jobs]
         ticket = self._batcher.admit(self._estimate_tokens(sizes), deadline)
         try:
-            encoded = await self._tokenize(list(places))
+            loop = asyncio.get_running_loop()
+            encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
             tokenized_at = time.monotonic()
             self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), tokenized_at - started_at)
-            self._check_truncation(inputs, where, encoded, truncate)
+            if not truncate:
+                self._refuse_truncated(jobs, where, encoded)
             rows = await self._batcher.compute(ticket, encoded)
         finally:
             self._batcher.release(ticket)
         truncated = sum(encoded[place].truncated for place in where)
-        values = rows if len(places) == len(inputs) else rows[where]
+        values = rows if len(places) == len(jobs) else rows[where]
         return Answer(values, truncated, _timing(ticket, started_at, tokenized_at))
 
-    async def _tokenize(self, texts: Sequence[tuple[str | None, str]]) -> list[Encoded]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, texts)
-
-    def _encode(self, texts: Sequence[tuple[str | None, str]]) -> list[Encoded]:
-        """In the tokenizer's thread: one call for each prompt in use (one, or two for pairs)."""
-        out: list[Encoded | None] = [None] * len(texts)
-        for prompt_name in {name for name, _ in texts}:
-            places = [i for i, (name, _) in enumerate(texts) if name == prompt_name]
-            encoded = self._tokenizer.encode([texts[i][1] for i in places], prompt_name)
+    def _encode(self, keys: Sequence[tuple[str | None, str]]) -> list[Encoded]:
+        """In the tokenizer's thread: pairs at once, texts with one call for each prompt in use (at most two)."""
+        if self._is_cross_encoder:
+            return self._tokenizer.encode_pairs([(query or "", passage) for query, passage in keys])
+        out: list[Encoded | None] = [None] * len(keys)
+        for prompt_name in {name for name, _ in keys}:
+            places = [i for i, (name, _) in enumerate(keys) if name == prompt_name]
+            encoded = self._tokenizer.encode([keys[i][1] for i in places], prompt_name)
             for place, one in zip(places, encoded, strict=True):
                 out[place] = one
         return [one for one in out if one is not None]
@@ -152,35 +187,43 @@ class InferenceService:
             message = f"{count} items, the limit is {self._limits.max_texts}: send several requests"
             raise InvalidRequest(f"{field}: {message}", reason="TOO_MANY_TEXTS", violations=[(field, message)])
 
-    def _check_texts(self, inputs: Sequence[_Input]) -> list[int]:
-        """The UTF-8 size of each text. InvalidRequest names all that are wrong (the first 16)."""
-        sizes, wrong, reasons = [], [], set()
-        limit = self._limits.max_text_bytes
-        for each in inputs:
-            try:
-                size = len(each.text.encode())
-            except UnicodeEncodeError:
-                wrong.append((each.field, "not valid Unicode (a lone surrogate)"))
-                reasons.add("INVALID_FIELD")
-                continue
+    def _check_texts(self, jobs: Sequence[_Job]) -> list[int]:
+        """The UTF-8 size of each job. InvalidRequest names all texts that are wrong (the first 16)."""
+        sizes: list[int] = []
+        wrong: dict[str, tuple[str, str]] = {}
+        for job in jobs:
+            size = 0
+            for field, text in job.texts:
+                bytes_or_fault = self._text_bytes(text)
+                if isinstance(bytes_or_fault, tuple):
+                    wrong[field] = bytes_or_fault
+                else:
+                    size += bytes_or_fault
             sizes.append(size)
-            if not each.text.strip().strip(_INVISIBLE):
-                wrong.append((each.field, "text is empty"))
-                reasons.add("EMPTY_TEXT")
-            elif size > limit:
-                wrong.append((each.field, f"{size} bytes, the limit is {limit}"))
-                reasons.add("TEXT_TOO_LONG")
-        _raise_violations(wrong, reasons)
+        _raise_violations([(field, message) for field, (_, message) in wrong.items()], {r for r, _ in wrong.values()})
         return sizes
 
-    def _check_truncation(
-        self, inputs: Sequence[_Input], where: Sequence[int], encoded: Sequence[Encoded], truncate: bool
-    ) -> None:
-        if truncate:
-            return
+    def _text_bytes(self, text: str) -> int | tuple[str, str]:
+        """The UTF-8 size of a sound text, or (reason, message)."""
+        limit = self._limits.max_text_bytes
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            return "INVALID_FIELD", "not valid Unicode (a lone surrogate)"
+        if not text.strip().strip(_INVISIBLE):
+            return "EMPTY_TEXT", "text is empty"
+        if size > limit:
+            return "TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}"
+        return size
+
+    def _refuse_truncated(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
         message = f"more than {self._tokenizer.max_tokens} tokens, and truncate is false"
-        wrong = [(each.field, message) for each, place in zip(inputs, where, strict=True) if encoded[place].truncated]
+        wrong = [(job.field, message) for job, place in zip(jobs, where, strict=True) if encoded[place].truncated]
         _raise_violations(wrong, {"TEXT_TOO_LONG"})
+
+
+def _embedding_job(field: str, text: str, prompt_name: str | None) -> _Job:
+    return _Job(field, (prompt_name, text), ((field, text),))
 
 
 def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> None:

@@ -30,7 +30,11 @@ class ModelSettings(_Section):
         min_length=1,
         description="Hugging Face name, or a local folder in sentence-transformers layout.",
     )
-    backend: str = Field("pytorch", description="pytorch, or fake (no model: for tests and for the server's own cost).")
+    backend: str = Field("pytorch", description="pytorch, onnx, openvino, or fake (no model: for tests).")
+    task: Literal["embedding", "cross_encoder"] = Field(
+        "embedding",
+        description="cross_encoder: the model scores (query, passage) pairs by itself and has no embeddings.",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the model runs; auto takes the first of cuda, mps, cpu that is there."
     )
@@ -40,6 +44,9 @@ class ModelSettings(_Section):
     )
     allow_fallback: bool = Field(
         False, description="Run on what is there when device or precision is not; shown in every title. False: refuse."
+    )
+    random_weights: bool = Field(
+        False, description="Seeded random numbers instead of the weights, for speed work only; said in every result."
     )
     max_tokens: int | None = Field(
         None, ge=8, le=131072, description="Cut texts here; unset: the model's own limit. Never above that limit."
@@ -73,7 +80,10 @@ class BatchingSettings(_Section):
     )
     length_grouping: bool = Field(True, description="Fill batches with texts of like length instead of the next ones.")
     batch_overhead_tokens: int = Field(
-        0, ge=0, le=1_000_000, description="What starting a batch costs, in tokens of work; 0: 64 on cpu, 4096 elsewhere."
+        0,
+        ge=0,
+        le=1_000_000,
+        description="What starting a batch costs, in tokens of work; 0: 64 on cpu, 4096 elsewhere.",
     )
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Accepted requests that may wait or run.")
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")

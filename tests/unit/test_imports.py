@@ -46,6 +46,8 @@ HEAVY = {
 }
 HOME_OF_HEAVY = {
     "backends/pytorch.py": {"torch", "sentence_transformers", "transformers"},
+    "backends/loading.py": {"torch"},
+    "backends/quantize_torch.py": {"torch"},
     "backends/onnx.py": {"onnxruntime"},
     "backends/openvino.py": {"openvino"},
     "deploy/ray_serve.py": {"ray"},

@@ -1,0 +1,128 @@
+"""ONNX Runtime: FP32 on cpu, cuda and mps (CoreML), FP16 on cuda, INT8 on the cpu; one graph from token ids to rows."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, run_warmup
+from ml_inference_server.backends.export import Exported, export
+from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.utils.cache import cached
+from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "mps": "CoreMLExecutionProvider", "cpu": "CPUExecutionProvider"}
+_INTEGER_OPS = ("MatMulInteger", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+
+
+class OnnxBackend:
+    """The exported graph in one session; several threads may run it at a time."""
+
+    def __init__(self, model: ModelSettings) -> None:
+        self._settings = model
+        self._quantization: Quantization = model.quantization or "none"
+
+    @staticmethod
+    def supported() -> Mapping[str, Sequence[Quantization]]:
+        """What the installed build of ONNX Runtime has providers for."""
+        available = ort.get_available_providers()
+        precisions: dict[str, Sequence[Quantization]] = {"cuda": ("none",), "mps": ("none",), "cpu": ("none", "int8")}
+        return {device: precisions[device] for device, provider in _PROVIDERS.items() if provider in available}
+
+    def load_model(self) -> None:
+        """Export or read the cache, quantise where asked, open the session. ModelError if any of it fails."""
+        self._exported = export(self._settings)
+        file = quantize_int8(self._exported) if self._quantization == "int8" else self._exported.file
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._settings.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        provider = _PROVIDERS[self._settings.device]
+        try:
+            self._session = ort.InferenceSession(str(file), options, providers=[provider])
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            raise ModelError(f"ONNX Runtime cannot open {file.name}: {lines[0] if lines else error!r}") from error
+        self._inputs = [each.name for each in self._session.get_inputs()]
+        self._info = self._describe(file)
+
+    def _describe(self, file: Path) -> BackendInfo:
+        graph = onnx.load(str(file), load_external_data=False).graph
+        quantized = sum(node.op_type in _INTEGER_OPS for node in graph.node)
+        weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
+        largest = max(weights, key=lambda tensor: int(np.prod(tensor.dims)))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(largest.data_type).name
+        # The session may put a provider other than the one asked for in front: what it says is what runs.
+        provider = self._session.get_providers()[0]
+        device = next(name for name, each in _PROVIDERS.items() if each == provider)
+        return BackendInfo(
+            backend="onnx",
+            model=self._settings.name,
+            task=self._settings.task,
+            device=device,
+            device_name=cpu_name() if device == "cpu" else provider.removesuffix("ExecutionProvider"),
+            dtype="int8" if quantized else dtype,
+            quantized_layers=quantized,
+            execution_provider=f"ONNX Runtime {ort.__version__} {provider}",
+            instruction_set=instruction_set() if device == "cpu" else "",
+            threads=self._session.get_session_options().intra_op_num_threads,
+            concurrency=self._settings.streams,
+            max_tokens=self._exported.tokenizer.max_tokens,
+            dimension=self._exported.dimension,
+            weights_sha256=self._exported.files.weights_sha256,
+            weights_file=f"{self._exported.files.weights_file} exported to {file.name}",
+            source=self._exported.files.source,
+            parameters=self._exported.parameters,
+            random_weights=self._settings.random_weights,
+            versions={"onnxruntime": ort.__version__, "onnx": onnx.__version__},
+        )
+
+    def warmup(self, progress: Progress) -> None:
+        run_warmup(self, progress)
+
+    def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
+        arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
+        rows: NDArray[np.float32] = self._session.run(None, {name: arrays[name] for name in self._inputs})[0]
+        return rows
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> FastTokenizer:
+        return self._exported.tokenizer
+
+
+def quantize_int8(exported: Exported) -> Path:
+    """The graph with INT8 matrix products and per-channel weights, made now or read from the cache."""
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    # Without VNNI, products of unsigned and signed bytes saturate at 16 bits: 7-bit weights avoid that.
+    reduce_range = not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & cpu_flags()
+    key = exported.key | {"int8": 1, "reduce_range": reduce_range, "onnxruntime": ort.__version__}
+
+    def make(folder: Path) -> None:
+        log.info("quantising to INT8 (once; later starts read the cache)")
+        prepared = folder / "prepared.onnx"
+        quant_pre_process(str(exported.file), str(prepared), skip_symbolic_shape=True)
+        quantize_dynamic(
+            str(prepared),
+            str(folder / "model_int8.onnx"),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+        )
+        prepared.unlink()
+
+    return cached("onnx-int8", key, make) / "model_int8.onnx"

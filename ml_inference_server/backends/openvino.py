@@ -1,0 +1,160 @@
+"""OpenVINO on the cpu: FP32 and BF16 by precision hint, INT8 through NNCF; reads the graph that `export` writes."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, collate, run_warmup
+from ml_inference_server.backends.export import Exported, export
+from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.utils.cache import cached
+from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.cpu import has_native_bf16, instruction_set
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+_HINTS: Mapping[Quantization, str] = {"none": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+# Texts for calibration: the sample that ships with the project, never what is scored later.
+_CALIBRATION_FILE = Path(__file__).resolve().parent.parent / "benchmark" / "sample" / "pairs.tsv"
+_CALIBRATION_TEXTS = 300
+
+
+class OpenVinoBackend:
+    """The exported graph, compiled once; each thread has a request of its own."""
+
+    def __init__(self, model: ModelSettings) -> None:
+        self._settings = model
+        self._quantization: Quantization = model.quantization or "none"
+        self._local = threading.local()
+
+    @staticmethod
+    def supported() -> Mapping[str, Sequence[Quantization]]:
+        """BF16 only where the processor has it: OpenVINO would run FP32 instead, without a word."""
+        capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        halves: list[Quantization] = []
+        if "BF16" in capabilities and has_native_bf16():
+            halves.append("bf16")
+        return {"cpu": ("none", *halves, "int8")}
+
+    def load_model(self) -> None:
+        """Export or read the cache, quantise where asked, compile. ModelError if any of it fails."""
+        self._exported = export(self._settings)
+        core = ov.Core()
+        file = quantize_int8(self._exported) if self._quantization == "int8" else self._exported.file
+        configuration = {
+            "INFERENCE_PRECISION_HINT": _HINTS[self._quantization],
+            "NUM_STREAMS": str(self._settings.streams),
+            "INFERENCE_NUM_THREADS": str(self._settings.threads * self._settings.streams),
+        }
+        try:
+            self._compiled = core.compile_model(core.read_model(str(file)), "CPU", configuration)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            raise ModelError(f"OpenVINO cannot compile {file.name}: {lines[-1] if lines else error!r}") from error
+        self._inputs = [each.get_any_name() for each in self._compiled.inputs]
+        self._info = self._describe(file)
+
+    def _describe(self, file: Path) -> BackendInfo:
+        executed = self._compiled.get_runtime_model().get_ops()
+        integer = sum(_runtime_precision(op) in ("i8", "u8") for op in executed if _is_matrix_product(op))
+        precision = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        streams = int(self._compiled.get_property("NUM_STREAMS"))
+        return BackendInfo(
+            backend="openvino",
+            model=self._settings.name,
+            task=self._settings.task,
+            device="cpu",
+            device_name=str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")).strip(),
+            dtype="int8" if integer else _DTYPES.get(precision, precision),
+            quantized_layers=integer,
+            execution_provider=f"OpenVINO {ov.__version__.split('-')[0]}",
+            instruction_set=instruction_set(),
+            threads=max(1, int(self._compiled.get_property("INFERENCE_NUM_THREADS")) // streams),
+            concurrency=streams,
+            max_tokens=self._exported.tokenizer.max_tokens,
+            dimension=self._exported.dimension,
+            weights_sha256=self._exported.files.weights_sha256,
+            weights_file=f"{self._exported.files.weights_file} exported to {file.name}",
+            source=self._exported.files.source,
+            parameters=self._exported.parameters,
+            random_weights=self._settings.random_weights,
+            versions={"openvino": ov.__version__},
+        )
+
+    def warmup(self, progress: Progress) -> None:
+        run_warmup(self, progress)
+
+    def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = self._compiled.create_infer_request()
+        types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
+        arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
+        request.infer({name: arrays[name] for name in self._inputs}, share_inputs=True)
+        return np.array(request.get_output_tensor(0).data, np.float32)
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> FastTokenizer:
+        return self._exported.tokenizer
+
+
+def _is_matrix_product(op: Any) -> bool:
+    return str(op.get_rt_info()["layerType"].astype(str)) in ("FullyConnected", "MatMul")
+
+
+def _runtime_precision(op: Any) -> str:
+    """The precision in which the compiled graph really runs an operation."""
+    return str(op.get_rt_info()["runtimePrecision"].astype(str))
+
+
+def quantize_int8(exported: Exported) -> Path:
+    """The graph in INT8, calibrated by NNCF on the sample's texts; made now or read from the cache."""
+    try:
+        import nncf
+    except ModuleNotFoundError as error:
+        raise ModelError("INT8 with OpenVINO needs the package nncf: pip install -r requirements.txt") from error
+
+    key = exported.key | {"nncf": nncf.__version__, "openvino": ov.__version__, "texts": _CALIBRATION_TEXTS}
+
+    def make(folder: Path) -> None:
+        log.info(
+            "quantising to INT8 with NNCF on %d sample texts (once; later starts read the cache)", _CALIBRATION_TEXTS
+        )
+        model = ov.Core().read_model(str(exported.file))
+        names = [each.get_any_name() for each in model.inputs]
+
+        def arrays(text: str) -> dict[str, NDArray[np.int64]]:
+            batch = collate(exported.tokenizer.encode([text]), exported.tokenizer.pad_id)
+            types = np.zeros_like(batch.input_ids)
+            each = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
+            return {name: each[name] for name in names}
+
+        nncf.set_log_level(logging.ERROR)
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(_calibration_texts(), arrays),
+            subset_size=_CALIBRATION_TEXTS,
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+        )
+        ov.save_model(quantized, str(folder / "model_int8.xml"), compress_to_fp16=False)
+
+    return cached("openvino-int8", key, make) / "model_int8.xml"
+
+
+def _calibration_texts() -> list[str]:
+    rows = [line.split("\t") for line in _CALIBRATION_FILE.read_text(encoding="utf-8").splitlines()]
+    texts = list(dict.fromkeys(text for row in rows for text in row[2:4]))
+    return texts[:_CALIBRATION_TEXTS]

@@ -1,0 +1,48 @@
+"""Ranking quality, against figures worked out by hand."""
+
+from math import log2
+from pathlib import Path
+
+import pytest
+
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.ranking import mean_ndcg_at, mrr_at, ndcg_at, read_qrels
+
+GRADES = {"a": 3, "b": 1, "c": 0}
+
+
+def test_ndcg_of_a_perfect_ranking_is_one() -> None:
+    assert ndcg_at(10, ["a", "b", "c"], GRADES) == pytest.approx(1)
+
+
+def test_ndcg_by_hand() -> None:
+    ideal = 7 / log2(2) + 1 / log2(3)
+    assert ndcg_at(10, ["c", "a", "x", "b"], GRADES) == pytest.approx((7 / log2(3) + 1 / log2(5)) / ideal)
+    assert ndcg_at(1, ["b", "a"], GRADES) == pytest.approx(1 / 7)
+
+
+def test_the_ideal_counts_relevant_passages_that_were_not_found() -> None:
+    assert ndcg_at(10, ["b"], GRADES) < 0.2
+
+
+def test_nothing_relevant_is_zero() -> None:
+    assert ndcg_at(10, ["a"], {"a": 0}) == 0
+
+
+def test_mrr() -> None:
+    assert mrr_at(10, ["c", "b", "a"], GRADES) == 1 / 2
+    assert mrr_at(10, ["c", "b", "a"], GRADES, relevant_from=2) == 1 / 3
+    assert mrr_at(1, ["c", "a"], GRADES) == 0
+
+
+def test_the_mean_is_over_judged_queries_only() -> None:
+    assert mean_ndcg_at(10, {"q": ["a", "b"], "unjudged": ["a"]}, {"q": GRADES}) == pytest.approx(1)
+
+
+def test_qrels_are_read_and_a_bad_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "qrels"
+    file.write_text("1 0 a 3\n1 Q0 b 1\n\n2 0 a 0\n")
+    assert read_qrels(file) == {"1": {"a": 3, "b": 1}, "2": {"a": 0}}
+    file.write_text("1 0 a 3\n1 0 b\n")
+    with pytest.raises(ConfigError, match=":2: expected 'query 0 passage grade'"):
+        read_qrels(file)
