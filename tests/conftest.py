@@ -14,6 +14,7 @@ import pytest
 
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.resolve import resolve
+from ml_inference_server.backends.start import Started
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
@@ -91,7 +92,7 @@ async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     resolution = resolve(settings.model)
     backend = FakeBackend(resolution.model)
     backend.load_model()
-    attach(state, resolution, backend, metrics)
+    attach(state, Started(resolution, backend, backend.info), metrics)
     await grpc_server.set_serving(True)
     channel = grpc.aio.insecure_channel(
         f"127.0.0.1:{grpc_server.port}", options=[("grpc.max_receive_message_length", 64 << 20)]

@@ -58,7 +58,10 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
-    """What really runs, read from the loaded model and never from the settings."""
+    """What really runs, read from the loaded model and never from the settings.
+
+    parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was not.
+    """
 
     backend: str
     model: str
@@ -78,6 +81,8 @@ class BackendInfo:
     source: str
     parameters: int
     random_weights: bool = False
+    parity_mean: float | None = None
+    parity_min: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, collate, run_warmup
 from ml_inference_server.backends.export import Exported, export
+from ml_inference_server.backends.parity import sample_pairs
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
@@ -22,8 +23,7 @@ log = logging.getLogger(__name__)
 
 _HINTS: Mapping[Quantization, str] = {"none": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-# Texts for calibration: the sample that ships with the project, never what is scored later.
-_CALIBRATION_FILE = Path(__file__).resolve().parent.parent / "benchmark" / "sample" / "pairs.tsv"
+# Of the sample that ships with the project, never of what is scored later.
 _CALIBRATION_TEXTS = 300
 
 
@@ -155,6 +155,5 @@ def quantize_int8(exported: Exported) -> Path:
 
 
 def _calibration_texts() -> list[str]:
-    rows = [line.split("\t") for line in _CALIBRATION_FILE.read_text(encoding="utf-8").splitlines()]
-    texts = list(dict.fromkeys(text for row in rows for text in row[2:4]))
+    texts = list(dict.fromkeys(text for pair in sample_pairs() for text in pair))
     return texts[:_CALIBRATION_TEXTS]

@@ -85,7 +85,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """One score for each (query, passage) pair: the cosine of the two embeddings.
+        """One score for each (query, passage) pair: the cosine of the two embeddings, or a cross-encoder's raw logit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ml_inference_server.backends import create_backend
-from ml_inference_server.backends.base import Backend
-from ml_inference_server.backends.resolve import Resolution, resolve, title
+from ml_inference_server.backends.resolve import title
+from ml_inference_server.backends.start import Started, start_backend
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
@@ -110,22 +109,9 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
 async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> bool:
     """Resolve, load, warm up, in a thread; False if the process was told to stop before that was done."""
 
-    def load() -> tuple[Resolution, Backend]:
-        resolution = resolve(state.settings.model)
-        for sentence in resolution.fallbacks:
-            log.warning("fallback: %s", sentence)
-        for sentence in resolution.warnings:
-            log.warning("%s", sentence)
-        state.phase = "loading the model"
-        backend = create_backend(resolution.model)
-        backend.load_model()
-        resolution.check(backend.info)
-        state.phase = "warming up"
-        backend.warmup(lambda done, total: setattr(state, "phase", f"warming up {done}/{total}"))
-        return resolution, backend
-
-    state.phase = "choosing a device"
-    loading = _in_daemon_thread(load)
+    loading = _in_daemon_thread(
+        lambda: start_backend(state.settings.model, lambda phase: setattr(state, "phase", phase))
+    )
     stopped = asyncio.create_task(signals.asked.wait())
     waiting: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -133,10 +119,12 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
     if not loading.done():
         log.warning("told to stop while the model was loading")
         return False
-    resolution, backend = loading.result()
-    attach(state, resolution, backend, metrics)
-    info = backend.info
-    log.info("running %s", title(resolution, info))
+    started = loading.result()
+    attach(state, started, metrics)
+    info = started.info
+    log.info("running %s", title(started.resolution, info))
+    if info.parity_mean is not None and info.parity_min is not None:
+        log.info("parity to FP32: mean %.5f, lowest %.5f", info.parity_mean, info.parity_min)
     log.info(
         "weights %s (%s), source: %s; %d streams of %d threads",
         info.weights_file or "none",
@@ -148,9 +136,9 @@ async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> b
     return True
 
 
-def attach(state: ServerState, resolution: Resolution, backend: Backend, metrics: Metrics) -> None:
+def attach(state: ServerState, started: Started, metrics: Metrics) -> None:
     """Put a loaded, warm backend behind the batcher and the service. ConfigError where settings and model disagree."""
-    settings, info = state.settings, backend.info
+    settings, info, backend = state.settings, started.info, started.backend
     if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
         raise ConfigError(
             f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
@@ -158,8 +146,8 @@ def attach(state: ServerState, resolution: Resolution, backend: Backend, metrics
         )
     if settings.server.enable_test_faults:
         backend.enable_faults()  # type: ignore[attr-defined] # Settings allow this with the fake backend only
-    limits = batch_limits(settings.batching, resolution.device, info.max_tokens)
-    state.resolution, state.info = resolution, info
+    limits = batch_limits(settings.batching, info.device, info.max_tokens)
+    state.resolution, state.info = started.resolution, info
     state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
     state.service = InferenceService(backend.tokenizer, info.task, state.batcher, settings.server, metrics)
 

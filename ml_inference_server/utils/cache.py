@@ -30,8 +30,7 @@ def cached(kind: str, key: Mapping[str, object], make: Callable[[Path], None]) -
     An entry appears under its name only when it is complete, so two processes may make the same one at once. A damaged
     entry is made again. Where the cache cannot be written, the folder is a temporary one and a warning says so.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    entry = cache_root() / kind / name
+    entry = _entry(kind, key)
     if entry.is_dir():
         if _is_whole(entry):
             return entry
@@ -39,7 +38,7 @@ def cached(kind: str, key: Mapping[str, object], make: Callable[[Path], None]) -
         shutil.rmtree(entry, ignore_errors=True)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=entry.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
         draft = Path(tempfile.mkdtemp(prefix="mlis-"))
         log.warning("the cache %s cannot be written (%s): using %s", entry.parent, error.strerror, draft)
@@ -58,6 +57,16 @@ def cached(kind: str, key: Mapping[str, object], make: Callable[[Path], None]) -
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return entry
+
+
+def find(kind: str, key: Mapping[str, object]) -> Path | None:
+    """The undamaged entry for `key`, or None."""
+    entry = _entry(kind, key)
+    return entry if entry.is_dir() and _is_whole(entry) else None
+
+
+def _entry(kind: str, key: Mapping[str, object]) -> Path:
+    return cache_root() / kind / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _is_whole(entry: Path) -> bool:

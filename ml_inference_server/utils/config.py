@@ -48,6 +48,9 @@ class ModelSettings(_Section):
     random_weights: bool = Field(
         False, description="Seeded random numbers instead of the weights, for speed work only; said in every result."
     )
+    min_parity: float | None = Field(
+        None, ge=0, le=1, description="Least mean cosine to FP32 at load; unset: 0.97 for int8, 0.9999 for the rest."
+    )
     max_tokens: int | None = Field(
         None, ge=8, le=131072, description="Cut texts here; unset: the model's own limit. Never above that limit."
     )

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
         "backends.base",
         "backends.tokenizer",
         "backends.resolve",
-        "backends:create_backend",
+        "backends.start",
         "metrics",
         "proto",
         "utils",
@@ -150,7 +150,7 @@ def test_a_wrong_import_is_noticed(path: str, source: str, blamed: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("server/x.py", "from ml_inference_server.backends import create_backend"),
+        ("server/x.py", "from ml_inference_server.backends.start import start_backend"),
         ("server/x.py", "from ml_inference_server import __version__\nfrom . import batching"),
         ("server/servicers/x.py", "from ..batching import Batch\nfrom ...metrics import registry"),
         ("backends/pytorch.py", "import torch\nfrom .base import Backend"),

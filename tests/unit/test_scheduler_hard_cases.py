@@ -183,12 +183,16 @@ async def test_a_poisoned_text_fails_its_whole_request_and_no_other() -> None:
     rig.assert_at_rest()
 
 
-@virtual_time
-async def test_a_batch_that_raises_once_is_retried_and_nobody_notices() -> None:
-    rig = Rig()
-    rig.worker.raises = lambda ids: len(rig.worker.batches) == 1
-    assert await asyncio.gather(rig.call(1), rig.call(2)) == [[1.0], [2.0]]
-    rig.assert_at_rest()
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_that_raises_once_is_retried_and_nobody_notices(size: int) -> None:
+    @virtual_time
+    async def check() -> None:
+        rig = Rig()
+        rig.worker.raises = lambda ids: len(rig.worker.batches) == 1
+        assert await asyncio.gather(*(rig.call(i) for i in range(size))) == [[float(i)] for i in range(size)]
+        rig.assert_at_rest()
+
+    check()
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["one row too few", "one row too many"])
@@ -295,9 +299,45 @@ async def test_a_deadline_that_passes_during_the_batch_ends_the_wait() -> None:
 @virtual_time
 async def test_a_deadline_that_has_passed_is_not_admitted() -> None:
     rig = Rig()
+    with pytest.raises(DeadlinePassed, match="before the request was admitted"):
+        rig.batcher.admit(3, asyncio.get_running_loop().time())
     with pytest.raises(DeadlinePassed):
         await rig.call(1, timeout_s=0)
     assert rig.worker.batches == []
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_text_whose_deadline_passed_in_this_very_moment_is_not_started() -> None:
+    """The slot gets free and the deadline passes in one turn of the loop, before anybody could be told."""
+    rig = Rig()
+    rig.worker.gate.clear()
+    first = rig.call(1)
+    await turns()
+    late = rig.call(2, timeout_s=5)
+    await turns()
+    asyncio.get_running_loop()._jumping.now += 10  # type: ignore[attr-defined]
+    rig.worker.gate.set()
+    with pytest.raises(DeadlinePassed):
+        await late
+    assert await first == [1.0]
+    await turns()
+    assert rig.worker.batches == [[1]]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_text_whose_caller_left_is_not_computed_again_when_its_batch_is_retried() -> None:
+    rig = Rig()
+    rig.worker.gate.clear()
+    leaving, staying = rig.call(1), rig.call(2)
+    await turns()
+    rig.worker.raises = lambda ids: len(ids) == 2
+    leaving.cancel()
+    await turns()
+    rig.worker.gate.set()
+    assert await staying == [2.0]
+    assert rig.worker.batches == [[1, 2], [2]]
     rig.assert_at_rest()
 
 
