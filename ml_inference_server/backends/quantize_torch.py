@@ -11,8 +11,9 @@ log = logging.getLogger(__name__)
 
 # First of these that the build supports. On Apple's machines the build's own default is "none", which cannot run.
 _ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
-# Layers that stay in FP32; see docs/backends.md for what each choice costs and loses.
-KEEP_FP32: tuple[str, ...] = ()
+# Parts of the names of layers that stay in FP32: the first transformer layer, whose error all others inherit. What else was
+# tried, and what each choice loses, stands in docs/backends.md.
+KEEP_FP32 = ("layer.0.", "layers.0.")
 
 
 def choose_engine() -> str:
@@ -28,13 +29,15 @@ def choose_engine() -> str:
 def quantize_linears(module: torch.nn.Module, keep: tuple[str, ...] = KEEP_FP32) -> int:
     """Replace the Linear layers of `module` by INT8 ones with per-channel weights; how many were replaced.
 
-    keep: suffixes of layer names that stay in FP32.
+    keep: a layer whose name holds one of these stays in FP32.
     """
     quantization = getattr(torch.ao, "quantization", None)
     if quantization is None or not hasattr(quantization, "quantize_dynamic"):
         raise ModelError("this PyTorch has no quantize_dynamic any more: use model.backend onnx for INT8")
     names = [
-        name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear) and not name.endswith(keep)
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not any(part in name for part in keep)
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
