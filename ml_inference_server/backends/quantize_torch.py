@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 
 # First of these that the build supports. On Apple's machines the build's own default is "none", which cannot run.
 _ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
-# Parts of the names of layers that stay in FP32: the first transformer layer, whose error all others inherit. What else was
-# tried, and what each choice loses, stands in docs/backends.md.
+# Parts of the names of layers that stay in FP32: the first transformer layer, whose error all others inherit. What
+# else was tried, and what each choice loses, stands in docs/backends.md.
 KEEP_FP32 = ("layer.0.", "layers.0.")
 
 
