@@ -32,6 +32,13 @@ class LoadedModel:
     takes_token_type_ids: bool
 
 
+def _features(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    features = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return features if token_type_ids is None else features | {"token_type_ids": token_type_ids}
+
+
 class _SentenceModule(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -40,10 +47,7 @@ class _SentenceModule(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:
-            features["token_type_ids"] = token_type_ids
-        rows: torch.Tensor = self.model(features)["sentence_embedding"]
+        rows: torch.Tensor = self.model(_features(input_ids, attention_mask, token_type_ids))["sentence_embedding"]
         return rows
 
 
@@ -55,11 +59,8 @@ class _CrossEncoderModule(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:
-            features["token_type_ids"] = token_type_ids
         # Raw logits in FP32: a sigmoid in half precision saturates, and then good answers tie.
-        logits: torch.Tensor = self.model(**features).logits.float()
+        logits: torch.Tensor = self.model(**_features(input_ids, attention_mask, token_type_ids)).logits.float()
         return logits
 
 
