@@ -154,9 +154,11 @@ def combinations(model: ModelSettings) -> list[tuple[Row, ModelSettings]]:
                 update={"backend": backend, "quantized": quantization != "none", "quantization": quantization}
             )
             try:
-                out.append((Row(backend, quantization), resolve(settings).model))
+                resolution = resolve(settings)
             except StartError:
                 continue
+            if not resolution.warnings:  # a precision that this machine only emulates would take hours
+                out.append((Row(backend, quantization), resolution.model))
     return out
 
 
