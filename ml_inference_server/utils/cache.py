@@ -1,5 +1,6 @@
 """Files that are dear to make and safe to lose: one folder for each user, entries whole or not there at all."""
 
+import atexit
 import hashlib
 import json
 import logging
@@ -41,6 +42,7 @@ def cached(kind: str, key: Mapping[str, object], make: Callable[[Path], None]) -
         draft = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     except OSError as error:
         draft = Path(tempfile.mkdtemp(prefix="mlis-"))
+        atexit.register(shutil.rmtree, draft, ignore_errors=True)
         log.warning("the cache %s cannot be written (%s): using %s", entry.parent, error.strerror, draft)
         make(draft)
         return draft

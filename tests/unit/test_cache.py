@@ -69,6 +69,25 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_work_goes_on(
     assert "cannot be written" in caplog.text
 
 
+def _make_and_end(results) -> None:
+    logging.disable()
+    results.put(str(cached("onnx", {"a": 1}, write)))
+
+
+def test_what_stands_in_for_the_cache_goes_with_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MLIS_CACHE_DIR", str(tmp_path / "a file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_make_and_end, args=(results,))
+    process.start()
+    folder = Path(results.get(timeout=60))
+    process.join()
+    assert folder.parent == tmp_path
+    assert not folder.exists()
+
+
 def _make_at_once(barrier, results) -> None:
     logging.disable()
 
