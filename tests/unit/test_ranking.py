@@ -1,9 +1,11 @@
 """Ranking quality, against figures worked out by hand."""
 
+import random
 from math import log2
 from pathlib import Path
 
 import pytest
+import pytrec_eval
 
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.ranking import mean_ndcg_at, mrr_at, ndcg_at, read_qrels
@@ -46,3 +48,26 @@ def test_qrels_are_read_and_a_bad_line_is_named(tmp_path: Path) -> None:
     file.write_text("1 0 a 3\n1 0 b\n")
     with pytest.raises(ConfigError, match=":2: expected 'query 0 passage grade'"):
         read_qrels(file)
+
+
+def test_random_rankings_equal_trec_evals() -> None:
+    """trec_eval's gain is the grade itself: it is given 2^grade - 1 as the grade, and grades above 0 are relevant."""
+    rng = random.Random(0)
+    qrels: dict[str, dict[str, int]] = {}
+    runs: dict[str, list[str]] = {}
+    for query in map(str, range(200)):
+        passages = [f"p{i}" for i in range(rng.randint(1, 40))]
+        qrels[query] = {passage: rng.choice([0, 0, 1, 2, 3]) for passage in passages if rng.random() < 0.7} or {"p0": 1}
+        runs[query] = rng.sample(passages, rng.randint(1, len(passages)))
+    scores = {query: {p: -float(rank) for rank, p in enumerate(ranked)} for query, ranked in runs.items()}
+    gains = {query: {p: 2**grade - 1 for p, grade in grades.items()} for query, grades in qrels.items()}
+    first_ten = {query: dict(list(each.items())[:10]) for query, each in scores.items()}
+    ndcg = pytrec_eval.RelevanceEvaluator(gains, {"ndcg_cut.10"}).evaluate(scores)
+    mrr = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(first_ten)
+    values = [ndcg[query]["ndcg_cut_10"] for query in runs]
+    assert len({round(value, 6) for value in values}) > 100
+    assert [ndcg_at(10, runs[query], qrels[query]) for query in runs] == pytest.approx(values)
+    assert [mrr_at(10, runs[query], qrels[query]) for query in runs] == pytest.approx(
+        [mrr[query]["recip_rank"] for query in runs]
+    )
+    assert mean_ndcg_at(10, runs, qrels) == pytest.approx(sum(values) / len(values))
