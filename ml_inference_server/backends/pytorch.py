@@ -27,7 +27,7 @@ class PyTorchBackend:
     def __init__(self, model: ModelSettings) -> None:
         self._settings = model
         self._device = torch.device(model.device)
-        self._quantization: Quantization = model.quantization or "none"
+        self._quantization = model.precision
 
     @staticmethod
     def supported() -> Mapping[str, Sequence[Quantization]]:

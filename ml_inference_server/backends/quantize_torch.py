@@ -41,7 +41,7 @@ def quantize_linears(module: torch.nn.Module, keep: tuple[str, ...] = KEEP_FP32)
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.ao.quantization.*")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.ao\.")
         spec = dict.fromkeys(names, quantization.per_channel_dynamic_qconfig)
         quantization.quantize_dynamic(module, spec, dtype=torch.qint8, inplace=True)
     return count_quantized(module)

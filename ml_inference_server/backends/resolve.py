@@ -48,7 +48,10 @@ def resolve(model: ModelSettings) -> Resolution:
     fallbacks: list[str] = []
     device = _device(model, supported, fallbacks)
     asked_on = device if model.device == "auto" else model.device
-    quantization = _quantization(model.requested_quantization(asked_on), device, supported[device], model, fallbacks)
+    asked = model.requested_quantization(asked_on)
+    if asked == "auto":
+        raise ValueError("quantization is auto: backends/auto.py chooses one before settings are resolved")
+    quantization = _quantization(asked, device, supported[device], model, fallbacks)
     cpus = available_cpus()
     streams = model.streams or (min(2, cpus) if device == "cpu" else 1)
     concrete = model.model_copy(
@@ -110,7 +113,8 @@ def title(resolution: Resolution, info: BackendInfo) -> str:
     text = f"{info.model}, {info.backend} {precision} on {info.device} ({info.device_name})"
     wanted_model = resolution.requested
     wanted_device = info.device if wanted_model.device == "auto" else wanted_model.device
-    wanted = PRECISION_NAMES[DTYPES[wanted_model.requested_quantization(wanted_device)]]
+    asked = wanted_model.requested_quantization(wanted_device)
+    wanted = precision if asked == "auto" else PRECISION_NAMES[DTYPES[asked]]
     if f"{wanted_device} {wanted}" != ran:
         text += f": requested {wanted_device} {wanted} -> ran {ran}"
     if info.random_weights:

@@ -257,7 +257,7 @@ class BackendInfo(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid")
+    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    AUTO_CHOICE_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     experiment: str
     variant: str
@@ -284,4 +285,5 @@ class GetServerInfoResponse(_message.Message):
     max_message_bytes: int
     instance_id: str
     pid: int
-    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    auto_choice: str
+    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ..., auto_choice: _Optional[str] = ...) -> None: ...

@@ -26,6 +26,7 @@ class ServerState:
     phase: str = "starting"
     resolution: Resolution | None = None
     info: BackendInfo | None = None
+    auto_choice: str = ""
     service: InferenceService | None = None
     batcher: DynamicBatcher | None = None
     draining: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,4 +77,5 @@ class ServerState:
             "settings": self.settings.model_dump(mode="json"),
             "pid": os.getpid(),
             "instance_id": self.instance_id,
+            "auto_choice": self.auto_choice,
         }

@@ -17,6 +17,7 @@ EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
 
 Quantization = Literal["none", "fp16", "bf16", "int8"]
+RequestedQuantization = Quantization | Literal["auto"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -30,7 +31,9 @@ class ModelSettings(_Section):
         min_length=1,
         description="Hugging Face name, or a local folder in sentence-transformers layout.",
     )
-    backend: str = Field("pytorch", description="pytorch, onnx, openvino, or fake (no model: for tests).")
+    backend: str = Field(
+        "pytorch", description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests)."
+    )
     task: Literal["embedding", "cross_encoder"] = Field(
         "embedding",
         description="cross_encoder: the model scores (query, passage) pairs by itself and has no embeddings.",
@@ -39,8 +42,10 @@ class ModelSettings(_Section):
         "auto", description="Where the model runs; auto takes the first of cuda, mps, cpu that is there."
     )
     quantized: bool = Field(False, description="True runs the precision named by `quantization`.")
-    quantization: Quantization | None = Field(
-        None, description="Which precision when `quantized`: fp16, bf16 or int8. Unset: int8 on cpu, fp16 elsewhere."
+    quantization: RequestedQuantization | None = Field(
+        None,
+        description="Which precision when `quantized`: fp16, bf16, int8, or auto (the fastest here that stays within "
+        "`min_parity`, FP32 included). Unset: int8 on cpu, fp16 elsewhere.",
     )
     allow_fallback: bool = Field(
         False, description="Run on what is there when device or precision is not; shown in every title. False: refuse."
@@ -62,10 +67,17 @@ class ModelSettings(_Section):
         if not self.quantized and self.quantization not in (None, "none"):
             raise ValueError(f"quantization is {self.quantization} but quantized is false: set quantized: true")
         if self.quantized and self.quantization == "none":
-            raise ValueError("quantized is true but quantization is none: name fp16, bf16 or int8")
+            raise ValueError("quantized is true but quantization is none: name fp16, bf16, int8 or auto")
         return self
 
-    def requested_quantization(self, device: str) -> Quantization:
+    @property
+    def precision(self) -> Quantization:
+        """The concrete precision, for settings that `resolve` has made concrete. ValueError for auto."""
+        if self.quantization == "auto":
+            raise ValueError("quantization is auto: it has to be chosen before anything is loaded")
+        return self.quantization or "none"
+
+    def requested_quantization(self, device: str) -> RequestedQuantization:
         """The precision that these settings ask for on `device`."""
         if not self.quantized:
             return "none"

@@ -160,7 +160,7 @@ def test_settings_are_frozen() -> None:
         ("experiment: {batch_sizes: [1, 0]}", "experiment.batch_sizes.1: "),
         ("model: {device: tpu}", "model.device: input should be 'auto', 'cpu', 'cuda' or 'mps', not 'tpu'"),
         ("model: {quantization: fp16}", "set quantized: true"),
-        ("model: {quantized: true, quantization: none}", "name fp16, bf16 or int8"),
+        ("model: {quantized: true, quantization: none}", "name fp16, bf16, int8 or auto"),
         ("name: ../../etc/passwd", "name: "),
         ("server: {port: 8080}", "server.port and metrics.port are both 8080"),
         ("server: {port: 65536}", "server.port: "),

@@ -116,7 +116,7 @@ function showInfo(info) {
   const precision = resolved && resolved.dtype + (resolved.quantized_layers ? `, ${number(resolved.quantized_layers)} quantized layers` : "");
   const rows = [
     ["Model", requested.model, resolved ? resolved.model : loading, false],
-    ["Backend", requested.backend, resolved ? resolved.backend : loading, resolved && resolved.backend !== requested.backend],
+    ["Backend", requested.backend, resolved ? resolved.backend : loading, resolved && !["auto", resolved.backend].includes(requested.backend)],
     ["Device", requested.device, resolved ? resolved.device : loading, resolved && !["auto", resolved.device].includes(requested.device)],
     ["Precision", requested.quantization === "none" ? "not quantized" : requested.quantization, resolved ? precision : loading, false],
   ];

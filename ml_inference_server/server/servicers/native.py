@@ -156,6 +156,7 @@ class NativeServicer:
             max_message_bytes=limits.max_message_bytes,
             instance_id=told["instance_id"],
             pid=told["pid"],
+            auto_choice=told["auto_choice"],
         )
         return Reply(message)
 

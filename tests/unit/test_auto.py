@@ -1,0 +1,367 @@
+"""`auto`: the fastest that passes the gate, asked once, explained, and never taken down by one of its candidates."""
+
+import logging
+import os
+import re
+import signal
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml_inference_server.backends import BACKENDS, auto, own_process
+from ml_inference_server.backends import resolve as resolve_module
+from ml_inference_server.backends.auto import Candidates, Measured, candidates, choose, probe
+from ml_inference_server.backends.fake import FakeBackend
+from ml_inference_server.backends.own_process import in_own_process
+from ml_inference_server.backends.resolve import resolve, title
+from ml_inference_server.backends.start import Started, start_backend
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.lifecycle import attach
+from ml_inference_server.server.state import ServerState
+from ml_inference_server.utils import config
+from ml_inference_server.utils.config import ModelSettings, Quantization, Settings
+from ml_inference_server.utils.errors import ConfigError, ModelError
+
+CPU: Mapping[str, Sequence[Quantization]] = {"cpu": ("none", "bf16", "int8")}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLIS_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder that holds no weights: enough to be found and hashed."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    return path
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make `auto` believe that there are these backends, each name with what it supports; an error stands for none."""
+
+    def have(native_bf16: bool = False, **supported: Mapping[str, Sequence[Quantization]] | Exception) -> None:
+        def find(name: str) -> type[FakeBackend]:
+            answer = supported[name]
+            if isinstance(answer, Exception):
+                raise answer
+            return type("Backend", (FakeBackend,), {"supported": staticmethod(lambda: answer)})
+
+        monkeypatch.setattr(auto, "BACKENDS", {**dict.fromkeys(supported, ""), "fake": BACKENDS["fake"]})
+        for module in (auto, resolve_module):
+            monkeypatch.setattr(module, "backend_class", find)
+            monkeypatch.setattr(module, "has_native_bf16", lambda: native_bf16)
+
+    return have
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch, backends: Callable[..., None]) -> Callable[..., list[str]]:
+    """Answer for the processes: what each "backend precision" measures, or the error it ends with; returns the log."""
+
+    def set_to(**by_backend: Mapping[str, float | Measured | ModelError]) -> list[str]:
+        precisions: dict[str, tuple[Quantization, ...]] = {
+            name: tuple("none" if each == "fp32" else each for each in rates)  # type: ignore[misc]
+            for name, rates in by_backend.items()
+        }
+        backends(**{name: {"cpu": each} for name, each in precisions.items()})
+        ran: list[str] = []
+
+        def run(work: object, model: ModelSettings) -> Candidates | Measured:
+            if work is candidates:
+                return candidates(model)
+            assert work is probe
+            precision = model.quantization or "fp32"
+            ran.append(f"{model.backend} {precision}")
+            answer = by_backend[model.backend][precision]
+            if isinstance(answer, ModelError):
+                raise answer
+            return measured(answer) if isinstance(answer, int | float) else answer
+
+        monkeypatch.setattr(auto, "in_own_process", run)
+        return ran
+
+    return set_to
+
+
+def measured(texts_per_s: float, closeness: float | None = 1.0, *, fp32: bool = False) -> Measured:
+    return Measured(texts_per_s, closeness, 0.97, fp32)
+
+
+def wish(**keys: object) -> ModelSettings:
+    return ModelSettings.model_validate({"backend": "auto", "quantized": True, "quantization": "auto", **keys})
+
+
+def silent(phase: str) -> None:
+    pass
+
+
+# What takes part
+
+
+def test_everything_takes_part_and_what_is_absent_has_its_reason(backends) -> None:
+    missing = ModelError("model.backend c needs the package c: pip install -r requirements.txt")
+    backends(a={"cuda": ("none", "fp16"), "cpu": ("none", "int8")}, b={"cpu": ("none",)}, c=missing)
+    found = candidates(wish())
+    assert list(found.able) == ["a fp32 on cuda", "a fp16 on cuda", "a fp32", "a int8", "b fp32"]
+    assert found.skipped["c"] == str(missing)
+    assert found.skipped["a int8 on cuda"] == "not on cuda"
+    assert found.skipped["b int8"] == "not on cpu"
+    chosen = found.able["a int8"]
+    assert (chosen.backend, chosen.device, chosen.quantized, chosen.quantization) == ("a", "cpu", True, "int8")
+
+
+def test_a_broken_package_does_not_take_the_others_along(backends) -> None:
+    backends(a=OSError("libsomething.so.1: cannot open shared object file"), b=CPU)
+    found = candidates(wish())
+    assert found.skipped["a"].startswith("OSError: libsomething")
+    assert "b fp32" in found.able
+
+
+@pytest.mark.parametrize("keys", [{}, {"quantization": "bf16"}])
+def test_emulated_bf16_is_no_candidate_even_if_it_was_named(backends, keys: dict[str, object]) -> None:
+    backends(a=CPU)
+    assert candidates(wish(**keys)).skipped["a bf16"] == "no bf16 instructions"
+    backends(a=CPU, native_bf16=True)
+    assert "a bf16" in candidates(wish(**keys)).able
+
+
+def test_only_what_is_auto_is_left_open(backends) -> None:
+    backends(a=CPU, b=CPU)
+    assert list(candidates(wish(quantized=False, quantization=None)).able) == ["a fp32", "b fp32"]
+    assert list(candidates(wish(quantization=None)).able) == ["a int8", "b int8"], "the rule for the device"
+    assert list(candidates(wish(backend="b")).able) == ["b fp32", "b int8"]
+
+
+def test_a_missing_device_is_refused_or_falls_back_as_everywhere(backends) -> None:
+    backends(a=CPU)
+    assert candidates(wish(device="mps")).able == {}
+    found = candidates(wish(device="mps", allow_fallback=True))
+    assert list(found.able) == ["a fp32", "a int8"], "and a precision that is not there is not tried under another name"
+    assert resolve(found.able["a int8"]).fallbacks == ("device mps is not available here, running on cpu",)
+
+
+# The choice
+
+
+def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(outcomes, folder: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    phases: list[str] = []
+    outcomes(
+        a={"fp32": 100.0, "int8": measured(900, 0.9612)},
+        b={"fp32": 90.0, "int8": 310.0},
+        c={"fp32": ModelError("its process died with exit code -11")},
+    )
+    choice = choose(wish(name=str(folder)), phases.append)
+    assert (choice.model.backend, choice.model.quantization, choice.model.name) == ("b", "int8", str(folder))
+    assert choice.sentence.startswith(
+        "auto chose b int8 (3.1x of a fp32; tried: a fp32 1.0x, "
+        "a int8 failed the quality gate (parity 0.9612, limit 0.97), b fp32 0.9x, b int8 3.1x, "
+        "c fp32 failed (its process died with exit code -11); skipped: a fp16 (not on cpu)"
+    )
+    assert caplog.text.count(choice.sentence) == 1
+    assert "auto: trying b int8 (4/5)" in phases
+
+
+def test_a_second_start_reads_the_choice(outcomes, folder: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    ran = outcomes(a={"fp32": 100.0, "int8": 200.0})
+    first = choose(wish(name=str(folder)), silent)
+    assert ran == ["a fp32", "a int8"]
+    assert choose(wish(name=str(folder)), silent) == first
+    assert len(ran) == 2
+    assert "measured earlier" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["weights", "settings", "versions", "cpu"])
+def test_another_model_or_machine_is_measured_anew(
+    outcomes, folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    ran = outcomes(a={"fp32": 100.0})
+    model = wish(name=str(folder))
+    choose(model, silent)
+    if change == "weights":
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", 3) + b"{ }")
+    elif change == "settings":
+        model = wish(name=str(folder), min_parity=0.5)
+    elif change == "versions":
+        monkeypatch.setattr(auto.importlib.metadata, "version", lambda package: "0.0.1")
+    else:
+        monkeypatch.setattr(auto, "cpu_name", lambda: "another")
+    choose(model, silent)
+    assert len(ran) == 2
+
+
+def test_a_choice_that_does_not_run_any_more_is_made_again(outcomes, folder: Path, caplog) -> None:
+    outcomes(a={"fp32": 100.0, "int8": 200.0})
+    choose(wish(name=str(folder)), silent)
+    outcomes(a={"fp32": 100.0})
+    assert choose(wish(name=str(folder)), silent).model.quantized is False
+    assert "what auto chose earlier does not run any more: int8 is not available" in caplog.text
+
+
+def test_nothing_that_passes_is_an_error_that_tells_everything(outcomes, folder: Path) -> None:
+    ran = outcomes(a={"int8": measured(900, 0.5)}, b={"fp32": ModelError("no memory")})
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"a int8 failed the quality gate .*b fp32 failed \(no memory\).*Name a"):
+            choose(wish(name=str(folder)), silent)
+    assert len(ran) == 4, "a failure is not remembered"
+
+
+def test_without_a_reference_only_fp32_is_trusted() -> None:
+    assert measured(1, None, fp32=True).verdict == ""
+    assert measured(1, None).verdict == "could not be compared with FP32"
+    assert measured(1, float("nan")).verdict.startswith("failed the quality gate")
+    assert measured(1, 0.97).verdict == ""
+
+
+# The probe and its process
+
+
+def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[FakeBackend] = []
+    load = FakeBackend.load_model
+    monkeypatch.setattr(FakeBackend, "load_model", lambda self: (ran.append(self), load(self))[1])
+    got = probe(ModelSettings(backend="fake", streams=2))
+    assert got.texts_per_s > 0
+    assert (got.parity, got.limit, got.fp32) == (pytest.approx(1), 0.9999, True)
+    timed = [batch for batch in ran[0].log if len(batch.rows) > 8]
+    assert max(batch.padded_tokens for batch in timed) <= 2048
+    assert len({row for batch in timed for row in batch.rows}) >= auto.PROBE_TEXTS / 2
+
+
+def test_the_probe_of_a_cross_encoder_scores_pairs() -> None:
+    assert probe(ModelSettings(backend="fake", task="cross_encoder")).parity == pytest.approx(1)
+
+
+def test_a_slow_candidate_is_timed_once_and_a_fast_one_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    monkeypatch.setattr(auto.statistics, "median", lambda seconds: (passes.append(len(seconds)), 1.0)[1])
+    probe(ModelSettings(backend="fake"))
+    monkeypatch.setattr(auto, "_BUDGET_S", 0.0)
+    probe(ModelSettings(backend="fake"))
+    assert passes == [auto.MAX_PASSES, 1]
+
+
+def identity(model: ModelSettings) -> tuple[int, str]:
+    return os.getpid(), model.name
+
+
+def die(model: ModelSettings) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(model: ModelSettings) -> None:
+    threading.Event().wait()
+
+
+def refuse(model: ModelSettings) -> None:
+    raise ModelError("not this one") if model.backend == "fake" else ValueError("odd\nmore of it")
+
+
+@pytest.mark.slow
+def test_work_is_done_in_another_process() -> None:
+    pid, name = in_own_process(identity, ModelSettings(name="x"))
+    assert (pid != os.getpid(), name) == (True, "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "backend", "message"),
+    [
+        (die, "fake", "its process died with exit code -9"),
+        (refuse, "fake", "^not this one$"),
+        (refuse, "pytorch", "^ValueError: odd$"),
+    ],
+)
+def test_a_failure_in_the_process_is_told_and_does_not_spread(work, backend: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        in_own_process(work, ModelSettings(backend=backend))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended() -> None:
+    before = own_process.multiprocessing.active_children()
+    with pytest.raises(ModelError, match="no answer after 0 s"):
+        in_own_process(hang, ModelSettings(), limit_s=0.01)
+    assert own_process.multiprocessing.active_children() == before
+
+
+# What the rest of the server makes of it
+
+
+def test_auto_without_quantized_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantization is auto but quantized is false: set quantized: true"):
+        config.load_settings(overrides=["model.quantization=auto"])
+
+
+def test_nothing_is_loaded_or_resolved_while_the_precision_is_auto() -> None:
+    with pytest.raises(ValueError, match="quantization is auto"):
+        resolve(wish(backend="fake"))
+    with pytest.raises(ValueError, match="quantization is auto"):
+        _ = wish().precision
+
+
+def test_what_was_requested_stays_auto_and_is_no_fallback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with the fake backend as the only candidate: a real process probes it, then it serves."""
+    settings = Settings.model_validate({"model": {"backend": "fake", "quantized": True, "quantization": "auto"}})
+    model = settings.model.model_copy(update={"name": str(folder)})
+    phases: list[str] = []
+    started = start_backend(model, phases.append)
+    assert started.resolution.requested == model
+    assert started.resolution.model.quantized is False
+    assert started.auto_choice.startswith("auto chose fake fp32 (1.0x of fake fp32; tried: fake fp32 1.0x; skipped: ")
+    assert "requested" not in title(started.resolution, started.info)
+    assert "auto: trying fake fp32 (1/1)" in phases
+    monkeypatch.setattr(auto, "in_own_process", pytest.fail)
+    again = start_backend(model, silent)
+    assert again.auto_choice == started.auto_choice
+
+
+async def test_server_info_tells_the_choice_and_is_silent_without_one(server) -> None:
+    assert server.state.as_dict()["auto_choice"] == ""
+    state = ServerState(Settings.model_validate({"model": wish().model_dump()}))
+    assert (state.requested()["backend"], state.requested()["quantization"]) == ("auto", "auto")
+    started = Started(server.state.resolution, server.backend, server.state.info, "auto chose x")
+    attach(state, started, Metrics(window_s=30))
+    assert state.as_dict()["auto_choice"] == "auto chose x"
+    state.batcher.close()
+    state.service.close()
+
+
+@pytest.mark.real
+def test_two_real_candidates_are_probed_once(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    threads = torch.get_num_threads()
+    # With native bf16 there would be a third; this test is about the two that every CPU runs.
+    monkeypatch.setattr(auto, "DTYPES", {"none": "float32", "int8": "int8"})
+    model = wish(backend="pytorch", device="cpu")
+    processes: list[object] = []
+
+    def count(work, settings: ModelSettings) -> object:
+        processes.append(work)
+        return candidates(settings) if work is candidates else in_own_process(work, settings)
+
+    monkeypatch.setattr(auto, "in_own_process", count)
+    started = start_backend(model, silent)
+    assert processes == [candidates, probe, probe]
+    assert re.fullmatch(
+        r"auto chose pytorch (fp32|int8) \((\d+\.\d)x of pytorch fp32; tried: pytorch fp32 1\.0x, "
+        r"pytorch int8 (\d+\.\d)x\)",
+        started.auto_choice,
+    )
+    assert started.auto_choice.startswith(f"auto chose pytorch {'int8' if started.info.dtype == 'int8' else 'fp32'} ")
+    assert started.info.parity_mean is not None
+    again = start_backend(model, silent)
+    assert len(processes) == 3
+    assert (again.auto_choice, again.info.dtype) == (started.auto_choice, started.info.dtype)
+    assert "measured earlier" in caplog.text
+    torch.set_num_threads(threads)
