@@ -1,22 +1,16 @@
 """`auto`: the fastest that passes the gate, asked once, explained, and never taken down by one of its candidates."""
 
 import logging
-import os
-import re
-import signal
 import struct
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from ml_inference_server.backends import BACKENDS, auto, own_process
+from ml_inference_server.backends import BACKENDS, auto
 from ml_inference_server.backends import resolve as resolve_module
 from ml_inference_server.backends.auto import Candidates, Measured, candidates, choose, probe
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.own_process import in_own_process
 from ml_inference_server.backends.resolve import resolve, title
 from ml_inference_server.backends.start import Started, start_backend
 from ml_inference_server.metrics.registry import Metrics
@@ -223,7 +217,7 @@ def test_without_a_reference_only_fp32_is_trusted() -> None:
     assert measured(1, 0.97).verdict == ""
 
 
-# The probe and its process
+# The probe
 
 
 def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,50 +243,6 @@ def test_a_slow_candidate_is_timed_once_and_a_fast_one_several_times(monkeypatch
     monkeypatch.setattr(auto, "_BUDGET_S", 0.0)
     probe(ModelSettings(backend="fake"))
     assert passes == [auto.MAX_PASSES, 1]
-
-
-def identity(model: ModelSettings) -> tuple[int, str]:
-    return os.getpid(), model.name
-
-
-def die(model: ModelSettings) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang(model: ModelSettings) -> None:
-    threading.Event().wait()
-
-
-def refuse(model: ModelSettings) -> None:
-    raise ModelError("not this one") if model.backend == "fake" else ValueError("odd\nmore of it")
-
-
-@pytest.mark.slow
-def test_work_is_done_in_another_process() -> None:
-    pid, name = in_own_process(identity, ModelSettings(name="x"))
-    assert (pid != os.getpid(), name) == (True, "x")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("work", "backend", "message"),
-    [
-        (die, "fake", "its process died with exit code -9"),
-        (refuse, "fake", "^not this one$"),
-        (refuse, "pytorch", "^ValueError: odd$"),
-    ],
-)
-def test_a_failure_in_the_process_is_told_and_does_not_spread(work, backend: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        in_own_process(work, ModelSettings(backend=backend))
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_is_ended() -> None:
-    before = own_process.multiprocessing.active_children()
-    with pytest.raises(ModelError, match="no answer after 0 s"):
-        in_own_process(hang, ModelSettings(), limit_s=0.01)
-    assert own_process.multiprocessing.active_children() == before
 
 
 # What the rest of the server makes of it
@@ -335,33 +285,3 @@ async def test_server_info_tells_the_choice_and_is_silent_without_one(server) ->
     assert state.as_dict()["auto_choice"] == "auto chose x"
     state.batcher.close()
     state.service.close()
-
-
-@pytest.mark.real
-def test_two_real_candidates_are_probed_once(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    threads = torch.get_num_threads()
-    # With native bf16 there would be a third; this test is about the two that every CPU runs.
-    monkeypatch.setattr(auto, "DTYPES", {"none": "float32", "int8": "int8"})
-    model = wish(backend="pytorch", device="cpu")
-    processes: list[object] = []
-
-    def count(work, settings: ModelSettings) -> object:
-        processes.append(work)
-        return candidates(settings) if work is candidates else in_own_process(work, settings)
-
-    monkeypatch.setattr(auto, "in_own_process", count)
-    started = start_backend(model, silent)
-    assert processes == [candidates, probe, probe]
-    assert re.fullmatch(
-        r"auto chose pytorch (fp32|int8) \((\d+\.\d)x of pytorch fp32; tried: pytorch fp32 1\.0x, "
-        r"pytorch int8 (\d+\.\d)x\)",
-        started.auto_choice,
-    )
-    assert started.auto_choice.startswith(f"auto chose pytorch {'int8' if started.info.dtype == 'int8' else 'fp32'} ")
-    assert started.info.parity_mean is not None
-    again = start_backend(model, silent)
-    assert len(processes) == 3
-    assert (again.auto_choice, again.info.dtype) == (started.auto_choice, started.info.dtype)
-    assert "measured earlier" in caplog.text
-    torch.set_num_threads(threads)
