@@ -1,13 +1,18 @@
 """The model's whole pipeline (transformer, pooling, Dense, normalisation) as one ONNX graph, cached by content.
 
 Batch and length are dynamic. ONNX Runtime and OpenVINO both read what is written here, so there is one export to trust.
+A model that brings such a graph of its own as onnx/model.onnx is run from that instead.
 """
 
+import contextlib
 import hashlib
+import importlib
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ml_inference_server.backends.model_files import ModelFiles
 from ml_inference_server.backends.tokenizer import FastTokenizer
@@ -15,26 +20,40 @@ from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 
+if TYPE_CHECKING:
+    from ml_inference_server.backends.loading import LoadedModel
+
 log = logging.getLogger(__name__)
 
 GRAPH_VERSION = 1
 OUTPUT = "rows"
+PREBUILT = "onnx/model.onnx"
+# What a graph that came with the model may call its rows: optimum's names, and our own.
+_OUTPUTS = {"embedding": ("sentence_embedding", OUTPUT), "cross_encoder": ("logits", OUTPUT)}
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """`folder` holds `file`; `inputs` are the graph's input names in order."""
+    """`output` is the name of the graph's rows, `weights` what `file` is; `key` identifies its content."""
 
     file: Path
+    output: str
+    weights: str
     files: ModelFiles
     tokenizer: FastTokenizer
     dimension: int
     parameters: int
     key: dict[str, object]
 
+    def describe(self, file: Path) -> str:
+        """For BackendInfo.weights_file: `file` is this graph, or was quantised from it."""
+        return self.weights if file == self.file else f"{self.weights}, quantised to {file.name}"
+
 
 def export(settings: ModelSettings) -> Exported:
-    """The FP32 graph of `settings.name`, exported now or read from the cache. ModelError if it cannot be exported."""
+    """The FP32 graph of `settings.name`: its own, or from the cache, or exported now. ModelError if there is none."""
+    _need("onnx")
     import torch
     import transformers
 
@@ -50,40 +69,104 @@ def export(settings: ModelSettings) -> Exported:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    parameters = sum(p.numel() for p in loaded.module.parameters())
+    prebuilt = loaded.files.folder / PREBUILT
+    if prebuilt.is_file() and not settings.random_weights:
+        output, unfit = _inspect(prebuilt, loaded, settings.task)
+        if not unfit:
+            # model.onnx_data and the like hold what is too large for the graph's own file.
+            digests = [_sha256(file) for file in sorted(prebuilt.parent.glob("model.onnx*"))]
+            weights = f"{PREBUILT} (sha256 {digests[0][:16]}) beside {loaded.files.weights_file}"
+            log.info("using the model's own graph %s", weights)
+            key |= {"prebuilt": digests}
+            return Exported(
+                prebuilt, output, weights, loaded.files, loaded.tokenizer, loaded.dimension, parameters, key
+            )
+        log.warning("%s of the model is not used: %s; exporting the model instead", PREBUILT, unfit)
 
     def make(folder: Path) -> None:
+        _need("onnxscript")
         log.info("exporting %s to ONNX (once; later starts read the cache)", settings.name)
         ids = torch.ones((2, 8), dtype=torch.int64)
         arguments = [ids, torch.ones_like(ids)] + ([torch.zeros_like(ids)] if loaded.takes_token_type_ids else [])
-        names = ["input_ids", "attention_mask", "token_type_ids"][: len(arguments)]
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    loaded.module,
-                    tuple(arguments),
-                    str(folder / "model.onnx"),
-                    input_names=names,
-                    output_names=[OUTPUT],
-                    dynamic_shapes=[axes] * len(arguments),
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-        except ModuleNotFoundError as error:
-            raise ModelError(f"exporting to ONNX needs the package {error.name}: pip install {error.name}") from error
-        except Exception as error:
-            log.debug("export failed", exc_info=error)
-            lines = str(error).strip().splitlines()
-            raise ModelError(
-                f"{settings.name} cannot be exported to ONNX ({lines[0] if lines else type(error).__name__}): "
-                f"use model.backend pytorch"
-            ) from error
+        cannot = f"{settings.name} cannot be exported to ONNX"
+        with engine_errors(cannot), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                loaded.module,
+                tuple(arguments),
+                str(folder / "model.onnx"),
+                input_names=_INPUTS[: len(arguments)],
+                output_names=[OUTPUT],
+                dynamic_shapes=[axes] * len(arguments),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
 
     folder = cached("onnx", key, make)
-    parameters = sum(p.numel() for p in loaded.module.parameters())
-    return Exported(folder / "model.onnx", loaded.files, loaded.tokenizer, loaded.dimension, parameters, key)
+    weights = f"{loaded.files.weights_file} exported to model.onnx"
+    return Exported(
+        folder / "model.onnx", OUTPUT, weights, loaded.files, loaded.tokenizer, loaded.dimension, parameters, key
+    )
+
+
+@contextlib.contextmanager
+def engine_errors(cannot: str) -> Iterator[None]:
+    """ModelError, `cannot` with the reason and the remedy, for whatever an engine raises: they share no error type."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("%s", cannot, exc_info=error)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"{cannot} ({lines[-1] if lines else type(error).__name__}): use model.backend pytorch"
+        ) from error
+
+
+def _need(package: str) -> None:
+    """ModelError if a package that only the export uses is not installed."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"exporting to ONNX needs the package {error.name}: pip install -r requirements.txt, or use "
+            f"model.backend pytorch"
+        ) from error
+
+
+def _inspect(file: Path, loaded: "LoadedModel", task: str) -> tuple[str, str]:
+    """(name of the output with the rows, "") of a graph that came with the model, or ("", why it cannot be used)."""
+    import onnx
+
+    kinds = onnx.TensorProto
+    halves_and_bytes = (kinds.FLOAT16, kinds.BFLOAT16, kinds.INT8, kinds.UINT8)
+    try:
+        graph = onnx.load(str(file), load_external_data=False).graph
+    except Exception as error:
+        return "", f"it cannot be read ({type(error).__name__})"
+    inputs = {each.name: each.type.tensor_type for each in graph.input}
+    needed = _INPUTS if task == "cross_encoder" and loaded.takes_token_type_ids else _INPUTS[:2]
+    if not set(needed) <= set(inputs) <= set(_INPUTS):
+        return "", f"its inputs are {', '.join(inputs) or 'none'}, not {', '.join(needed)}"
+    if any(each.elem_type != kinds.INT64 for each in inputs.values()):
+        return "", "its inputs are not int64"
+    if any(dim.HasField("dim_value") for each in inputs.values() for dim in each.shape.dim):
+        return "", "its batch or length is fixed"
+    if any(len(each.dims) == 2 and each.data_type in halves_and_bytes for each in graph.initializer):
+        return "", "its weights are not FP32"
+    for each in graph.output:
+        shape = each.type.tensor_type.shape.dim
+        if each.name in _OUTPUTS[task] and len(shape) == 2 and each.type.tensor_type.elem_type == kinds.FLOAT:
+            if shape[1].HasField("dim_value") and shape[1].dim_value != loaded.dimension:
+                return "", f"its rows have {shape[1].dim_value} numbers, the model's {loaded.dimension}"
+            return each.name, ""
+    return "", f"no output is {' or '.join(_OUTPUTS[task])} in FP32, it has {', '.join(map(_shown, graph.output))}"
+
+
+def _shown(output: Any) -> str:
+    return f"{output.name} ({len(output.type.tensor_type.shape.dim)}-D)"
 
 
 def _configuration_hash(folder: Path) -> str:
@@ -92,3 +175,8 @@ def _configuration_hash(folder: Path) -> str:
     for file in sorted(folder.rglob("*.json")):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,12 +10,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, run_warmup
-from ml_inference_server.backends.export import Exported, export
+from ml_inference_server.backends.export import Exported, engine_errors, export
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set
-from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class OnnxBackend:
 
     def __init__(self, model: ModelSettings) -> None:
         self._settings = model
-        self._quantization: Quantization = model.quantization or "none"
+        self._quantization = model.precision
 
     @staticmethod
     def supported() -> Mapping[str, Sequence[Quantization]]:
@@ -46,11 +45,8 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         provider = _PROVIDERS[self._settings.device]
-        try:
+        with engine_errors(f"ONNX Runtime cannot run {self._exported.describe(file)}"):
             self._session = ort.InferenceSession(str(file), options, providers=[provider])
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            raise ModelError(f"ONNX Runtime cannot open {file.name}: {lines[0] if lines else error!r}") from error
         self._inputs = [each.name for each in self._session.get_inputs()]
         self._info = self._describe(file)
 
@@ -78,7 +74,7 @@ class OnnxBackend:
             max_tokens=self._exported.tokenizer.max_tokens,
             dimension=self._exported.dimension,
             weights_sha256=self._exported.files.weights_sha256,
-            weights_file=f"{self._exported.files.weights_file} exported to {file.name}",
+            weights_file=self._exported.describe(file),
             source=self._exported.files.source,
             parameters=self._exported.parameters,
             random_weights=self._settings.random_weights,
@@ -91,7 +87,9 @@ class OnnxBackend:
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
         arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
-        rows: NDArray[np.float32] = self._session.run(None, {name: arrays[name] for name in self._inputs})[0]
+        rows: NDArray[np.float32] = self._session.run(
+            [self._exported.output], {name: arrays[name] for name in self._inputs}
+        )[0]
         return rows
 
     @property
@@ -114,15 +112,19 @@ def quantize_int8(exported: Exported) -> Path:
     def make(folder: Path) -> None:
         log.info("quantising to INT8 (once; later starts read the cache)")
         prepared = folder / "prepared.onnx"
-        quant_pre_process(str(exported.file), str(prepared), skip_symbolic_shape=True)
-        quantize_dynamic(
-            str(prepared),
-            str(folder / "model_int8.onnx"),
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-        )
+        with engine_errors(f"ONNX Runtime cannot quantise {exported.weights}"):
+            quant_pre_process(str(exported.file), str(prepared), skip_symbolic_shape=True)
+            model = onnx.load(str(prepared))
+            # It transposes the weights of Gemm; what the exporter noted of their shapes would then contradict them.
+            del model.graph.value_info[:]
+            quantize_dynamic(
+                model,
+                str(folder / "model_int8.onnx"),
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=reduce_range,
+                weight_type=QuantType.QInt8,
+            )
         prepared.unlink()
 
     return cached("onnx-int8", key, make) / "model_int8.onnx"

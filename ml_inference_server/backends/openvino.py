@@ -11,7 +11,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, collate, run_warmup
-from ml_inference_server.backends.export import Exported, export
+from ml_inference_server.backends.export import Exported, engine_errors, export
 from ml_inference_server.backends.parity import sample_pairs
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
@@ -32,7 +32,7 @@ class OpenVinoBackend:
 
     def __init__(self, model: ModelSettings) -> None:
         self._settings = model
-        self._quantization: Quantization = model.quantization or "none"
+        self._quantization = model.precision
         self._local = threading.local()
 
     @staticmethod
@@ -54,11 +54,8 @@ class OpenVinoBackend:
             "NUM_STREAMS": str(self._settings.streams),
             "INFERENCE_NUM_THREADS": str(self._settings.threads * self._settings.streams),
         }
-        try:
+        with engine_errors(f"OpenVINO cannot run {self._exported.describe(file)}"):
             self._compiled = core.compile_model(core.read_model(str(file)), "CPU", configuration)
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            raise ModelError(f"OpenVINO cannot compile {file.name}: {lines[-1] if lines else error!r}") from error
         self._inputs = [each.get_any_name() for each in self._compiled.inputs]
         self._info = self._describe(file)
 
@@ -82,7 +79,7 @@ class OpenVinoBackend:
             max_tokens=self._exported.tokenizer.max_tokens,
             dimension=self._exported.dimension,
             weights_sha256=self._exported.files.weights_sha256,
-            weights_file=f"{self._exported.files.weights_file} exported to {file.name}",
+            weights_file=self._exported.describe(file),
             source=self._exported.files.source,
             parameters=self._exported.parameters,
             random_weights=self._settings.random_weights,
@@ -99,7 +96,7 @@ class OpenVinoBackend:
         types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
         arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
         request.infer({name: arrays[name] for name in self._inputs}, share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, np.float32)
+        return np.array(request.get_tensor(self._exported.output).data, np.float32)
 
     @property
     def info(self) -> BackendInfo:
@@ -132,7 +129,8 @@ def quantize_int8(exported: Exported) -> Path:
         log.info(
             "quantising to INT8 with NNCF on %d sample texts (once; later starts read the cache)", _CALIBRATION_TEXTS
         )
-        model = ov.Core().read_model(str(exported.file))
+        with engine_errors(f"OpenVINO cannot run {exported.weights}"):
+            model = ov.Core().read_model(str(exported.file))
         names = [each.get_any_name() for each in model.inputs]
 
         def arrays(text: str) -> dict[str, NDArray[np.int64]]:
@@ -142,13 +140,14 @@ def quantize_int8(exported: Exported) -> Path:
             return {name: each[name] for name in names}
 
         nncf.set_log_level(logging.ERROR)
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset(_calibration_texts(), arrays),
-            subset_size=_CALIBRATION_TEXTS,
-            model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED,
-        )
+        with engine_errors(f"NNCF cannot quantise {exported.weights}"):
+            quantized = nncf.quantize(
+                model,
+                nncf.Dataset(_calibration_texts(), arrays),
+                subset_size=_CALIBRATION_TEXTS,
+                model_type=nncf.ModelType.TRANSFORMER,
+                preset=nncf.QuantizationPreset.MIXED,
+            )
         ov.save_model(quantized, str(folder / "model_int8.xml"), compress_to_fp16=False)
 
     return cached("openvino-int8", key, make) / "model_int8.xml"
