@@ -13,6 +13,7 @@ import os
 import random
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ml_inference_server.backends import BACKENDS, create_backend
-from ml_inference_server.backends.base import Backend, Encoded, TokenBatch, collate
+from ml_inference_server.backends.base import Encoded, TokenBatch, collate
+from ml_inference_server.backends.export import graph_inputs
 from ml_inference_server.backends.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ConfigError, StartError
@@ -71,38 +73,26 @@ def grouped_batches(rows: Sequence[Encoded]) -> list[list[int]]:
     return batches
 
 
-def direct_call(backend: Backend) -> Callable[[TokenBatch], object]:
+def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
     """The bare engine with the same model: its own call and nothing of ours."""
-    engine: Any = backend
     if backend.info.backend == "pytorch":
         import torch
 
-        module = engine._loaded.module
-
         def call_torch(batch: TokenBatch) -> object:
             with torch.inference_mode():
-                return module(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+                return backend.module(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
 
         return call_torch
     if backend.info.backend == "onnx":
-        return lambda batch: engine._session.run(None, _arrays(engine._inputs, batch))
-    request = engine._compiled.create_infer_request
-    requests: dict[int, Any] = {}
+        return lambda batch: backend.session.run(None, graph_inputs(backend.input_names, batch))
+    local = threading.local()
 
     def call_openvino(batch: TokenBatch) -> object:
-        import threading
-
-        own = requests.setdefault(threading.get_ident(), None) or request()
-        requests[threading.get_ident()] = own
-        return own.infer(_arrays(engine._inputs, batch), share_inputs=True)
+        if not hasattr(local, "request"):
+            local.request = backend.compiled.create_infer_request()
+        return local.request.infer(graph_inputs(backend.input_names, batch), share_inputs=True)
 
     return call_openvino
-
-
-def _arrays(names: Sequence[str], batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
-    zeros = np.zeros_like(batch.input_ids)
-    own = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": zeros}
-    return {name: own[name] for name in names}
 
 
 def _child(connection: Connection, settings: ModelSettings, texts: list[str], timed: int) -> None:

@@ -9,11 +9,15 @@ import hashlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.model_files import ModelFiles
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
@@ -93,6 +97,8 @@ def export(settings: ModelSettings) -> Exported:
         cannot = f"{settings.name} cannot be exported to ONNX"
         with engine_errors(cannot), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            # It reports at WARNING that torchvision, which has no part in this, is not there.
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             torch.onnx.export(
                 loaded.module,
                 tuple(arguments),
@@ -110,6 +116,13 @@ def export(settings: ModelSettings) -> Exported:
     return Exported(
         folder / "model.onnx", OUTPUT, weights, loaded.files, loaded.tokenizer, loaded.dimension, parameters, key
     )
+
+
+def graph_inputs(names: Sequence[str], batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
+    """What a graph with inputs `names` takes for a batch; without segments their ids are all 0."""
+    types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
+    arrays = dict(zip(_INPUTS, (batch.input_ids, batch.attention_mask, types), strict=True))
+    return {name: arrays[name] for name in names}
 
 
 @contextlib.contextmanager

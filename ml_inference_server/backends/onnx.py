@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, run_warmup
-from ml_inference_server.backends.export import Exported, engine_errors, export
+from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
@@ -46,8 +46,8 @@ class OnnxBackend:
         options.log_severity_level = 3
         provider = _PROVIDERS[self._settings.device]
         with engine_errors(f"ONNX Runtime cannot run {self._exported.describe(file)}"):
-            self._session = ort.InferenceSession(str(file), options, providers=[provider])
-        self._inputs = [each.name for each in self._session.get_inputs()]
+            self.session = ort.InferenceSession(str(file), options, providers=[provider])
+        self.input_names = [each.name for each in self.session.get_inputs()]
         self._info = self._describe(file)
 
     def _describe(self, file: Path) -> BackendInfo:
@@ -57,7 +57,7 @@ class OnnxBackend:
         largest = max(weights, key=lambda tensor: int(np.prod(tensor.dims)))
         dtype = onnx.helper.tensor_dtype_to_np_dtype(largest.data_type).name
         # The session may put a provider other than the one asked for in front: what it says is what runs.
-        provider = self._session.get_providers()[0]
+        provider = self.session.get_providers()[0]
         device = next(name for name, each in _PROVIDERS.items() if each == provider)
         return BackendInfo(
             backend="onnx",
@@ -69,7 +69,7 @@ class OnnxBackend:
             quantized_layers=quantized,
             execution_provider=f"ONNX Runtime {ort.__version__} {provider}",
             instruction_set=instruction_set() if device == "cpu" else "",
-            threads=self._session.get_session_options().intra_op_num_threads,
+            threads=self.session.get_session_options().intra_op_num_threads,
             concurrency=self._settings.streams,
             max_tokens=self._exported.tokenizer.max_tokens,
             dimension=self._exported.dimension,
@@ -85,11 +85,7 @@ class OnnxBackend:
         run_warmup(self, progress)
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
-        types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
-        arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
-        rows: NDArray[np.float32] = self._session.run(
-            [self._exported.output], {name: arrays[name] for name in self._inputs}
-        )[0]
+        rows: NDArray[np.float32] = self.session.run([self._exported.output], graph_inputs(self.input_names, batch))[0]
         return rows
 
     @property

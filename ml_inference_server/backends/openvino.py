@@ -1,4 +1,4 @@
-"""OpenVINO on the cpu: FP32 and BF16 by precision hint, INT8 through NNCF; reads the graph that `export` writes."""
+"""OpenVINO on the cpu: FP32, BF16, FP16 by precision hint, INT8 through NNCF; reads the graph of `export`."""
 
 import logging
 import threading
@@ -10,13 +10,13 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, collate, run_warmup
-from ml_inference_server.backends.export import Exported, engine_errors, export
+from ml_inference_server.backends.base import BackendInfo, Encoded, Progress, TokenBatch, collate, run_warmup
+from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
 from ml_inference_server.backends.parity import sample_pairs
 from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
-from ml_inference_server.utils.cpu import has_native_bf16, instruction_set
+from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
 from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HINTS: Mapping[Quantization, str] = {"none": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 # Of the sample that ships with the project, never of what is scored later.
-_CALIBRATION_TEXTS = 300
+_CALIBRATION_ROWS = 300
 
 
 class OpenVinoBackend:
@@ -37,11 +37,13 @@ class OpenVinoBackend:
 
     @staticmethod
     def supported() -> Mapping[str, Sequence[Quantization]]:
-        """BF16 only where the processor has it: OpenVINO would run FP32 instead, without a word."""
+        """BF16 and FP16 only where the processor has them: OpenVINO would run FP32 instead, without a word."""
         capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         halves: list[Quantization] = []
         if "BF16" in capabilities and has_native_bf16():
             halves.append("bf16")
+        if "FP16" in capabilities and {"avx512_fp16", "amx_fp16"} & cpu_flags():
+            halves.append("fp16")
         return {"cpu": ("none", *halves, "int8")}
 
     def load_model(self) -> None:
@@ -55,15 +57,15 @@ class OpenVinoBackend:
             "INFERENCE_NUM_THREADS": str(self._settings.threads * self._settings.streams),
         }
         with engine_errors(f"OpenVINO cannot run {self._exported.describe(file)}"):
-            self._compiled = core.compile_model(core.read_model(str(file)), "CPU", configuration)
-        self._inputs = [each.get_any_name() for each in self._compiled.inputs]
+            self.compiled = core.compile_model(core.read_model(str(file)), "CPU", configuration)
+        self.input_names = [each.get_any_name() for each in self.compiled.inputs]
         self._info = self._describe(file)
 
     def _describe(self, file: Path) -> BackendInfo:
-        executed = self._compiled.get_runtime_model().get_ops()
+        executed = self.compiled.get_runtime_model().get_ops()
         integer = sum(_runtime_precision(op) in ("i8", "u8") for op in executed if _is_matrix_product(op))
-        precision = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        streams = int(self._compiled.get_property("NUM_STREAMS"))
+        precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        streams = int(self.compiled.get_property("NUM_STREAMS"))
         return BackendInfo(
             backend="openvino",
             model=self._settings.name,
@@ -74,7 +76,7 @@ class OpenVinoBackend:
             quantized_layers=integer,
             execution_provider=f"OpenVINO {ov.__version__.split('-')[0]}",
             instruction_set=instruction_set(),
-            threads=max(1, int(self._compiled.get_property("INFERENCE_NUM_THREADS")) // streams),
+            threads=max(1, int(self.compiled.get_property("INFERENCE_NUM_THREADS")) // streams),
             concurrency=streams,
             max_tokens=self._exported.tokenizer.max_tokens,
             dimension=self._exported.dimension,
@@ -92,10 +94,8 @@ class OpenVinoBackend:
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         request = getattr(self._local, "request", None)
         if request is None:
-            request = self._local.request = self._compiled.create_infer_request()
-        types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
-        arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
-        request.infer({name: arrays[name] for name in self._inputs}, share_inputs=True)
+            request = self._local.request = self.compiled.create_infer_request()
+        request.infer(graph_inputs(self.input_names, batch), share_inputs=True)
         return np.array(request.get_tensor(self._exported.output).data, np.float32)
 
     @property
@@ -123,28 +123,26 @@ def quantize_int8(exported: Exported) -> Path:
     except ModuleNotFoundError as error:
         raise ModelError("INT8 with OpenVINO needs the package nncf: pip install -r requirements.txt") from error
 
-    key = exported.key | {"nncf": nncf.__version__, "openvino": ov.__version__, "texts": _CALIBRATION_TEXTS}
+    key = exported.key | {"nncf": nncf.__version__, "openvino": ov.__version__, "rows": _CALIBRATION_ROWS}
 
     def make(folder: Path) -> None:
         log.info(
-            "quantising to INT8 with NNCF on %d sample texts (once; later starts read the cache)", _CALIBRATION_TEXTS
+            "quantising to INT8 with NNCF on %d rows of the sample (once; later starts read the cache)",
+            _CALIBRATION_ROWS,
         )
         with engine_errors(f"OpenVINO cannot run {exported.weights}"):
             model = ov.Core().read_model(str(exported.file))
         names = [each.get_any_name() for each in model.inputs]
 
-        def arrays(text: str) -> dict[str, NDArray[np.int64]]:
-            batch = collate(exported.tokenizer.encode([text]), exported.tokenizer.pad_id)
-            types = np.zeros_like(batch.input_ids)
-            each = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "token_type_ids": types}
-            return {name: each[name] for name in names}
+        def arrays(row: Encoded) -> dict[str, NDArray[np.int64]]:
+            return graph_inputs(names, collate([row], exported.tokenizer.pad_id))
 
         nncf.set_log_level(logging.ERROR)
         with engine_errors(f"NNCF cannot quantise {exported.weights}"):
             quantized = nncf.quantize(
                 model,
-                nncf.Dataset(_calibration_texts(), arrays),
-                subset_size=_CALIBRATION_TEXTS,
+                nncf.Dataset(_calibration_rows(exported), arrays),
+                subset_size=_CALIBRATION_ROWS,
                 model_type=nncf.ModelType.TRANSFORMER,
                 preset=nncf.QuantizationPreset.MIXED,
             )
@@ -153,6 +151,10 @@ def quantize_int8(exported: Exported) -> Path:
     return cached("openvino-int8", key, make) / "model_int8.xml"
 
 
-def _calibration_texts() -> list[str]:
-    texts = list(dict.fromkeys(text for pair in sample_pairs() for text in pair))
-    return texts[:_CALIBRATION_TEXTS]
+def _calibration_rows(exported: Exported) -> list[Encoded]:
+    """What the model will see: pairs for a cross-encoder, queries and passages for an embedding model."""
+    pairs = sample_pairs()
+    if exported.key["task"] == "cross_encoder":
+        return exported.tokenizer.encode_pairs(pairs[:_CALIBRATION_ROWS])
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    return exported.tokenizer.encode(texts[:_CALIBRATION_ROWS])

@@ -44,8 +44,8 @@ class PyTorchBackend:
         """Load and verify. ModelError if the files, the weights or the device are not fit."""
         torch.set_num_threads(self._settings.threads)
         self._loaded = load_model(self._settings)
-        self._module = self._loaded.module
-        self._parameters = sum(p.numel() for p in self._module.parameters())
+        self.module = self._loaded.module
+        self._parameters = sum(p.numel() for p in self.module.parameters())
         engine = ""
         if self._quantization == "int8":
             engine = choose_engine()
@@ -55,7 +55,7 @@ class PyTorchBackend:
             self._loaded.transformer.to(dtype)
             # Pooling, Dense and normalisation stay in FP32: averaging in half precision loses digits for nothing.
             self._loaded.transformer.register_forward_hook(_upcast)
-        self._module.to(self._device)
+        self.module.to(self._device)
         self._info = self._describe(engine)
 
     def _describe(self, engine: str) -> BackendInfo:
@@ -63,7 +63,7 @@ class PyTorchBackend:
         import transformers
 
         weights = next(p for p in self._loaded.transformer.parameters() if p.ndim == 2)
-        quantized_layers = count_quantized(self._module)
+        quantized_layers = count_quantized(self.module)
         return BackendInfo(
             backend="pytorch",
             model=self._settings.name,
@@ -98,7 +98,7 @@ class PyTorchBackend:
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         """(batch, dimension) float32."""
         types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
-        rows = self._module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types)
+        rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types)
         out: NDArray[np.float32] = rows.float().cpu().numpy()
         return out
 
