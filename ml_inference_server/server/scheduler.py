@@ -229,8 +229,8 @@ class DynamicBatcher:
             _check(output, len(items))
         except Exception as error:
             self._observe(items, closed_by, now, self._loop.time(), ok=False)
-            log.warning("a batch of %d texts failed (%s)", len(items), type(error).__name__, exc_info=error)
             if len(items) > 1:
+                log.warning("a batch of %d texts failed (%s): halving it", len(items), type(error).__name__)
                 middle = len(items) // 2
                 await self._execute(items[:middle], ClosedBy.RETRY)
                 await self._execute(items[middle:], ClosedBy.RETRY)
@@ -238,6 +238,7 @@ class DynamicBatcher:
                 await self._execute(items, ClosedBy.RETRY, alone_before=True)
             else:
                 self._failures_in_a_row += 1
+                log.error("the model failed on one text, twice, on its own", exc_info=error)
                 _settle_failure(items[0], BackendFailure("the model failed on this input, twice, on its own"))
             return
         self._failures_in_a_row = 0
