@@ -50,7 +50,7 @@ class Row:
     load_s: float = 0.0
     rss_mib: float = 0.0
     rates: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
-    ndcg: float = 0.0
+    ndcg: float | None = None
     cosine_mean: float = 0.0
     cosine_min: float = 0.0
 
@@ -169,7 +169,9 @@ def ranking(
     return {query: [passage for _, passage in sorted(each)] for query, each in scored.items()}
 
 
-def compare(model: ModelSettings, pairs_file: Path, qrels_file: Path, *, repeats: int, timed: int) -> list[Row]:
+def compare(
+    model: ModelSettings, pairs_file: Path, qrels_file: Path, *, repeats: int, timed: int, speed_only: bool = False
+) -> list[Row]:
     """Measure every combination; a combination that cannot start has its error in its row."""
     texts: dict[str, str] = {}
     pairs = []
@@ -209,7 +211,7 @@ def compare(model: ModelSettings, pairs_file: Path, qrels_file: Path, *, repeats
         for mode, (row, _, connection) in tqdm(turns, desc="timing", disable=None):
             row.rates[mode].append(timed / ask(connection, mode))
         reference: NDArray[np.float32] | None = None
-        for row, _, connection in tqdm(running, desc="quality", disable=None):
+        for row, _, connection in tqdm([] if speed_only else running, desc="quality", disable=None):
             vectors, row.rss_mib = ask(connection, "embed")
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
             reference = vectors if reference is None else reference
@@ -241,10 +243,12 @@ def markdown(rows: Sequence[Row]) -> str:
             mode: f"{v:.0f} ({min(row.rates[mode]):.0f}-{max(row.rates[mode]):.0f})" for mode, v in middle.items()
         }
         ratios = [own / bare for own, bare in zip(row.rates["grouped"], row.rates["direct"], strict=True)]
+        quality = "- | - | -"
+        if row.ndcg is not None:
+            quality = f"{row.cosine_mean:.5f} / {row.cosine_min:.5f} | {row.ndcg:.4f} | {row.rss_mib:.0f}"
         lines.append(
             f"| {row.name} | {spread['random']} | {spread['grouped']} | {middle['grouped'] / base:.2f}x |"
-            f" {statistics.median(ratios):.2f} | {row.cosine_mean:.5f} / {row.cosine_min:.5f} | {row.ndcg:.4f} |"
-            f" {row.rss_mib:.0f} | {row.load_s:.1f} |"
+            f" {statistics.median(ratios):.2f} | {quality} | {row.load_s:.1f} |"
         )
     return "\n".join(lines)
 
@@ -259,10 +263,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", type=int, default=512, help="passages in each timed pass (default 512)")
+    parser.add_argument(
+        "--speed-only", action="store_true", help="leave out the pass over all texts that rates quality"
+    )
     args = parser.parse_args()
     try:
         model = ModelSettings(name=args.model_name, device=args.device)
-        rows = compare(model, args.pairs, args.qrels, repeats=args.repeats, timed=args.timed)
+        sizes = {"repeats": args.repeats, "timed": args.timed}
+        rows = compare(model, args.pairs, args.qrels, **sizes, speed_only=args.speed_only)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
