@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import selectors
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -61,6 +62,18 @@ def virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, No
             runner.run(test(*args, **kwargs))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_the_start() -> None:
+    """Libraries change the logging of the whole process; a test must not depend on which ones ran before it."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
+    for name, logger in list(root.manager.loggerDict.items()):
+        if name.startswith("ml_inference_server") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @dataclass

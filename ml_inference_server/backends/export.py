@@ -128,6 +128,8 @@ def graph_inputs(names: Sequence[str], batch: TokenBatch) -> dict[str, NDArray[n
 @contextlib.contextmanager
 def engine_errors(cannot: str) -> Iterator[None]:
     """ModelError, `cannot` with the reason and the remedy, for whatever an engine raises: they share no error type."""
+    root = logging.getLogger()
+    level, disabled = root.level, root.manager.disable
     try:
         yield
     except Exception as error:
@@ -136,6 +138,10 @@ def engine_errors(cannot: str) -> Iterator[None]:
         raise ModelError(
             f"{cannot} ({lines[-1] if lines else type(error).__name__}): use model.backend pytorch"
         ) from error
+    finally:
+        # Some of these libraries change the logging of the whole process; our warnings would be lost.
+        root.setLevel(level)
+        logging.disable(disabled)
 
 
 def _need(package: str) -> None:
