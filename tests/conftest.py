@@ -70,6 +70,8 @@ def logging_as_at_the_start() -> None:
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     logging.disable(logging.NOTSET)
+    for handler in root.handlers:
+        handler.setLevel(logging.NOTSET)
     for name, logger in list(root.manager.loggerDict.items()):
         if name.startswith("ml_inference_server") and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True

@@ -130,6 +130,7 @@ def engine_errors(cannot: str) -> Iterator[None]:
     """ModelError, `cannot` with the reason and the remedy, for whatever an engine raises: they share no error type."""
     root = logging.getLogger()
     level, disabled = root.level, root.manager.disable
+    handlers = [(handler, handler.level) for handler in root.handlers]
     try:
         yield
     except Exception as error:
@@ -142,6 +143,8 @@ def engine_errors(cannot: str) -> Iterator[None]:
         # Some of these libraries change the logging of the whole process; our warnings would be lost.
         root.setLevel(level)
         logging.disable(disabled)
+        for handler, handler_level in handlers:
+            handler.setLevel(handler_level)
 
 
 def _need(package: str) -> None:
