@@ -34,7 +34,7 @@ MAX_PASSES = 9
 # Passes go on for so long; a slow model still gets one.
 _BUDGET_S = 2.0
 # Raise it when the way to choose changes: earlier choices are then made again.
-_VERSION = 1
+_VERSION = 2
 _FILE = "choice.json"
 _PACKAGES = (
     "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf",
@@ -100,7 +100,7 @@ def choose(model: ModelSettings, phase: Callable[[str], None]) -> Choice:
     def make(folder: Path) -> None:
         # The folder instead of the name: no candidate has to look for the model, or to download it, once more.
         chosen, sentence = _measure_all(model.model_copy(update={"name": str(files.folder)}), phase)
-        keys = chosen.model_dump(include={"backend", "device", "quantized", "quantization"})
+        keys = chosen.model_dump(include={"backend", "device", "quantized", "quantization", "compile"})
         (folder / _FILE).write_text(json.dumps({"model": keys, "sentence": sentence}))
 
     choice = _read(cached("auto", key, make), model)
@@ -166,6 +166,15 @@ def candidates(model: ModelSettings) -> Candidates:
                     skipped[name] = "no bf16 instructions"
                 else:
                     able[name] = settings
+    if not model.compile:
+        for name, settings in [each for each in able.items() if each[1].backend == "pytorch"]:
+            compiled = settings.model_copy(update={"compile": True, "allow_fallback": False})
+            try:
+                resolve(compiled)
+            except ModelError as error:
+                skipped[f"{name} compiled"] = one_line(error)
+            else:
+                able[f"{name} compiled"] = compiled
     return Candidates(able, skipped)
 
 

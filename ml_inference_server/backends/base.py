@@ -60,7 +60,8 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
 class BackendInfo:
     """What really runs, read from the loaded model and never from the settings.
 
-    parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was not.
+    compiled: the model runs as machine code made for it. padding_free: padding costs it nothing, so a batch may hold
+    any mix of lengths. parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was not.
     """
 
     backend: str
@@ -81,6 +82,8 @@ class BackendInfo:
     source: str
     parameters: int
     random_weights: bool = False
+    compiled: bool = False
+    padding_free: bool = False
     parity_mean: float | None = None
     parity_min: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

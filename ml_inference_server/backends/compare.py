@@ -8,6 +8,7 @@ visible.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import random
@@ -31,7 +32,7 @@ from ml_inference_server.backends import BACKENDS, create_backend
 from ml_inference_server.backends.base import Encoded, TokenBatch, collate
 from ml_inference_server.backends.export import graph_inputs
 from ml_inference_server.backends.resolve import DTYPES, PRECISION_NAMES, resolve
-from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ConfigError, StartError
 from ml_inference_server.utils.ranking import mean_ndcg_at, read_qrels
 
@@ -43,9 +44,7 @@ MODES = ("random", "grouped", "direct")
 class Row:
     """One combination. `rates`: passages per second, one value for each repeat."""
 
-    backend: str
-    quantization: Quantization
-    name: str = ""
+    name: str
     error: str = ""
     load_s: float = 0.0
     rss_mib: float = 0.0
@@ -62,11 +61,13 @@ def random_batches(rows: Sequence[Encoded], seed: int = 0) -> list[list[int]]:
     return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
-def grouped_batches(rows: Sequence[Encoded]) -> list[list[int]]:
+def grouped_batches(
+    rows: Sequence[Encoded], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+) -> list[list[int]]:
     """Sorted by length, within the server's budgets on a CPU."""
     batches: list[list[int]] = [[]]
     for index in sorted(range(len(rows)), key=lambda i: rows[i].length):
-        full = len(batches[-1]) == BATCH_SIZE or (len(batches[-1]) + 1) * rows[index].length > BATCH_TOKENS
+        full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * rows[index].length > batch_tokens
         if batches[-1] and full:
             batches.append([])
         batches[-1].append(index)
@@ -75,6 +76,8 @@ def grouped_batches(rows: Sequence[Encoded]) -> list[list[int]]:
 
 def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
     """The bare engine with the same model: its own call and nothing of ours."""
+    if backend.info.compiled:
+        return lambda batch: backend.compiled.run(backend.compiled.pack(batch))
     if backend.info.backend == "pytorch":
         import torch
 
@@ -136,19 +139,16 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
 def combinations(model: ModelSettings) -> list[tuple[Row, ModelSettings]]:
     """Every backend and precision that this machine can run on the cpu or its best device."""
     out = []
-    for backend in BACKENDS:
-        if backend == "fake":
+    kinds = [(backend, compiled) for backend in BACKENDS for compiled in (False, True) if backend != "fake"]
+    for (backend, compiled), quantization in itertools.product(kinds, ("none", "fp16", "bf16", "int8")):
+        precision = {"quantized": quantization != "none", "quantization": quantization}
+        try:
+            resolution = resolve(model.model_copy(update={"backend": backend, "compile": compiled} | precision))
+        except StartError:
             continue
-        for quantization in ("none", "fp16", "bf16", "int8"):
-            settings = model.model_copy(
-                update={"backend": backend, "quantized": quantization != "none", "quantization": quantization}
-            )
-            try:
-                resolution = resolve(settings)
-            except StartError:
-                continue
-            if not resolution.warnings:  # a precision that this machine only emulates would take hours
-                out.append((Row(backend, quantization), resolution.model))
+        if not resolution.warnings:  # a precision that this machine only emulates would take hours
+            name = f"{backend} {PRECISION_NAMES[DTYPES[resolution.quantization]]}" + " compiled" * compiled
+            out.append((Row(name), resolution.model))
     return out
 
 
@@ -196,7 +196,6 @@ def compare(
             )
             process.start()
             there.close()
-            row.name = f"{row.backend} {PRECISION_NAMES[DTYPES[row.quantization]]}"
             rows.append(row)
             try:
                 told = here.recv()

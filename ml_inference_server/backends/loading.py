@@ -21,11 +21,13 @@ class LoadedModel:
     """FP32 on the CPU, in evaluation mode.
 
     module: forward(input_ids, attention_mask, token_type_ids or None) -> (batch, dimension) for an embedding model,
-    (batch, 1) raw logits for a cross-encoder. transformer: the part of it whose precision may be changed.
+    (batch, 1) raw logits for a cross-encoder. transformer: the part of it whose precision may be changed. base: the
+    Hugging Face model in it that turns token ids into hidden states.
     """
 
     module: torch.nn.Module
     transformer: torch.nn.Module
+    base: Any
     files: ModelFiles
     tokenizer: FastTokenizer
     dimension: int
@@ -102,6 +104,7 @@ def _embedding(settings: ModelSettings, files: ModelFiles) -> LoadedModel:
     return LoadedModel(
         module=_SentenceModule(model),
         transformer=transformer,
+        base=transformer.model,
         files=files,
         tokenizer=_tokenizer(model.tokenizer, int(model.max_seq_length or 512), settings.max_tokens, prompts),
         dimension=int(model.get_embedding_dimension() or 0),
@@ -133,6 +136,7 @@ def _cross_encoder(settings: ModelSettings, files: ModelFiles) -> LoadedModel:
     return LoadedModel(
         module=_CrossEncoderModule(model),
         transformer=model,
+        base=model.base_model,
         files=files,
         tokenizer=_tokenizer(tokenizer, limit, settings.max_tokens, {}),
         dimension=1,

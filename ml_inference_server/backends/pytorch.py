@@ -4,8 +4,9 @@ The model works as its own files say (pooling, Dense, normalisation, prompts, ma
 the batcher's token ids instead of on text, so that nothing is tokenised or sorted twice.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_name, instruction_set
 
+if TYPE_CHECKING:
+    from ml_inference_server.backends.compiled import CompiledModel
+
 _DTYPES = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 
 
@@ -28,6 +32,7 @@ class PyTorchBackend:
         self._settings = model
         self._device = torch.device(model.device)
         self._quantization = model.precision
+        self.compiled: CompiledModel | None = None
 
     @staticmethod
     def supported() -> Mapping[str, Sequence[Quantization]]:
@@ -57,6 +62,13 @@ class PyTorchBackend:
             self._loaded.transformer.register_forward_hook(_upcast)
         self.module.to(self._device)
         self._info = self._describe(engine)
+        if self._settings.compile:
+            from ml_inference_server.backends.compiled import CompiledModel, keep_freed_memory
+
+            keep_freed_memory()
+            self.compiled = CompiledModel(self._loaded, self._settings.task, self._settings.threads)
+            how = f"{self._info.execution_provider}, compiled, {self.compiled.attention}"
+            self._info = dataclasses.replace(self._info, execution_provider=how, compiled=True, padding_free=True)
 
     def _describe(self, engine: str) -> BackendInfo:
         import sentence_transformers
@@ -94,12 +106,14 @@ class PyTorchBackend:
         """Run a few shapes; ModelError if the model cannot run them or answers with NaN."""
         run_warmup(self, progress)
 
-    @torch.inference_mode()
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         """(batch, dimension) float32."""
-        types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
-        rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types)
-        out: NDArray[np.float32] = rows.float().cpu().numpy()
+        if self.compiled is not None:
+            return self.compiled(batch)
+        with torch.inference_mode():
+            types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
+            rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types)
+            out: NDArray[np.float32] = rows.float().cpu().numpy()
         return out
 
     def _tensor(self, array: NDArray[np.int64]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ml_inference_server.backends import backend_class
+from ml_inference_server.backends import backend_class, native
 from ml_inference_server.backends.base import BackendInfo
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import available_cpus, has_native_bf16
@@ -31,6 +31,7 @@ class Resolution:
             ("backend", self.model.backend, info.backend),
             ("device", self.device, info.device.split(":")[0]),
             ("dtype", DTYPES[self.quantization], info.dtype),
+            ("compiled", self.model.compile, info.compiled),
         ):
             if wanted != got:
                 raise ModelError(
@@ -52,6 +53,7 @@ def resolve(model: ModelSettings) -> Resolution:
     if asked == "auto":
         raise ValueError("quantization is auto: backends/auto.py chooses one before settings are resolved")
     quantization = _quantization(asked, device, supported[device], model, fallbacks)
+    compiled = model.compile and _can_compile(model, device, quantization, fallbacks)
     cpus = available_cpus()
     streams = model.streams or (min(2, cpus) if device == "cpu" else 1)
     concrete = model.model_copy(
@@ -59,6 +61,7 @@ def resolve(model: ModelSettings) -> Resolution:
             "device": device,
             "quantized": quantization != "none",
             "quantization": quantization,
+            "compile": compiled,
             "streams": streams,
             "threads": model.threads or max(1, cpus // streams),
         }
@@ -106,17 +109,35 @@ def _quantization(
     return chosen
 
 
+def _can_compile(model: ModelSettings, device: str, quantization: Quantization, fallbacks: list[str]) -> bool:
+    """Whether `model.compile` can be had; ModelError where it cannot and `allow_fallback` is off."""
+    obstacle = ""
+    if model.backend != "pytorch":
+        obstacle = f"backend {model.backend} compiles by itself: model.compile is for backend pytorch"
+    elif device != "cpu" or quantization not in ("none", "bf16"):
+        obstacle = f"model.compile runs fp32 and bf16 on cpu, not {PRECISION_NAMES[DTYPES[quantization]]} on {device}"
+    elif native.compiler() is None:
+        obstacle = native.no_compiler()
+    if obstacle and not model.allow_fallback:
+        raise ModelError(obstacle)
+    if obstacle:
+        fallbacks.append(f"{obstacle}; running without it")
+    return not obstacle
+
+
 def title(resolution: Resolution, info: BackendInfo) -> str:
     """What ran, fit for the title of a result; a fallback stands in it."""
     precision = PRECISION_NAMES.get(info.dtype, info.dtype)
     ran = f"{info.device} {precision}"
-    text = f"{info.model}, {info.backend} {precision} on {info.device} ({info.device_name})"
+    compiled = " compiled" if info.compiled else ""
+    text = f"{info.model}, {info.backend} {precision}{compiled} on {info.device} ({info.device_name})"
     wanted_model = resolution.requested
     wanted_device = info.device if wanted_model.device == "auto" else wanted_model.device
     asked = wanted_model.requested_quantization(wanted_device)
     wanted = precision if asked == "auto" else PRECISION_NAMES[DTYPES[asked]]
-    if f"{wanted_device} {wanted}" != ran:
-        text += f": requested {wanted_device} {wanted} -> ran {ran}"
+    asked_compiled = compiled if "auto" in (wanted_model.backend, asked) else " compiled" * wanted_model.compile
+    if f"{wanted_device} {wanted}{asked_compiled}" != f"{ran}{compiled}":
+        text += f": requested {wanted_device} {wanted}{asked_compiled} -> ran {ran}{compiled}"
     if info.random_weights:
         text += ", RANDOM WEIGHTS"
     return text

@@ -7,7 +7,8 @@ where a batch costs its padded tokens plus a fixed overhead:
 
     rate = real tokens / (overhead + texts * longest)
 
-so a text joins exactly if it makes the engine's work denser; there is no threshold to tune.
+so a text joins exactly if it makes the engine's work denser; there is no threshold to tune. An engine that runs without
+padding takes any mix of lengths at the same cost for each token: its batches are filled with the next texts in line.
 docs/batching.md holds the measurements behind this choice.
 
 Turns: a text's tag is the queue's virtual time at its arrival plus the tokens of its own request in front of it
@@ -50,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`overhead_tokens`: what starting one more batch costs, in tokens of work."""
+    """overhead_tokens: what starting one more batch costs, in tokens of work. padding_free: padding costs nothing."""
 
     max_batch_size: int
     max_batch_tokens: int
@@ -58,6 +59,11 @@ class Limits:
     enabled: bool = True
     length_grouping: bool = True
     overhead_tokens: int = 64
+    padding_free: bool = False
+
+    def work_tokens(self, texts: int, longest: int, tokens: int) -> int:
+        """What the engine computes for a batch of `texts` texts with `tokens` tokens in all."""
+        return tokens if self.padding_free else texts * longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,8 @@ class Batch:
         return sum(item.length for item in self.items)
 
     @property
-    def padded_tokens(self) -> int:
-        return len(self.items) * max(item.length for item in self.items)
+    def longest(self) -> int:
+        return max(item.length for item in self.items)
 
 
 @dataclass(slots=True)
@@ -131,12 +137,15 @@ class BatchQueue:
         limits = self.limits
         if not limits.enabled:
             return Batch(self._fit([item for item in self._in_turn() if item.owner is anchor.owner]), ClosedBy.SINGLE)
-        items = self._dense_run(anchor) if limits.length_grouping else self._fit(self._in_turn())
-        if len(items) >= limits.max_batch_size:
-            return Batch(items, ClosedBy.FULL)
-        longest = max(item.length for item in items)
-        full = (len(items) + 1) * longest > limits.max_batch_tokens
-        return Batch(items, ClosedBy.TOKENS if full else ClosedBy.IDLE)
+        grouped = limits.length_grouping and not limits.padding_free
+        batch = Batch(self._dense_run(anchor) if grouped else self._fit(self._in_turn()), ClosedBy.IDLE)
+        if len(batch.items) >= limits.max_batch_size:
+            return Batch(batch.items, ClosedBy.FULL)
+        # One more text like the longest of it, or the next in line where that is what would have come.
+        more = limits.work_tokens(len(batch.items) + 1, batch.longest, batch.tokens + batch.longest)
+        left_behind = limits.padding_free and self.texts > len(batch.items)
+        full = more > limits.max_batch_tokens or left_behind
+        return Batch(batch.items, ClosedBy.TOKENS if full else ClosedBy.IDLE)
 
     def _in_turn(self) -> list[Item]:
         """The first texts in line, at least max_batch_size of them where so many wait."""
@@ -146,10 +155,11 @@ class BatchQueue:
 
     def _fit(self, items: Sequence[Item]) -> list[Item]:
         """The longest prefix of `items` within both budgets, at least one."""
-        longest = 0
+        longest = tokens = 0
         for count, item in enumerate(items):
-            longest = max(longest, item.length)
-            over = (count + 1) * longest > self.limits.max_batch_tokens or count == self.limits.max_batch_size
+            longest, tokens = max(longest, item.length), tokens + item.length
+            work = self.limits.work_tokens(count + 1, longest, tokens)
+            over = work > self.limits.max_batch_tokens or count == self.limits.max_batch_size
             if count and over:
                 return list(items[:count])
         return list(items)

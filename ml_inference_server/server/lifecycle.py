@@ -146,7 +146,7 @@ def attach(state: ServerState, started: Started, metrics: Metrics) -> None:
         )
     if settings.server.enable_test_faults:
         backend.enable_faults()  # type: ignore[attr-defined] # Settings allow this with the fake backend only
-    limits = batch_limits(settings.batching, info.device, info.max_tokens)
+    limits = batch_limits(settings.batching, info)
     state.resolution, state.info, state.auto_choice = started.resolution, info, started.auto_choice
     state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
     state.service = InferenceService(backend.tokenizer, info.task, state.batcher, settings.server, metrics)

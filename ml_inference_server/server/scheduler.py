@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.base import BackendInfo, Encoded
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits
 from ml_inference_server.server.workers import Output, Worker
@@ -33,16 +33,17 @@ log = logging.getLogger(__name__)
 _MIN_RETRY_MS, _MAX_RETRY_MS = 20, 5000
 
 
-def batch_limits(settings: BatchingSettings, device: str, max_tokens: int) -> Limits:
+def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
     """The policy's limits. On a GPU a batch has to be large to pay for its start; on a CPU it should fit the cache."""
-    on_cpu = device == "cpu"
+    on_cpu = info.device == "cpu"
     return Limits(
         max_batch_size=settings.max_batch_size,
-        max_batch_tokens=max(settings.max_batch_tokens or (2048 if on_cpu else 16384), max_tokens),
+        max_batch_tokens=max(settings.max_batch_tokens or (2048 if on_cpu else 16384), info.max_tokens),
         timeout_s=settings.timeout_ms / 1000,
         enabled=settings.enabled,
         length_grouping=settings.length_grouping,
         overhead_tokens=settings.batch_overhead_tokens or (64 if on_cpu else 4096),
+        padding_free=info.padding_free,
     )
 
 
@@ -274,7 +275,7 @@ class DynamicBatcher:
         self._metrics.batch_finished(
             texts=len(items),
             tokens=batch.tokens,
-            padded_tokens=batch.padded_tokens,
+            padded_tokens=self._queue.limits.work_tokens(len(items), batch.longest, batch.tokens),
             queue_s=[started_at - item.enqueued_at for item in items],
             compute_s=compute_s,
             closed_by=closed_by.value,

@@ -56,6 +56,11 @@ class ModelSettings(_Section):
     min_parity: float | None = Field(
         None, ge=0, le=1, description="Least mean cosine to FP32 at load; unset: 0.97 for int8, 0.9999 for the rest."
     )
+    compile: bool = Field(
+        False,
+        description="Compile the model for this processor and run it without padding; backend pytorch on cpu, needs a "
+        "C++ compiler. The first start takes about a minute longer.",
+    )
     max_tokens: int | None = Field(
         None, ge=8, le=131072, description="Cut texts here; unset: the model's own limit. Never above that limit."
     )

@@ -57,7 +57,19 @@ def test_token_budget_counts_padding() -> None:
     batch = take(queue)
     assert lengths(batch) == [40, 40]
     assert batch.closed_by is ClosedBy.TOKENS
-    assert batch.padded_tokens == 80
+    assert (batch.longest, batch.tokens) == (40, 80)
+
+
+def test_without_padding_any_mix_of_lengths_travels_in_turn_within_the_budget_of_real_tokens() -> None:
+    queue = BatchQueue(replace(LIMITS, max_batch_tokens=100, padding_free=True))
+    queue.add(request(5, 90, 5, 60, 40))
+    assert [lengths(batch) for batch in drain(queue)] == [[5, 90, 5], [60, 40]]
+
+
+def test_without_padding_a_batch_that_leaves_texts_behind_was_closed_by_tokens() -> None:
+    queue = BatchQueue(replace(LIMITS, max_batch_tokens=100, padding_free=True))
+    queue.add(request(5, 90, 50))
+    assert [batch.closed_by for batch in drain(queue)] == [ClosedBy.TOKENS, ClosedBy.IDLE]
 
 
 def test_a_text_above_the_budget_still_travels_alone() -> None:
@@ -153,15 +165,16 @@ def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None
     st.integers(20, 400),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**32),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_text_is_served_exactly_once_within_the_budgets(
-    requests: list[list[int]], size: int, tokens: int, enabled: bool, grouping: bool, seed: int
+    requests: list[list[int]], size: int, tokens: int, enabled: bool, grouping: bool, packed: bool, seed: int
 ) -> None:
     """Whatever arrives and leaves, in any order: nothing is lost, nothing twice, no budget broken, counters right."""
     rng = random.Random(seed)
-    limits = Limits(size, tokens, enabled=enabled, length_grouping=grouping, overhead_tokens=16)
+    limits = Limits(size, tokens, enabled=enabled, length_grouping=grouping, overhead_tokens=16, padding_free=packed)
     queue = BatchQueue(limits)
     waiting: dict[int, Item] = {}
     served: set[int] = set()
@@ -186,7 +199,8 @@ def _serve(queue: BatchQueue, limits: Limits, waiting: dict[int, Item]) -> set[i
     assert (queue.texts, queue.tokens) == (len(waiting), sum(item.length for item in waiting.values()))
     batch = take(queue)
     assert 1 <= len(batch.items) <= limits.max_batch_size
-    assert len(batch.items) == 1 or batch.padded_tokens <= limits.max_batch_tokens
+    work = limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
+    assert len(batch.items) == 1 or work <= limits.max_batch_tokens
     if not limits.enabled:
         assert len({id(item.owner) for item in batch.items}) == 1
     for item in batch.items:

@@ -47,6 +47,8 @@ HEAVY = {
 HOME_OF_HEAVY = {
     "backends/pytorch.py": {"torch", "sentence_transformers", "transformers"},
     "backends/loading.py": {"torch"},
+    "backends/packed.py": {"torch", "transformers"},
+    "backends/compiled.py": {"torch"},
     "backends/quantize_torch.py": {"torch"},
     "backends/onnx.py": {"onnxruntime"},
     "backends/openvino.py": {"openvino"},

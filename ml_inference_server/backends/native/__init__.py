@@ -1,0 +1,80 @@
+"""The project's own operators in C++, built once for this machine: torch.ops.mlis.packed_attention."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from ml_inference_server.utils.cache import cached
+from ml_inference_server.utils.cpu import cpu_flags
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("packed_attention.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
+_LIMIT_S = 600
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use, or None; torch is not imported for the answer."""
+    named = os.environ.get("CXX")
+    if named:
+        return shutil.which(named)
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def load_operators() -> bool:
+    """Build (or read from the cache) and register the operators; whether attention runs in AMX tiles.
+
+    ModelError if they cannot be built.
+    """
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    found = compiler()
+    if found is None:
+        raise ModelError(no_compiler())
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    command = [found, *_FLAGS, *(["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"])]
+    key = {
+        "source": SOURCE.read_text(encoding="utf-8"),
+        "torch": torch.__version__,
+        "compiler": version[:1],
+        "command": command,
+        "flags": sorted(cpu_flags()),
+    }
+
+    def make(folder: Path) -> None:
+        log.info("building the attention operator with %s (once; later starts read the cache)", found)
+        includes = [part for path in include_paths() for part in ("-isystem", path)]
+        libraries = [f"-L{path}" for path in library_paths()]
+        built = subprocess.run(
+            [*command, *includes, str(SOURCE), *libraries, "-ltorch_cpu", "-lc10", "-o", str(folder / "operators.so")],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LIMIT_S,
+        )
+        if built.returncode:
+            error = next((line for line in built.stderr.splitlines() if "error" in line), built.stderr[-200:])
+            raise ModelError(f"{found} cannot build {SOURCE.name} ({error.strip()}): set model.compile: false")
+
+    torch.ops.load_library(str(cached("operators", key, make) / "operators.so"))  # type: ignore[no-untyped-call]
+
+    @torch.library.register_fake("mlis::packed_attention")
+    def _shape(q, k, v, starts, scale, causal):  # type: ignore[no-untyped-def]
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    return bool(torch.ops.mlis.uses_amx())
+
+
+def no_compiler() -> str:
+    return (
+        "model.compile needs a C++ compiler, and none was found (CXX, g++, clang++): install one ('apt install g++', "
+        "'xcode-select --install'), or set model.compile: false"
+    )

