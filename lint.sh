@@ -48,10 +48,12 @@ compare_stubs() {
 if [ "$fix" = true ]; then
   step "ruff check --fix" "$PYTHON" -m ruff check --fix-only .
   step "ruff format" "$PYTHON" -m ruff format .
+  step "clang-format -i" "$(dirname -- "$PYTHON")/clang-format" -i ml_inference_server/backends/native/*.cpp
   step "generate stubs" generate_stubs .
 fi
 step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "ruff check" "$PYTHON" -m ruff check .
+step "clang-format" "$(dirname -- "$PYTHON")/clang-format" --dry-run -Werror ml_inference_server/backends/native/*.cpp
 step "mypy --strict" "$PYTHON" -m mypy
 step "shellcheck" "$(dirname -- "$PYTHON")/shellcheck" -x ./*.sh .ci/run
 step "stubs match the proto" compare_stubs

@@ -56,12 +56,23 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
     return TokenBatch(ids, mask, types)
 
 
+def packed_size(tokens: int) -> int:
+    """How many tokens a padding-free engine computes for `tokens` real ones: the next of a small set of sizes.
+
+    Matrix kernels are made for each size they meet, which takes longer than a small batch: so sizes come in steps of 16
+    up to 256, of 32 up to 512, and of 64 beyond.
+    """
+    step = 16 if tokens <= 256 else 32 if tokens <= 512 else 64
+    return -(-tokens // step) * step
+
+
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
     """What really runs, read from the loaded model and never from the settings.
 
-    compiled: the model runs as machine code made for it. padding_free: padding costs it nothing, so a batch may hold
-    any mix of lengths. parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was not.
+    compiled: the model runs as machine code made for it. padding_free: a batch costs `packed_size` of its tokens,
+    whatever its mix of lengths. parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was
+    not.
     """
 
     backend: str
@@ -142,12 +153,20 @@ class Backend(Protocol):
 _WARMUP_SHAPES = ((1, 16), (1, 128), (8, 16), (8, 64), (8, 256), (32, 32))
 
 
-def run_warmup(backend: Backend, progress: Progress) -> None:
-    """Run a few shapes through `infer`. ModelError if the answer has a wrong shape or is not finite."""
-    for done, (texts, tokens) in enumerate(_WARMUP_SHAPES):
+def packed_sizes(most: int) -> list[int]:
+    """All values of `packed_size` up to that of `most`."""
+    sizes = [packed_size(1)]
+    while sizes[-1] < most:
+        sizes.append(packed_size(sizes[-1] + 1))
+    return sizes
+
+
+def run_warmup(backend: Backend, progress: Progress, shapes: Sequence[tuple[int, int]] = _WARMUP_SHAPES) -> None:
+    """Run `shapes` of (texts, tokens) through `infer`. ModelError if an answer is not finite or has a wrong shape."""
+    for done, (texts, tokens) in enumerate(shapes):
         shape = (texts, min(tokens, backend.info.max_tokens))
         ids = np.full(shape, backend.tokenizer.pad_id + 1, np.int64)
         rows = backend.infer(TokenBatch(ids, np.ones_like(ids)))
         if rows.shape != (texts, backend.info.dimension) or not np.isfinite(rows).all():
             raise ModelError(f"the model's warm-up answer has shape {rows.shape} or is not finite: not fit to serve")
-        progress(done + 1, len(_WARMUP_SHAPES))
+        progress(done + 1, len(shapes))

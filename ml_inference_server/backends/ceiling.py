@@ -219,8 +219,8 @@ def report(found: Ceiling) -> str:
     ]
     if found.roofline_texts_per_s is not None:
         lines.append(
-            f"roofline  {found.roofline_texts_per_s:8.1f} texts/s: {found.matrix_tflops:.2f} TFLOP/s of matrix products, "
-            f"{found.operations_per_text / 1e9:.2f} GFLOP a text; the ceiling is "
+            f"roofline  {found.roofline_texts_per_s:8.1f} texts/s: {found.matrix_tflops:.2f} TFLOP/s of matrix "
+            f"products, {found.operations_per_text / 1e9:.2f} GFLOP a text; the ceiling is "
             f"{100 * found.texts_per_s / found.roofline_texts_per_s:.0f} % of it"
         )
     return "\n".join(lines)

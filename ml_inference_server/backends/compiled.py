@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch._inductor import config as inductor_config
 
-from ml_inference_server.backends.base import TokenBatch
+from ml_inference_server.backends.base import TokenBatch, packed_sizes
 from ml_inference_server.backends.loading import LoadedModel
 from ml_inference_server.backends.native import compiler, no_compiler
 from ml_inference_server.backends.packed import Inputs, PackedModule, pack
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _OPTIONS: dict[str, Any] = {"freezing": True, "cpp_wrapper": True}
 # Least cosine between the compiled and the uncompiled model on random tokens: far below BF16's noise, far above chance.
 _SAME = 0.995
+# Sizes up to here are warmed up: the most tokens in a batch, unless the settings allow more.
+_WARM_TOKENS = 2048
 _CHECK_LENGTHS = (40, 9, 2, 23)
 
 # Of glibc's malloc.h.
@@ -76,6 +78,11 @@ class CompiledModel:
         """(batch, dimension) float32."""
         out: NDArray[np.float32] = self.run(self.pack(batch))[: len(batch)].float().numpy()
         return out
+
+    def warmup_shapes(self, max_tokens: int) -> list[tuple[int, int]]:
+        """(texts, tokens) that between them meet every size of batch up to _WARM_TOKENS."""
+        sizes = packed_sizes(_WARM_TOKENS)
+        return [(texts, size // texts) for size in sizes for texts in [max(2, -(-size // max_tokens))]]
 
     def pack(self, batch: TokenBatch) -> Inputs:
         """The inputs of `run`."""

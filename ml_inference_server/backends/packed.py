@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ml_inference_server.backends.base import TokenBatch
+from ml_inference_server.backends.base import TokenBatch, packed_size
 from ml_inference_server.backends.loading import LoadedModel
 from ml_inference_server.backends.native import load_operators
 from ml_inference_server.utils.errors import ModelError
@@ -27,13 +27,14 @@ def pack(batch: TokenBatch, first_position: int) -> Inputs:
 
     (ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1), gather (texts, longest),
     mask (texts, longest)), all int64; `gather` says where in the row a padded place is found (anywhere for padding).
+    The row is filled up to `packed_size` with tokens that belong to no text.
     """
     ids, mask, types = batch.input_ids, batch.attention_mask, batch.token_type_ids
     if len(ids) == 1:
         # A size of 1 would be compiled into the graph as a constant: a second text, of two tokens, keeps it dynamic.
         short = np.zeros_like(ids)
         ids, types = np.vstack([ids, short]), None if types is None else np.vstack([types, short])
-        mask = np.vstack([mask, np.arange(mask.shape[1])[None] < 2])
+        mask = np.vstack([mask, np.arange(mask.shape[1])[None] < 2]).astype(np.int64)
     if mask.shape[1] < 2:
         raise ValueError("a batch needs room for two tokens a text: special tokens are never left out")
     kept = mask.astype(bool)
@@ -42,12 +43,13 @@ def pack(batch: TokenBatch, first_position: int) -> Inputs:
     np.cumsum(lengths, out=starts[1:])
     places = np.arange(ids.shape[1])
     gather = np.where(kept, starts[:-1, None] + places, 0)
-    positions = np.broadcast_to(places + first_position, ids.shape)[kept]
-    segments = np.zeros_like(positions) if types is None else types[kept]
-    return tuple(
-        torch.from_numpy(np.ascontiguousarray(each, np.int64))
-        for each in (ids[kept][None], positions[None], segments[None], starts, gather, mask)
-    )
+    row = np.zeros((3, packed_size(int(starts[-1]))), np.int64)
+    row[0, : starts[-1]] = ids[kept]
+    row[1] = first_position
+    row[1, : starts[-1]] += np.broadcast_to(places, ids.shape)[kept]
+    if types is not None:
+        row[2, : starts[-1]] = types[kept]
+    return tuple(torch.from_numpy(each) for each in (row[:1], row[1:2], row[2:], starts, gather, mask))
 
 
 class PackedModule(torch.nn.Module):

@@ -103,8 +103,11 @@ class PyTorchBackend:
         )
 
     def warmup(self, progress: Progress) -> None:
-        """Run a few shapes; ModelError if the model cannot run them or answers with NaN."""
-        run_warmup(self, progress)
+        """Run what real traffic will look like; ModelError if the model cannot run it or answers with NaN."""
+        if self.compiled is None:
+            run_warmup(self, progress)
+        else:
+            run_warmup(self, progress, self.compiled.warmup_shapes(self.info.max_tokens))
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         """(batch, dimension) float32."""

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ml_inference_server.backends.base import packed_size
+
 
 class ClosedBy(Enum):
     """Why a batch stopped growing."""
@@ -63,7 +65,7 @@ class Limits:
 
     def work_tokens(self, texts: int, longest: int, tokens: int) -> int:
         """What the engine computes for a batch of `texts` texts with `tokens` tokens in all."""
-        return tokens if self.padding_free else texts * longest
+        return packed_size(tokens) if self.padding_free else texts * longest
 
 
 @dataclass(frozen=True, slots=True)

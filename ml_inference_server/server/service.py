@@ -17,6 +17,9 @@ from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
 # Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+# Up to so much text is tokenised at once, in some 10 to 100 us; handing it to a thread and back takes longer than that,
+# and costs the event loop more. Longer requests go to a thread, so that no other has to wait for them.
+_INLINE_BYTES = 2048
 # Invisible characters that str.strip() leaves: zero-width space and byte-order mark.
 _INVISIBLE = "\u200b\ufeff"
 
@@ -149,8 +152,11 @@ class InferenceService:
         where = [places.setdefault(job.key, len(places)) for job in jobs]
         ticket = self._batcher.admit(self._estimate_tokens(sizes), deadline)
         try:
-            loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
+            if sum(sizes) <= _INLINE_BYTES:
+                encoded = self._encode(list(places))
+            else:
+                loop = asyncio.get_running_loop()
+                encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
             tokenized_at = time.monotonic()
             self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), tokenized_at - started_at)
             if not truncate:
@@ -163,7 +169,7 @@ class InferenceService:
         return Answer(values, truncated, _timing(ticket, started_at, tokenized_at))
 
     def _encode(self, keys: Sequence[tuple[str | None, str]]) -> list[Encoded]:
-        """In the tokenizer's thread: pairs at once, texts with one call for each prompt in use (at most two)."""
+        """Pairs at once, texts with one call for each prompt in use (at most two)."""
         if self._is_cross_encoder:
             return self._tokenizer.encode_pairs([(query or "", passage) for query, passage in keys])
         out: list[Encoded | None] = [None] * len(keys)

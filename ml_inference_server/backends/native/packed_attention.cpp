@@ -1,8 +1,9 @@
 // Attention over texts that lie one behind the other, without padding: torch.ops.mlis.packed_attention.
 //
-// q, k, v: (tokens, heads, dim); starts: (texts + 1) int64, text t is tokens starts[t] .. starts[t + 1] - 1.
-// Built and loaded by native/__init__.py. On processors with AMX, BF16 runs in tiles (16 x 32 BF16 times 32 x 16 BF16);
-// everything else runs PyTorch's own attention, once for each run of texts of the same length.
+// q, k, v: (tokens, heads, dim); starts: (texts + 1) int64, text t is tokens starts[t] .. starts[t + 1] - 1. Tokens
+// after the last text get zeros. Built and loaded by native/__init__.py. On processors with AMX, BF16 runs in tiles (16
+// x 32 BF16 times 32 x 16 BF16); everything else runs PyTorch's own attention, once for each run of texts of the same
+// length.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,6 +13,7 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define MLIS_AMX 1
@@ -25,6 +27,13 @@
 #endif
 
 namespace {
+
+void zero_after(at::Tensor& out, const at::Tensor& starts) {
+  const int64_t end = starts.const_data_ptr<int64_t>()[starts.size(0) - 1];
+  TORCH_CHECK(end <= out.size(0), "packed_attention: the texts end at ", end, ", the tokens at ", out.size(0));
+  auto after = out.slice(0, end);
+  std::memset(after.mutable_data_ptr(), 0, after.nbytes());
+}
 
 #ifdef MLIS_AMX
 
@@ -270,6 +279,7 @@ at::Tensor in_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     double scale, bool causal) {
   const auto qc = q.contiguous(), kc = k.contiguous(), vc = v.contiguous();
   auto out = at::empty(q.sizes(), q.options());
+  zero_after(out, starts);
   const int64_t texts = starts.size(0) - 1, heads = q.size(1), dim = q.size(2), stride = heads * dim;
   const int64_t* first = starts.const_data_ptr<int64_t>();
   auto data = [](const at::Tensor& t) { return reinterpret_cast<const uint16_t*>(t.const_data_ptr()); };
@@ -294,6 +304,7 @@ at::Tensor in_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 at::Tensor text_by_text(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& starts,
                         double scale, bool causal) {
   auto out = at::empty_like(q, q.options(), at::MemoryFormat::Contiguous);
+  zero_after(out, starts);
   const int64_t* first = starts.const_data_ptr<int64_t>();
   const int64_t texts = starts.size(0) - 1, heads = q.size(1), dim = q.size(2);
   for (int64_t t = 0, next; t < texts; t = next) {
