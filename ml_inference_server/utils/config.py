@@ -4,14 +4,15 @@ Precedence: defaults < `experiments/base_config.yaml` < experiment file < its va
 """
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.experiment import ExperimentSettings, Section
 
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
@@ -21,11 +22,7 @@ RequestedQuantization = Quantization | Literal["auto"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, strict=True)
-
-
-class ModelSettings(_Section):
+class ModelSettings(Section):
     name: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2",
         min_length=1,
@@ -89,7 +86,7 @@ class ModelSettings(_Section):
         return self.quantization or ("int8" if device == "cpu" else "fp16")
 
 
-class BatchingSettings(_Section):
+class BatchingSettings(Section):
     enabled: bool = Field(True, description="False runs each request by itself, in arrival order.")
     max_batch_size: int = Field(32, ge=1, le=4096, description="Texts in one batch, at most.")
     max_batch_tokens: int = Field(
@@ -109,7 +106,7 @@ class BatchingSettings(_Section):
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")
 
 
-class ServerSettings(_Section):
+class ServerSettings(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 opens it to the network.")
     port: Port = Field(50051, description="gRPC port; 0 takes a free one.")
     max_texts: int = Field(1024, ge=1, le=65536, description="Texts, pairs or documents in one request.")
@@ -135,32 +132,13 @@ class ServerSettings(_Section):
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of the dashboard and metrics.")
     port: Port = Field(8080, description="HTTP port of the dashboard and metrics; 0 takes a free one.")
     window_s: int = Field(30, ge=1, le=3600, description="Seconds that the live figures look back.")
 
 
-class ExperimentSettings(_Section):
-    batch_sizes: list[Annotated[int, Field(ge=1, le=65536)]] = Field(
-        [1, 4, 8], min_length=1, description="Texts (or pairs) per request, one table row each."
-    )
-    concurrency_levels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
-        [1, 4, 16], min_length=1, description="Requests in flight, one table row each."
-    )
-    benchmark_requests: int = Field(100, ge=1, le=10_000_000, description="Measured requests per row.")
-    warmup_iterations: int = Field(10, ge=0, le=1_000_000, description="Requests sent before each row, not measured.")
-    workload: Literal["queries", "passages", "pairs"] = Field(
-        "pairs", description="queries and passages are embedded, pairs are scored."
-    )
-    dataset: str = Field(
-        "auto", min_length=1, description="auto (ms_marco, else sample), ms_marco, sample, or a file of MS MARCO text."
-    )
-    seed: int = Field(0, ge=0, description="Order in which the texts are sent.")
-    request_timeout_ms: int = Field(60_000, ge=1, le=86_400_000, description="Deadline of each benchmark request.")
-
-
-class Settings(_Section):
+class Settings(Section):
     """Everything that an experiment can say."""
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Names the result files.")
@@ -325,11 +303,12 @@ def _explain(tree: dict[str, Any], loc: tuple[int | str, ...], kind: str, messag
 
 def setting_rows() -> list[tuple[str, Any, str]]:
     """(dotted key, default, description) of every leaf, in order: what --help, README and the tests read."""
-    rows: list[tuple[str, Any, str]] = []
-    for name, field in Settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            for leaf, inner in field.annotation.model_fields.items():
-                rows.append((f"{name}.{leaf}", inner.get_default(call_default_factory=True), inner.description or ""))
+    return list(_leaves(Settings, ""))
+
+
+def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:
-            rows.append((name, field.get_default(call_default_factory=True), field.description or ""))
-    return rows
+            yield f"{prefix}{name}", field.get_default(call_default_factory=True), field.description or ""
