@@ -5,15 +5,28 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ml_inference_server.benchmark.cell import planned_rows
 from ml_inference_server.benchmark.channel import Target
 from ml_inference_server.benchmark.dataset import is_local, load_dataset
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.results import DOCS, exit_code, new_document, output_paths
+from ml_inference_server.benchmark.progress import Progress, work
+from ml_inference_server.benchmark.quality import load_slice
+from ml_inference_server.benchmark.results import (
+    DOCS,
+    Result,
+    ResultFiles,
+    exit_code,
+    keep_partial,
+    locked,
+    new_document,
+    result_files,
+)
+from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
-from ml_inference_server.benchmark.suite import Progress, cells_of
 from ml_inference_server.utils.config import Settings, load_settings
-from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
 # A wildcard is a place to listen at, not one to call.
@@ -37,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="experiment file; a single run takes its defaults")
     parser.add_argument("--batch-size", type=_positive, help="texts or pairs per request of a single run (default: 1)")
     parser.add_argument("--concurrency", type=_positive, help="requests in flight of a single run (default: 1)")
+    parser.add_argument("--rate", type=float, metavar="N", help="open loop: N requests/s instead of a concurrency")
     parser.add_argument("--requests", type=_positive, help="measured requests per row")
+    parser.add_argument("--duration-s", type=float, metavar="S", help="measure each row for S seconds instead")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="how often each row is measured (default: 1)")
+    parser.add_argument("--streaming", action="store_true", default=None, help="send over EmbedStream")
     parser.add_argument("--warmup", type=int, metavar="N", help="requests before each row that are not measured")
     parser.add_argument("--workload", choices=("queries", "passages", "pairs"), help="embed texts, or score pairs")
     parser.add_argument("--dataset", metavar="SOURCE", help="auto, ms_marco[:v1.1|:v2.1], sample, or a file")
@@ -45,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout-ms", type=_positive, metavar="N", help="deadline of each request")
     parser.add_argument("--host", help="where the server is (default: server.host of the settings)")
     parser.add_argument("--port", type=_positive, help="its gRPC port (default: server.port of the settings)")
+    parser.add_argument("--http-port", type=_positive, help="its metrics port (default: metrics.port that it tells)")
     parser.add_argument("--output", metavar="OUT.md", help="where the table goes")
     parser.add_argument("--json", metavar="OUT.json", help="where everything goes (default: beside the table)")
     parser.add_argument("--set", action="append", default=[], metavar="experiment.KEY=VALUE", help="override a setting")
@@ -69,17 +87,33 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         "dataset": arguments.dataset,
         "seed": arguments.seed,
         "request_timeout_ms": arguments.timeout_ms,
+        "duration_s": arguments.duration_s,
+        "repeats": arguments.repeats,
+        "streaming": arguments.streaming,
     }
+    single: dict[str, Any] = {}
+    if arguments.rate and arguments.concurrency:
+        raise ConfigError("--rate sends whether or not answers come, so it has no --concurrency: give one of them")
     if not arguments.experiment:
-        flags |= {"batch_sizes": [arguments.batch_size or 1], "concurrency_levels": [arguments.concurrency or 1]}
+        # One row as it is asked for; --set can ask for more.
+        single = {"repeats": 1, "quality.enabled": False, "batch_sizes": [arguments.batch_size or 1]}
+        single |= {
+            "concurrency_levels": [] if arguments.rate else [arguments.concurrency or 1],
+            "arrival.rates": [arguments.rate] if arguments.rate else [],
+        }
     elif arguments.config is None:
         raise ConfigError("--experiment needs --config FILE, which says what rows to run")
-    elif arguments.batch_size or arguments.concurrency:
+    elif arguments.batch_size or arguments.concurrency or arguments.rate:
         raise ConfigError(
-            "--batch-size and --concurrency are for a single run; with --experiment use"
-            " --set experiment.batch_sizes=[4] and --set experiment.concurrency_levels=[8]"
+            "--batch-size and --concurrency are for a single run, and so is --rate; with --experiment use"
+            " --set experiment.batch_sizes=[4], experiment.concurrency_levels=[8], experiment.arrival.rates=[50]"
         )
-    return [*arguments.set, *(f"experiment.{k}={json.dumps(v)}" for k, v in flags.items() if v is not None)]
+    given = {key: value for key, value in flags.items() if value is not None}
+    return [*_as_overrides(single), *arguments.set, *_as_overrides(given)]
+
+
+def _as_overrides(values: dict[str, Any]) -> list[str]:
+    return [f"experiment.{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
@@ -94,37 +128,62 @@ async def _run(arguments: argparse.Namespace, argv: Sequence[str], stop: Stop) -
     overrides = _overrides(arguments)
     settings = load_settings(arguments.config, overrides=overrides)
     suite_file = DOCS / "experiments" / f"{settings.name}_results.md"
-    markdown, data = output_paths(
-        arguments.output, arguments.json, suite_file if arguments.experiment else DOCS / "experiment_results.md"
-    )
+    default = suite_file if arguments.experiment else DOCS / "experiment_results.md"
+    files = result_files(arguments.output, arguments.json, default)
+    with locked(files):
+        keep_partial(files)
+        return await _run_locked(arguments, argv, overrides, settings, files, stop)
+
+
+async def _run_locked(
+    arguments: argparse.Namespace,
+    argv: Sequence[str],
+    overrides: Sequence[str],
+    settings: Settings,
+    files: ResultFiles,
+    stop: Stop,
+) -> int:
     source = settings.experiment.dataset
     dataset = await load_dataset(source) if is_local(source) else None
-    async with Target(*_address(arguments, settings)) as target:
+    address = _address(arguments, settings)
+    async with Target(*address) as target:
         await stop.race(target.wait_until_serving(arguments.connect_timeout_s))
         info = await stop.race(target.server_info())
-        if info["variant"] in settings.variants:
-            settings = load_settings(arguments.config, overrides=overrides, variant=info["variant"])
-        if dataset is None:
-            dataset = await stop.race(load_dataset(source))
-        command = ["python", "-m", "ml_inference_server.client", *argv]
-        document = new_document("suite" if arguments.experiment else "single", settings, dataset, command)
-        load = settings.experiment
-        cells = cells_of(load)
-        document["planned_rows"] = len(cells)
-        progress = Progress(len(cells), sum(cell.batch_size for cell in cells) * load.benchmark_requests)
-        try:
-            await measure(target, load, cells, dataset, document, stop=stop, progress=progress)
-        except Interrupted as interrupted:
-            if not document["runs"]:
-                raise
-            document["interrupted"] = True
-            code = interrupted.exit_code
-        else:
-            code = exit_code(document)
-        finally:
-            progress.close()
-    finish(document, markdown, data)
-    return code
+    if info["variant"] in settings.variants:
+        settings = load_settings(arguments.config, overrides=overrides, variant=info["variant"])
+    load = settings.experiment
+    labelled = load_slice(load.quality) if load.quality.enabled else None
+    if dataset is None:
+        dataset = await stop.race(load_dataset(source))
+    command = ["python", "-m", "ml_inference_server.client", *argv]
+    document = new_document("suite" if arguments.experiment else "single", settings, dataset, command)
+    document["planned_rows"] = planned_rows(load)
+    result = Result(document, files)
+    progress = Progress(settings.name, document["planned_rows"], work(load))
+    http_port = arguments.http_port or info["settings"].get("metrics", {}).get("port", 0)
+    code = EXIT_OK
+    try:
+        await measure(
+            address,
+            (address[0], http_port),
+            load,
+            dataset,
+            labelled,
+            result,
+            repeats=range(1, load.repeats + 1),
+            start_timeout_s=START_TIMEOUT_S,
+            stop=stop,
+            progress=progress,
+        )
+    except Interrupted as interrupted:
+        if not document["runs"]:
+            raise
+        document["interrupted"] = True
+        code = interrupted.exit_code
+    finally:
+        progress.close()
+    finish(result)
+    return code or exit_code(document)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

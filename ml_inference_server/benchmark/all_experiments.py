@@ -1,18 +1,35 @@
-"""Every experiment file, one after the other, and one table of them all."""
+"""Every experiment file, one after the other, and one comparison of them all."""
 
 import argparse
+import hashlib
+import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark import report
+from tqdm import tqdm
+
+from ml_inference_server.benchmark import comparison, report
 from ml_inference_server.benchmark.dataset import Dataset
 from ml_inference_server.benchmark.interrupt import Stop
 from ml_inference_server.benchmark.machine import client_versions, git_facts, machine_facts
-from ml_inference_server.benchmark.results import DOCS, SCHEMA, encode, now, output_paths, write_results
+from ml_inference_server.benchmark.results import (
+    DOCS,
+    SCHEMA,
+    ResultFiles,
+    ResultsNotWritten,
+    keep_earlier,
+    locked,
+    now,
+    read_document,
+    rescue,
+    result_files,
+    write_beside,
+)
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
 from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.utils.config import BASE_CONFIG, EXPERIMENTS_DIR, load_settings
@@ -26,8 +43,7 @@ from ml_inference_server.utils.errors import (
 )
 
 # Too few for a p99, enough to see what works and roughly how fast.
-QUICK_REQUESTS = 40
-QUICK_WARMUP = 5
+QUICK = {"benchmark_requests": 24, "warmup_iterations": 4, "in_process_s": 1.5}
 
 
 def quick(path: Path) -> list[str]:
@@ -39,40 +55,18 @@ def quick(path: Path) -> list[str]:
     sizes, levels = experiment.batch_sizes, experiment.concurrency_levels
     return [
         f"experiment.batch_sizes={sorted({sizes[0], sizes[-1]})}",
-        f"experiment.concurrency_levels={sorted({levels[0], levels[-1]})}",
-        f"experiment.benchmark_requests={min(QUICK_REQUESTS, experiment.benchmark_requests)}",
-        f"experiment.warmup_iterations={min(QUICK_WARMUP, experiment.warmup_iterations)}",
+        *([f"experiment.concurrency_levels={sorted({levels[0], levels[-1]})}"] if levels else []),
+        *(f"experiment.{name}={min(most, getattr(experiment, name))}" for name, most in QUICK.items()),
     ]
 
 
 def choose(files: Sequence[Path], only: str | None) -> list[Path]:
-    """The files to run, in order. ConfigError if none is left."""
+    """The files to run, in order, the baseline first. ConfigError if none is left."""
     found = list(files) or [path for path in sorted(EXPERIMENTS_DIR.glob("*.yaml")) if path != BASE_CONFIG]
     chosen = [path for path in found if only is None or fnmatch(path.name, only) or fnmatch(path.stem, only)]
     if not chosen:
         raise ConfigError(f"--only {only}: no experiment is called that; there are: {', '.join(p.stem for p in found)}")
-    return chosen
-
-
-async def run_all(experiments: Sequence[Experiment], stop: Stop) -> list[Outcome]:
-    """One outcome for each experiment that was begun; a failing one does not keep the next from running."""
-    outcomes: list[Outcome] = []
-    datasets: dict[str, Dataset] = {}
-    for number, experiment in enumerate(experiments, 1):
-        if stop.requested.is_set():
-            break
-        print(f"\n=== {number}/{len(experiments)} {experiment.file.name} ===", file=sys.stderr, flush=True)
-        try:
-            outcome = await run_experiment(experiment, stop, datasets)
-        except StartError as error:
-            outcome = Outcome(error.exit_code, str(error))
-        except Exception as error:
-            traceback.print_exc()
-            outcome = Outcome(EXIT_INTERNAL, f"{type(error).__name__}: {error}")
-        outcomes.append(outcome)
-        if outcome.message:
-            print(f"{verdict(outcome)}: {outcome.message}", file=sys.stderr, flush=True)
-    return outcomes
+    return sorted(chosen, key=lambda path: path.stem != comparison.BASELINE)
 
 
 def verdict(outcome: Outcome) -> str:
@@ -86,93 +80,169 @@ def verdict(outcome: Outcome) -> str:
     return f"FAILED (exit code {outcome.exit_code})"
 
 
-def summary(experiments: Sequence[Experiment], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The JSON of the summary: one entry for each variant of each experiment, `result` naming its own file."""
-    entries: list[dict[str, Any]] = []
-    for experiment, outcome in zip(experiments, outcomes, strict=False):
-        entry = {
-            "experiment": experiment.file.stem,
-            "variant": "",
-            "verdict": verdict(outcome),
-            "exit_code": outcome.exit_code,
-            "message": outcome.message,
-            "title": "",
-            "result": outcome.markdown.name if outcome.markdown else None,
-        }
-        if outcome.document is None:
-            entries.append({**entry, "runs": []})
-            continue
-        for server in outcome.document["servers"]:
-            runs = [
-                {key: value for key, value in run.items() if key != "raw"}
-                for run in outcome.document["runs"]
-                if run["variant"] == server["variant"]
-            ]
-            entries.append({**entry, "variant": server["variant"], "title": server["info"]["title"], "runs": runs})
-        for refused in outcome.document["not_started"]:
-            entries.append({**entry, **refused, "verdict": "refused", "runs": []})
-    begun = len(outcomes)
-    return {
-        "schema": SCHEMA,
-        "kind": "summary",
-        "finished_at": now(),
-        "machine": machine_facts(),
-        "versions": client_versions(),
-        "git": git_facts(),
-        "not_run": [experiment.file.stem for experiment in experiments[begun:]],
-        "experiments": entries,
+def settings_digest(experiment: Experiment) -> str:
+    """Changes with everything that the experiment asks for; "" where the file cannot be read."""
+    try:
+        settings = experiment.settings()
+        all_of_it = [experiment.settings(variant) for variant in settings.variants or ("",)]
+    except ConfigError:
+        return ""
+    return hashlib.sha256("".join(s.model_dump_json() for s in all_of_it).encode()).hexdigest()
+
+
+def entries(experiment: Experiment, outcome: Outcome) -> list[dict[str, Any]]:
+    """One entry of the summary for each variant; `result` names the experiment's own report."""
+    entry: dict[str, Any] = {
+        "experiment": experiment.file.stem,
+        "variant": "",
+        "verdict": verdict(outcome),
+        "exit_code": outcome.exit_code,
+        "message": outcome.message,
+        "title": "",
+        "settings_sha256": settings_digest(experiment),
+        "result": outcome.files.markdown.name if outcome.files else None,
+        "commit": None,
+        "fingerprint": None,
+        "dataset": None,
+        "server": None,
+        "warnings": [],
         "runs": [],
     }
+    document = outcome.document
+    if document is None:
+        return [entry]
+    entry |= {
+        "commit": document["git"]["commit"],
+        "fingerprint": document["machine"]["fingerprint"],
+        "dataset": document["dataset"]["name"],
+    }
+    found = [
+        {
+            **entry,
+            "variant": server["variant"],
+            "title": server["info"]["title"],
+            "server": server,
+            "runs": [run for run in document["runs"] if run["variant"] == server["variant"]],
+        }
+        for server in document["servers"]
+    ]
+    if found:
+        found[0]["warnings"] = [said for said in report.warnings(document) if not said.startswith("variant ")]
+    return found + [{**entry, **refused, "verdict": "refused"} for refused in document["not_started"]]
 
 
-def summary_table(document: dict[str, Any]) -> str:
-    header = ["experiment", "what ran", "verdict", "valid rows", "best throughput", "at", "best p50 ms", "at"]
-    rows = []
-    for entry in document["experiments"]:
-        name = entry["experiment"] + (f" / {entry['variant']}" if entry["variant"] else "")
-        runs = entry["runs"]
-        valid = f"{sum(run['status'] == 'valid' for run in runs)} of {len(runs)}" if runs else "-"
-        found = report.best(runs)
-        figures = ["-", "-", "-", "-"]
-        if found:
-            fastest, quickest = found
-            unit = report.items_unit(runs)
-            figures = [f"{report.items_per_s(fastest):.1f} {unit}/s", _at(fastest)]
-            figures += [f"{quickest['latency_ms']['p50']:.2f}", _at(quickest)]
-        rows.append([name, report.plain(entry["title"] or entry["message"]), entry["verdict"], valid, *figures])
-    rows += [[name, "-", "not run", "-", "-", "-", "-", "-"] for name in document["not_run"]]
-    return report.grid(header, rows)
+class Summary:
+    """The comparison while it grows; saved after each experiment, so that an interruption loses one at most."""
+
+    def __init__(self, files: ResultFiles, command: Sequence[str], is_quick: bool) -> None:
+        self.files = files
+        self.document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "summary",
+            "command": shlex.join(command),
+            "quick": is_quick,
+            "started_at": now(),
+            "finished_at": now(),
+            "finished": False,
+            "machine": machine_facts(),
+            "versions": client_versions(),
+            "git": git_facts(),
+            "not_run": [],
+            "experiments": [],
+            "runs": [],
+        }
+
+    def begin(self, experiments: Sequence[Experiment], *, resume: bool) -> list[Experiment]:
+        """The experiments that are still to be run. An earlier summary is kept, or gone on with."""
+        done: set[str] = set()
+        latency = self.files.markdown.with_name(f"{self.files.markdown.stem}_latency.svg")
+        if resume and self.files.data.exists():
+            done = self._take_over(experiments)
+        else:
+            if resume:
+                print("There is nothing to resume here: all experiments are run.", file=sys.stderr)
+            keep_earlier([self.files.markdown, self.files.data, self.files.plot, latency])
+        return [experiment for experiment in experiments if experiment.file.stem not in done]
+
+    def _take_over(self, experiments: Sequence[Experiment]) -> set[str]:
+        earlier = read_document(self.files.data)
+        if earlier["kind"] != "summary":
+            raise ConfigError(f"{self.files.data}: not a summary of experiments, so there is nothing to resume")
+        done = set()
+        for experiment in experiments:
+            name = experiment.file.stem
+            theirs = [entry for entry in earlier["experiments"] if entry["experiment"] == name]
+            sound = theirs and all(entry["exit_code"] == EXIT_OK for entry in theirs)
+            if sound and theirs[0]["settings_sha256"] != settings_digest(experiment):
+                print(f"{name}: its settings changed since, so it is run again", file=sys.stderr)
+            elif sound:
+                print(f"{name}: there already", file=sys.stderr)
+                done.add(name)
+                self.document["experiments"] += theirs
+        self.document["started_at"] = earlier["started_at"]
+        return done
+
+    def add(self, found: list[dict[str, Any]], left: Sequence[Experiment]) -> None:
+        self.document["experiments"] += found
+        self.document["not_run"] = [experiment.file.stem for experiment in left]
+        try:
+            self._write()
+        except OSError as error:
+            print(f"Warning: the comparison so far cannot be saved: {error.strerror}", file=sys.stderr)
+
+    def finish(self, *, finished: bool) -> None:
+        """ResultsNotWritten when there is no room; then it lies in a temporary folder, which the message names."""
+        self.document["finished"] = finished
+        try:
+            self._write()
+        except OSError as error:
+            folder = rescue(comparison.contents(self.document, self.files))
+            where = f"; it is in {folder} instead" if folder else ""
+            raise ResultsNotWritten(f"the comparison cannot be written: {error.strerror}{where}") from None
+
+    def _write(self) -> None:
+        self.document["finished_at"] = now()
+        for path, content in comparison.contents(self.document, self.files).items():
+            write_beside(path, content.encode() if isinstance(content, str) else content).replace(path)
 
 
-def _at(run: report.Run) -> str:
-    return f"batch {run['batch_size']} x {run['concurrency']}"
-
-
-def summary_markdown(document: dict[str, Any]) -> str:
-    machine, git = document["machine"], document["git"]
-    links = [f"[{name}]({name})" for name in dict.fromkeys(e["result"] for e in document["experiments"]) if name]
-    return (
-        "# All experiments\n\n"
-        f"{summary_table(document)}\n\n"
-        "Throughput and latency are the best of each experiment's valid rows; `batch B x C` is the row's batch size and"
-        f" concurrency. Each experiment's own report: {', '.join(links) or 'none was written'}.\n\n"
-        f"- Machine: {report.plain(machine['cpu'])} ({machine['instruction_set']}), {machine['cpus']} CPUs,"
-        f" {machine['memory_gib']} GiB, {machine['os']}\n"
-        f"- Commit: {git['commit'] or 'not a git checkout'}{', with uncommitted changes' if git['modified'] else ''}\n"
-        f"- Finished: {document['finished_at']}\n"
-    )
+async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summary) -> list[Outcome]:
+    """One outcome for each experiment that was begun; a failing one does not keep the next from running."""
+    outcomes: list[Outcome] = []
+    datasets: dict[str, Dataset] = {}
+    began_s = time.monotonic()
+    for number, experiment in enumerate(experiments, 1):
+        if stop.requested.is_set():
+            break
+        left_s = (time.monotonic() - began_s) / (number - 1) * (len(experiments) - number + 1) if number > 1 else 0
+        left = f", about {tqdm.format_interval(left_s)} left" if left_s else ""
+        print(f"\n=== {number}/{len(experiments)} {experiment.file.name}{left} ===", file=sys.stderr, flush=True)
+        try:
+            outcome = await run_experiment(experiment, stop, datasets)
+        except StartError as error:
+            outcome = Outcome(error.exit_code, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome(EXIT_INTERNAL, f"{type(error).__name__}: {error}")
+        outcomes.append(outcome)
+        if outcome.message:
+            print(f"{verdict(outcome)}: {outcome.message}", file=sys.stderr, flush=True)
+        summary.add(entries(experiment, outcome), experiments[number:])
+    return outcomes
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run_all_experiments.py",
-        description="Runs every experiment file one after the other and ends with a table of them all.",
+        description="Runs every experiment file one after the other and ends with a comparison of them all.",
         epilog="Exit codes: 0 all ran or were cleanly refused, 2 bad arguments, 5 something failed, 130 interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="*", type=Path, help="experiment files (default: all that ship)")
     parser.add_argument("--only", metavar="GLOB", help="only files whose name matches, e.g. 'minilm_*'")
     parser.add_argument("--quick", action="store_true", help="few rows with few requests: a first look")
+    parser.add_argument("--resume", action="store_true", help="leave out what an interrupted run has measured already")
+    parser.add_argument("--repeats", type=int, metavar="N", help="how often each row is measured (default: the file's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--output-dir", type=Path, default=DOCS / "experiments", help="default: docs/experiments")
     parser.add_argument("--start-timeout-s", type=float, default=START_TIMEOUT_S, help="see run_experiment.sh --help")
@@ -181,22 +251,27 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    repeats = [] if arguments.repeats is None else [f"experiment.repeats={arguments.repeats}"]
 
     async def run(stop: Stop) -> int:
         experiments = [
             Experiment(
                 file=path,
-                overrides=[*(quick(path) if arguments.quick else ()), *arguments.set],
+                overrides=[*(quick(path) if arguments.quick else ()), *arguments.set, *repeats],
                 output_dir=arguments.output_dir,
                 start_timeout_s=arguments.start_timeout_s,
             )
             for path in choose(arguments.files, arguments.only)
         ]
-        markdown, data = output_paths(None, None, arguments.output_dir / "summary.md")
-        outcomes = await run_all(experiments, stop)
-        document = summary(experiments, outcomes)
-        write_results({markdown: summary_markdown(document), data: encode(document)})
-        print(f"\n{summary_table(document)}\n\nSummary: {markdown} and {data}", flush=True)
+        files = result_files(None, None, arguments.output_dir / "summary.md")
+        with locked(files):
+            summary = Summary(files, ["python", "run_all_experiments.py", *given], arguments.quick)
+            left = summary.begin(experiments, resume=arguments.resume)
+            outcomes = await run_all(left, stop, summary)
+            print(f"\n{comparison.table(summary.document)}\n", flush=True)
+            summary.finish(finished=len(outcomes) == len(left) and not stop.requested.is_set())
+            print(f"Comparison: {files.markdown} and {files.data}", flush=True)
         if stop.requested.is_set():
             return stop.exit_code
         return EXIT_OK if all(o.exit_code in (EXIT_OK, EXIT_MODEL) for o in outcomes) else EXIT_FAILED_RUN

@@ -54,6 +54,15 @@ class Reply(NamedTuple):
 OK = Reply("OK", "")
 
 
+class RequestFailed(Exception):
+    """One request ended with a status that no AioRpcError carries."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
 class Target:
     """One server. Not safe to share between event loops."""
 
@@ -129,6 +138,10 @@ class Target:
 
     async def embed(self, texts: Sequence[str], timeout_s: float) -> Any:
         return await self._stub.Embed(inference_pb2.EmbedRequest(texts=texts), timeout=timeout_s)
+
+    def embed_stream(self) -> Any:
+        """A new bidirectional call, without a deadline of its own."""
+        return self._stub.EmbedStream()
 
     async def score(self, pairs: Sequence[tuple[str, str]], timeout_s: float) -> Any:
         request = inference_pb2.ScoreRequest(pairs=[inference_pb2.Pair(query=q, passage=p) for q, p in pairs])

@@ -1,28 +1,37 @@
-"""The load: a fixed number of requests in a closed loop, every one of them accounted for."""
+"""The load: requests in a closed loop or on a fixed schedule, every one of them accounted for."""
 
 import asyncio
+import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
-import numpy as np
 
-from ml_inference_server.benchmark.channel import OK, Reply, Target, check_embeddings, check_scores
+from ml_inference_server.benchmark.channel import OK, Reply, RequestFailed, Target, check_embeddings, check_scores
 from ml_inference_server.benchmark.dataset import Workload
+from ml_inference_server.benchmark.records import UNFINISHED, Records, as_records, record
+from ml_inference_server.benchmark.stream import EmbedStream
 
 # After these the server may be gone, and asking it the remaining questions would cost a deadline each.
 _SUSPICIOUS = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
+NO_TIMING = (0, 0, 0, 0)
 
 
 class Call(NamedTuple):
-    """One finished request. `sent_s` is on the perf_counter clock."""
+    """One finished request, on the perf_counter clock.
 
+    due_s: when it was to be sent; in a closed loop, when it was. timing_us: tokenize, queue, compute and total of the
+    server's own answer.
+    """
+
+    due_s: float
     sent_s: float
-    latency_s: float
+    done_s: float
     reply: Reply
+    timing_us: tuple[int, int, int, int] = NO_TIMING
 
 
 class ServerGone(Exception):
@@ -36,15 +45,19 @@ class Ledger:
     started: int = 0
     calls: list[Call] = field(default_factory=list)
     began_s: float = 0.0
+    open_due_s: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def seconds(self) -> float:
-        """From the start until the last reply; the search for a lost server is not part of the load."""
-        return max((call.sent_s + call.latency_s for call in self.calls), default=self.began_s) - self.began_s
+    def begin(self, index: int, due_s: float) -> None:
+        self.started += 1
+        self.open_due_s[index] = due_s
+
+    def end(self, index: int, call: Call) -> None:
+        del self.open_due_s[index]
+        self.calls.append(call)
 
     @property
     def unfinished(self) -> int:
-        return self.started - len(self.calls)
+        return len(self.open_due_s)
 
     @property
     def ok(self) -> int:
@@ -55,48 +68,73 @@ class Ledger:
         """Failures by code, the most frequent first."""
         return dict(Counter(call.reply.code for call in self.calls if call.reply.code != OK.code).most_common())
 
-    @property
-    def first_error(self) -> Call | None:
+    def first_error(self) -> dict[str, Any] | None:
+        """When the first failure was told, and in what words."""
         failed = (call for call in self.calls if call.reply.code != OK.code)
-        return min(failed, key=lambda call: call.sent_s + call.latency_s, default=None)
+        first = min(failed, key=lambda call: call.done_s, default=None)
+        return first and {
+            "after_s": round(first.done_s - self.began_s, 6),
+            "code": first.reply.code,
+            "message": first.reply.message,
+        }
 
-    @property
-    def latencies_ms(self) -> list[float]:
-        """Of the successful requests, in the order in which they ended."""
-        return [call.latency_s * 1e3 for call in self.calls if call.reply.code == OK.code]
+    def records(self) -> Records:
+        """All requests that were started; one that was not answered has no end and is UNFINISHED."""
+        rows = [
+            record(c.due_s - self.began_s, c.sent_s - self.began_s, c.done_s - self.began_s, c.reply.code, c.timing_us)
+            for c in self.calls
+        ]
+        nan = float("nan")
+        rows += [record(due - self.began_s, nan, nan, UNFINISHED, NO_TIMING) for due in self.open_due_s.values()]
+        return as_records(rows)
 
 
-Send = Callable[[int], Awaitable[Call]]
+# Sends request number `index`, due at `due_s` (None: now), and never raises but for its own cancellation.
+Send = Callable[[int, float | None], Awaitable[Call]]
 
 
-def sender(target: Target, workload: Workload, batch_size: int, timeout_s: float, *, warmup: bool = False) -> Send:
-    """A function that sends request number `index` and never raises but for its own cancellation."""
+def sender(
+    target: Target,
+    workload: Workload,
+    batch_size: int,
+    timeout_s: float,
+    *,
+    warmup: bool = False,
+    stream: EmbedStream | None = None,
+) -> Send:
+    """How one request is sent, clocked and verified. With a `stream` it travels there, else as a unary call."""
     embeds = workload.kind != "pairs"
 
-    async def send(index: int) -> Call:
+    async def send(index: int, due_s: float | None) -> Call:
         batch = workload.batch(index, batch_size, from_end=warmup)
+        timing = NO_TIMING
         sent_s = time.perf_counter()
         try:
-            response = await (target.embed(batch, timeout_s) if embeds else target.score(batch, timeout_s))
-            latency_s = time.perf_counter() - sent_s
+            if stream is not None:
+                response = await stream.embed(batch, timeout_s)
+            else:
+                response = await (target.embed(batch, timeout_s) if embeds else target.score(batch, timeout_s))
+            done_s = time.perf_counter()
             reply = check_embeddings(response, batch_size) if embeds else check_scores(response, batch_size)
+            t = response.timing
+            timing = (t.tokenize_us, t.queue_us, t.compute_us, t.total_us)
         except grpc.aio.AioRpcError as error:
-            latency_s = time.perf_counter() - sent_s
+            done_s = time.perf_counter()
             reply = Reply(error.code().name, str(error.details() or "")[:300])
+        except RequestFailed as error:
+            done_s = time.perf_counter()
+            reply = Reply(error.code, error.message[:300])
         except Exception as error:
             # A bug on this side must not thin out the load: it is counted like any other failure.
-            latency_s = time.perf_counter() - sent_s
+            done_s = time.perf_counter()
             reply = Reply("CLIENT_ERROR", f"{type(error).__name__}: {error}"[:300])
-        return Call(sent_s, latency_s, reply)
+        return Call(sent_s if due_s is None else due_s, sent_s, done_s, reply, timing)
 
     return send
 
 
-class ClosedLoop:
-    """`concurrency` workers that each send the next request as soon as their last one is answered.
-
-    `ledger` is valid at every moment, so a run that is cut short by a cancellation can still be reported.
-    """
+class _Loop:
+    """`ledger` is valid at every moment, so a run that is cut short by a cancellation can still be reported."""
 
     def __init__(self, send: Send, is_alive: Callable[[], Awaitable[bool]], on_call: Callable[[Call], None]) -> None:
         self.ledger = Ledger()
@@ -106,28 +144,16 @@ class ClosedLoop:
         self._probing = asyncio.Lock()
         self._alive_at_s = 0.0
 
-    async def run(self, requests: int, concurrency: int) -> None:
-        """Send `requests` requests. ServerGone when the server no longer answers at all."""
-        indexes = iter(range(requests))
-        self.ledger.began_s = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, requests)):
-                    group.create_task(self._worker(indexes))
-        except* ServerGone as gone:
-            raise ServerGone(str(gone.exceptions[0])) from None
-
-    async def _worker(self, indexes: Iterator[int]) -> None:
-        for index in indexes:
-            self.ledger.started += 1
-            call = await self._send(index)
-            self.ledger.calls.append(call)
-            self._on_call(call)
-            if call.reply.code in _SUSPICIOUS:
-                await self._require_alive(time.perf_counter())
+    async def _one(self, index: int, due_s: float | None) -> None:
+        self.ledger.begin(index, time.perf_counter() if due_s is None else due_s)
+        call = await self._send(index, due_s)
+        self.ledger.end(index, call)
+        self._on_call(call)
+        if call.reply.code in _SUSPICIOUS:
+            await self._require_alive(time.perf_counter())
 
     async def _require_alive(self, failed_at_s: float) -> None:
-        """One probe serves all workers that failed before it."""
+        """One probe serves all requests that failed before it."""
         async with self._probing:
             if self._alive_at_s >= failed_at_s:
                 return
@@ -137,9 +163,46 @@ class ClosedLoop:
             self._alive_at_s = asked_s
 
 
-def latency_summary_ms(latencies_ms: list[float]) -> dict[str, float] | None:
-    """avg, p50, p95, p99 over all samples (linear interpolation); None without a sample."""
-    if not latencies_ms:
-        return None
-    p50, p95, p99 = np.percentile(latencies_ms, (50, 95, 99))
-    return {"avg": float(np.mean(latencies_ms)), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+class ClosedLoop(_Loop):
+    """`concurrency` workers that each send the next request as soon as their last one is answered."""
+
+    async def run(
+        self, requests: int, concurrency: int, *, duration_s: float = 0.0, indexes: Iterator[int] | None = None
+    ) -> None:
+        """Send `requests` requests, or as many as begin within `duration_s`. ServerGone when the server is gone.
+
+        indexes: the numbers of the requests, where not 0, 1, 2, ...
+        """
+        self.ledger.began_s = self.ledger.began_s or time.perf_counter()
+        numbers: Iterator[int] = itertools.count() if indexes is None else indexes
+        if duration_s:
+            end_s = self.ledger.began_s + duration_s
+            numbers = itertools.takewhile(lambda _: time.perf_counter() < end_s, numbers)
+        else:
+            numbers = itertools.islice(numbers, requests)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(self._worker(numbers))
+        except* ServerGone as gone:
+            raise ServerGone(str(gone.exceptions[0])) from None
+
+    async def _worker(self, numbers: Iterator[int]) -> None:
+        for index in numbers:
+            await self._one(index, None)
+
+
+class OpenLoop(_Loop):
+    """Sends each request when it is due, whether or not the earlier ones are answered."""
+
+    async def run(self, due_s: Sequence[float], indexes: Iterator[int], began_s: float) -> None:
+        """due_s: from `began_s`, ascending, one for each request. ServerGone when the server is gone."""
+        self.ledger.began_s = began_s
+        try:
+            async with asyncio.TaskGroup() as group:
+                for due, index in zip(due_s, indexes, strict=False):
+                    # At least once round the event loop, so that what is overdue is really on its way.
+                    await asyncio.sleep(max(began_s + due - time.perf_counter(), 0))
+                    group.create_task(self._one(index, began_s + due))
+        except* ServerGone as gone:
+            raise ServerGone(str(gone.exceptions[0])) from None

@@ -1,5 +1,7 @@
 """Where a result was measured, and with what: facts that a reader needs to repeat it."""
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -16,16 +18,20 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine_facts() -> dict[str, Any]:
-    """The machine that this process runs on; `cpus` is what the process may use, not what the host has."""
-    return {
+    """The machine that this process runs on; `cpus` is what the process may use, not what the host has.
+
+    Results with the same `fingerprint` come from machines of the same kind.
+    """
+    lasting = {
         "cpu": cpu_name(),
         "instruction_set": instruction_set(),
         "cpus": available_cpus(),
         "cpu_quota": quota_cpus(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "os": platform.platform(),
-        "load_average_1min": round(os.getloadavg()[0], 2),
     }
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+    return {**lasting, "fingerprint": digest[:12], "load_average_1min": round(os.getloadavg()[0], 2)}
 
 
 def client_versions() -> dict[str, str]:

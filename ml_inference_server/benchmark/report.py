@@ -1,28 +1,48 @@
-"""A result's JSON document as Markdown. Everything said here is read from that document."""
+"""A result's JSON document as Markdown. Everything said here is read from that document and its raw records."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# With fewer samples the 99th percentile is the worst request under another name.
-P99_SAMPLES = 100
+from ml_inference_server.benchmark import aggregate, tables
+from ml_inference_server.benchmark.aggregate import Document, Row, Run
+from ml_inference_server.benchmark.conditions import trouble
+from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.stats import BEYOND
+from ml_inference_server.benchmark.tables import figure, items_unit, plain
 
-Document = Mapping[str, Any]
-Run = Mapping[str, Any]
+# A client process that computes for so much of the time may be what was measured.
+_BUSY_CLIENT = 0.85
 
 
-def markdown(document: Document) -> str:
-    """The whole report."""
+def markdown(document: Document, raw: Mapping[str, Records], plot: str | None = None) -> str:
+    """The whole report. plot: the file name of its plots."""
+    rows = aggregate.rows_of(document, raw)
     parts = [f"# {title(document)}"]
     if document["description"]:
         parts.append(plain(document["description"]))
     parts += _bullets("**Note:** ", warnings(document))
-    parts += ["## Results", table(document["runs"]), *_footnotes(document["runs"]), *_best(document["runs"])]
-    comparison = compare_variants(document["runs"])
+    parts += ["## Results", tables.results(rows), _footnotes(rows), *summary(document, rows)]
+    parts += [f"![Throughput and latency of each row]({plot})"] if plot else []
+    comparison = tables.variants(rows)
     if comparison:
         parts += ["## Variants compared", comparison]
+    if document["slo"]:
+        parts += ["## The highest rate within the bound", _slo(document)]
+    share = tables.server_share(rows)
+    if share:
+        parts += ["## Where the time went", share, _SHARE_NOTE]
+    quality = _quality(document)
+    if quality:
+        parts += ["## Quality", quality]
     parts += ["## What was measured", _facts(document)]
     return "\n\n".join(parts) + "\n"
+
+
+_SHARE_NOTE = (
+    "Means over the answered requests, as the server timed them: *tokenize*, *queue* (until its first batch started),"
+    " *engine* (until its last batch ended); *outside* is the rest of the client's latency: gRPC, the wire, the client."
+    " *padding* and *mean batch* (texts) are from the server's counters over the row."
+)
 
 
 def title(document: Document) -> str:
@@ -31,176 +51,174 @@ def title(document: Document) -> str:
     return f"{document['name']}: {' | '.join(titles)}" if document["kind"] == "suite" else " | ".join(titles)
 
 
-def plain(text: str) -> str:
-    """One line that cannot end a heading or a table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def warnings(document: Document) -> list[str]:
     """All that a reader must know before believing a figure."""
     found = []
+    rows = [run for run in document["runs"] if run["slo"] != "probe"]
     if document["interrupted"]:
         found.append("the benchmark was interrupted; what stands here was measured before")
-    missing = document["planned_rows"] - len(document["runs"])
+    missing = document["planned_rows"] - len(rows)
     if missing:
         found.append(f"{missing} of {document['planned_rows']} rows were not run")
-    for run in document["runs"]:
-        if run["status"] != "valid":
-            first = run["first_error"]
-            after = (
-                f" (first after {first['after_s']:.2f} s: {first['code']} {plain(first['message'])})" if first else ""
-            )
-            found.append(f"{_label(run)} is {run['status'].upper()}: {plain(run['reason'])}{after}")
+    found += [_invalid(run) for run in rows if run["status"] != "valid"]
     found += [
         f"variant {refused['variant']} did not run (exit code {refused['exit_code']}): {plain(refused['message'])}"
         for refused in document["not_started"]
     ]
     for server in document["servers"]:
-        who = f"{server['variant']}: " if server["variant"] else ""
-        info = server["info"]
-        found += [f"{who}not as requested: {plain(fallback)}" for fallback in info["fallbacks"]]
-        if info["resolved"]["random_weights"]:
-            found.append(f"{who}the model's weights are random: only speed can be read from this result")
-        if info["resolved"]["backend"] == "fake":
-            found.append(f"{who}the fake backend ran, so this is the cost of the server without a model")
-        if server.get("died"):
-            found.append(f"{who}the server ended by itself: {plain(server['died'])}")
-        if info["experiment"] != document["name"] and document["kind"] == "suite":
-            found.append(f"the server runs the experiment {info['experiment']}, not {document['name']}")
+        found += _about_server(server, document)
+    found += _about_conditions(rows)
     if document["dataset"]["note"]:
         found.append(plain(document["dataset"]["note"]))
     return list(dict.fromkeys(found))
 
 
-def _label(run: Run) -> str:
-    variant = f"{run['variant']}, " if run["variant"] else ""
-    return f"the row {variant}batch size {run['batch_size']}, concurrency {run['concurrency']}"
+def _invalid(run: Run) -> str:
+    first = run["first_error"]
+    after = f" (first after {first['after_s']:.2f} s: {first['code']} {plain(first['message'])})" if first else ""
+    repeat = f", repeat {run['repeat']}" if run["repeat"] > 1 else ""
+    row = Row([run], None, {}, 0, "", None)
+    return f"the row {row}{repeat} is {run['status'].upper()}: {plain(run['reason'])}{after}"
 
 
-def items_unit(runs: Sequence[Run]) -> str:
-    """pairs or texts: what the throughput column counts; items where the rows differ in it."""
-    units = {"pairs" if run["workload"] == "pairs" else "texts" for run in runs}
-    return units.pop() if len(units) == 1 else "items"
+def _about_server(server: Mapping[str, Any], document: Document) -> list[str]:
+    info, found = server["info"], []
+    who = f"{server['variant']}: " if server["variant"] else ""
+    found += [f"{who}not as requested: {plain(fallback)}" for fallback in info["fallbacks"]]
+    quality = server.get("quality")
+    if quality and not quality["gate"]["passed"]:
+        reasons = "; ".join(map(plain, quality["gate"]["reasons"]))
+        found.append(f"{who}QUALITY GATE FAILED, so its rows are struck through and never the best: {reasons}")
+    if info["resolved"]["random_weights"]:
+        found.append(f"{who}the model's weights are random: only speed can be read from this result")
+    if info["resolved"]["backend"] == "fake":
+        found.append(f"{who}the fake backend ran, so this is the cost of the server without a model")
+    if server.get("died"):
+        found.append(f"{who}the server ended by itself: {plain(server['died'])}")
+    if info["experiment"] != document["name"] and document["kind"] == "suite":
+        found.append(f"the server runs the experiment {info['experiment']}, not {document['name']}")
+    return found
 
 
-def items_per_s(run: Run) -> float:
-    return float(run["pairs_per_s"] if run["workload"] == "pairs" else run["texts_per_s"]) if run["ok"] else 0.0
-
-
-def table(runs: Sequence[Run]) -> str:
-    """One line a run, aligned so that it can be read in a terminal too."""
-    has_variants = any(run["variant"] for run in runs)
-    header = ["variant"] if has_variants else []
-    header += ["batch size", "concurrency", "requests", "ok", "errors", "requests/s", f"{items_unit(runs)}/s"]
-    header += ["avg ms", "p50 ms", "p95 ms", "p99 ms", "status"]
-    rows = []
+def _about_conditions(runs: Sequence[Run]) -> list[str]:
+    """What disturbed the measuring: each kind once, at its worst, with how many runs it touched."""
+    touched: dict[str, list[tuple[float, str]]] = {}
     for run in runs:
-        latency = run["latency_ms"] or {}
-        unanswered = f" + {run['unfinished']} unfinished" if run["unfinished"] else ""
-        errors = ", ".join(f"{count} {code}" for code, count in run["errors"].items()) or "0"
-        rows.append(
-            ([run["variant"]] if has_variants else [])
-            + [str(run["batch_size"]), str(run["concurrency"]), str(run["requests"]), str(run["ok"])]
-            + [errors + unanswered, f"{run['requests_per_s']:.1f}" if run["ok"] else "-"]
-            + [f"{items_per_s(run):.1f}" if run["ok"] else "-"]
-            + [_ms(latency.get(key)) for key in ("avg", "p50", "p95")]
-            + [_ms(latency.get("p99")) if run["ok"] >= P99_SAMPLES else "-"]
-            + [run["status"] if run["status"] == "valid" else run["status"].upper()]
-        )
-    return grid(header, rows)
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns of figures stand right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = [not any(line[i][:1].isdigit() for line in lines[1:]) for i in range(len(header))]
-
-    def row(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(c.ljust(w) if le else c.rjust(w) for c, w, le in zip(cells, widths, left, strict=True))
-            + " |"
-        )
-
-    rule = "| " + " | ".join("-" * w if le else "-" * (w - 1) + ":" for w, le in zip(widths, left, strict=True)) + " |"
-    return "\n".join([row(lines[0]), rule, *map(row, lines[1:])])
-
-
-def _footnotes(runs: Sequence[Run]) -> list[str]:
-    notes = []
-    if any(run["ok"] < P99_SAMPLES for run in runs):
-        notes.append(f"p99 is shown from {P99_SAMPLES} answered requests on; below, it would only be the slowest one.")
-    if any(run["status"] != "valid" for run in runs):
-        notes.append("Latency and throughput count answered requests only; rows that are not valid are never the best.")
-    return ["\n".join(notes)] if notes else []
-
-
-def best(runs: Sequence[Run]) -> tuple[Run, Run] | None:
-    """(highest throughput in items, lowest median latency) among the valid rows; None where there is none."""
-    valid = [run for run in runs if run["status"] == "valid"]
-    if not valid:
-        return None
-    return max(valid, key=items_per_s), min(valid, key=lambda run: run["latency_ms"]["p50"])
-
-
-def _best(runs: Sequence[Run]) -> list[str]:
-    found = best(runs)
-    if not found:
-        return ["No row is valid, so there is no best one."]
-    fastest, quickest = found
+        for kind, said in trouble(run["conditions"]).items() if run["conditions"] else ():
+            touched.setdefault(kind, []).append(said)
+        busy = run["client"]["cpu_share"] or 0
+        if busy > _BUSY_CLIENT:
+            said = (busy, f"the client computed for {busy:.0%} of the time and may be the limit")
+            touched.setdefault("client", []).append(said)
+        if not run["warmup"]["settled"]:
+            touched.setdefault("warm-up", []).append((1, "the warm-up still got faster when its rounds were over"))
     return [
-        f"- **Best throughput:** {items_per_s(fastest):.1f} {items_unit(runs)}/s"
-        f" ({fastest['requests_per_s']:.1f} requests/s), {_label(fastest).removeprefix('the row ')}\n"
-        f"- **Best latency:** p50 {quickest['latency_ms']['p50']:.2f} ms, p95 {quickest['latency_ms']['p95']:.2f} ms,"
-        f" {_label(quickest).removeprefix('the row ')}"
+        f"{max(said)[1]} ({len(said)} of {len(runs)} runs" + (", this is the worst)" if len(said) > 1 else ")")
+        for said in touched.values()
     ]
 
 
-def compare_variants(runs: Sequence[Run]) -> str:
-    """The same load under each variant, as ratios to the first one; "" without variants."""
-    variants = list(dict.fromkeys(run["variant"] for run in runs))
-    if len(variants) < 2:
-        return ""
-    valid = {(run["variant"], run["batch_size"], run["concurrency"]): run for run in runs if run["status"] == "valid"}
-    rows: list[list[str]] = []
-    gains: dict[str, list[float]] = {variant: [] for variant in variants[1:]}
-    for _, batch_size, concurrency in [key for key in valid if key[0] == variants[0]]:
-        base = valid[variants[0], batch_size, concurrency]
-        for variant in variants:
-            run = valid.get((variant, batch_size, concurrency))
-            if run is None:
-                continue
-            ratio = items_per_s(run) / items_per_s(base)
-            if run is not base:
-                gains[variant].append(ratio)
-            rows.append(
-                [variant, str(batch_size), str(concurrency), f"{items_per_s(run):.1f}", f"{ratio:.2f}x"]
-                + [f for key in ("p50", "p95") for f in _latency_ratio(run, base, key)]
-            )
-    unit = items_unit(runs)
-    header = ["variant", "batch size", "concurrency", f"{unit}/s", "ratio", "p50 ms", "ratio", "p95 ms", "ratio"]
+def _footnotes(rows: Sequence[Row]) -> str:
+    notes = [
+        "Values are medians over the repeats, [in brackets] their 95 % interval, under *repeats* the lowest and the"
+        f" highest. A percentile is shown where at least {BEYOND} answers lie beyond it (n/a: too few, n of them)."
+    ]
+    if any(row.first["rate_per_s"] for row in rows):
+        notes.append(
+            "Latency counts from when a request was due, also in a row with a rate: a stall is not left out because"
+            " the client waited, too."
+        )
+    if any(row.status != "valid" for row in rows):
+        notes.append("Latency and throughput count answered requests only; rows that are not valid are never the best.")
+    return " ".join(notes)
+
+
+def summary(document: Document, rows: Sequence[Row]) -> list[str]:
+    """What to take from the table."""
+    found = aggregate.best(rows)
+    if not found:
+        return ["No row is valid and within its quality gate, so there is no best one."]
+    fastest, quickest = found
+    unit = items_unit(rows)
     lines = [
-        f"- **{plain(variant)}** gives {_geometric_mean(ratios):.2f}x the {unit}/s of {plain(variants[0])}"
-        f" ({min(ratios):.2f}x to {max(ratios):.2f}x over {len(ratios)} loads)"
-        for variant, ratios in gains.items()
-        if ratios
+        f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}",
+        f"- **Best latency:** p50 {aggregate.median_ms(quickest):.2f} ms at {quickest}",
     ]
-    if not lines:
-        return "No load has a valid row under two variants, so there is nothing to compare."
-    return grid(header, rows) + f"\n\nRatios are to {plain(variants[0])} under the same load.\n\n" + "\n".join(lines)
+    for server in document["servers"]:
+        lines += _tax(server, rows)
+    return ["\n".join(lines)]
 
 
-def _latency_ratio(run: Run, base: Run, key: str) -> tuple[str, str]:
-    return _ms(run["latency_ms"][key]), f"{run['latency_ms'][key] / base['latency_ms'][key]:.2f}x"
+def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """How the server's best row stands to the same backend without a server."""
+    inside = server.get("in_process")
+    if not inside:
+        return []
+    who = f" ({plain(server['variant'])})" if server["variant"] else ""
+    if "error" in inside:
+        return [f"- **In process{who}:** not measured: {plain(inside['error'])}"]
+    ours = [row for row in rows if row.variant == server["variant"] and row.speed and row.status == "valid"]
+    texts = [max(run["texts_per_s"] for run in row.runs) for row in ours]
+    against = f"; the server's best row reaches {max(texts) / inside['texts_per_s']:.0%} of it" if texts else ""
+    return [
+        f"- **In process{who}:** the same backend without a server runs {inside['texts_per_s']:.1f} texts/s"
+        f" ({inside['lowest']:.1f}-{inside['highest']:.1f}){against}"
+    ]
 
 
-def _geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+def _slo(document: Document) -> str:
+    lines = []
+    for found in document["slo"]:
+        who = f"{plain(found['variant'])}, " if found["variant"] else ""
+        bound = f"{who}batch size {found['batch_size']}, p99 <= {found['p99_ms']:g} ms"
+        probes = ", ".join(
+            f"{probe['rate_per_s']:g} ({'met' if probe['met'] else 'not met'}"
+            f"{', p99 ' + format(probe['p99_ms'], '.1f') + ' ms' if probe['p99_ms'] is not None else ''})"
+            for probe in found["probes"]
+        )
+        if found["rate_per_s"] is None:
+            why = next((probe["reason"] for probe in reversed(found["probes"]) if probe["reason"]), "")
+            lines.append(f"- {bound}: **no rate was confirmed**{f' ({plain(why)})' if why else ''}. Tried: {probes}")
+        else:
+            lines.append(
+                f"- {bound}: **{found['rate_per_s']:g} requests/s**, confirmed under fresh schedules of"
+                f" {found['requests']} requests. Tried: {probes}"
+            )
+    return "\n".join(lines)
+
+
+def _quality(document: Document) -> str:
+    header = ["variant", "nDCG@10", "change", "MRR@10", "change", "top-10 overlap", "cosine mean / min", "gate"]
+    measured = [(server, server["quality"]) for server in document["servers"] if server.get("quality")]
+    if not measured:
+        return ""
+    lines = []
+    for server, found in measured:
+        verdict = "pass" if found["gate"]["passed"] else "FAIL"
+        if "ndcg10" not in found:
+            lines.append([server["variant"] or "-", *["-"] * 6, verdict])
+            continue
+        overlap = "-" if found["overlap10"] is None else f"{found['overlap10']:.3f}"
+        lines.append(
+            [
+                server["variant"] or "-",
+                f"{found['ndcg10']:.4f}",
+                tables.signed(found["ndcg10_difference"]),
+                f"{found['mrr10']:.4f}",
+                tables.signed(found["mrr10_difference"]),
+                overlap,
+                tables.alike(found),
+                verdict,
+            ]
+        )
+    facts = measured[0][1]["slice"]
+    reference = measured[0][1].get("reference")
+    return tables.grid(header, lines) + (
+        f"\n\nThrough the server, over the {facts['queries']} judged queries ({facts['pairs']} pairs) of"
+        f" {plain(facts['name'])}; changes are to {plain(reference['title']) if reference else 'nothing'}"
+        f"{', weights sha256 ' + reference['weights_sha256'][:16] if reference else ''}, query by query, with 95 %"
+        " intervals by paired bootstrap."
+    )
 
 
 def _bullets(prefix: str, texts: Iterable[str]) -> list[str]:
@@ -209,28 +227,44 @@ def _bullets(prefix: str, texts: Iterable[str]) -> list[str]:
 
 
 def _facts(document: Document) -> str:
-    dataset, machine, git = document["dataset"], document["machine"], document["git"]
+    dataset, git = document["dataset"], document["git"]
     runs = document["runs"]
     lines = []
     for server in document["servers"]:
         lines += _server_facts(server)
-    lines += dict.fromkeys(
-        f"Load: closed loop, {load['benchmark_requests']} requests a row after {load['warmup_iterations']} of"
-        f" warm-up, workload {load['workload']}, seed {load['seed']}, deadline {load['request_timeout_ms']} ms"
-        for load in (server["load"] for server in document["servers"])
-    )
+    lines += dict.fromkeys(_load(server["load"]) for server in document["servers"])
+    distinct = max((run["distinct_texts"] for run in runs), default=0)
     lines += [
         f"Dataset: {plain(dataset['name'])}, {dataset['queries']} queries, {dataset['passages']} passages,"
-        f" sha256 {dataset['sha256'][:16]}; at most {max((run['distinct_texts'] for run in runs), default=0)} distinct"
-        f" texts in a row, repeated when they run out",
-        f"Client's machine: {machine['cpu']} ({machine['instruction_set']}), {machine['cpus']} CPUs,"
-        f" {machine['memory_gib']} GiB, {machine['os']}, load {machine['load_average_1min']} at the start",
+        f" sha256 {dataset['sha256'][:16]}; at most {distinct} distinct texts in a row, repeated when they run out",
+        machine_fact(document["machine"]),
         "Client's versions: " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
         f"Commit: {git['commit'] or 'not a git checkout'}{', with uncommitted changes' if git['modified'] else ''}",
         f"Measured: {document['started_at']} to {document['finished_at']}",
         f"Command: `{document['command']}`",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def machine_fact(machine: Mapping[str, Any]) -> str:
+    return (
+        f"Client's machine: {plain(machine['cpu'])} ({machine['instruction_set']}), {machine['cpus']} CPUs,"
+        f" {machine['memory_gib']} GiB, {machine['os']}, load {machine['load_average_1min']} at the start,"
+        f" fingerprint {machine['fingerprint']}"
+    )
+
+
+def _load(load: Mapping[str, Any]) -> str:
+    amount = f"{load['duration_s']:g} s" if load["duration_s"] else f"{load['benchmark_requests']} requests"
+    kinds = ["closed loop"] if load["concurrency_levels"] else []
+    if load["arrival"]["rates"]:
+        kinds.append(f"open loop ({load['arrival']['process']} arrivals, fixed before the run)")
+    over = "EmbedStream" if load["streaming"] else "unary calls"
+    return (
+        f"Load: {' and '.join(kinds) or 'search for a rate'} over {over}, {amount} a row and repeat,"
+        f" {load['repeats']} repeats in turn, after warm-up rounds of at least {load['warmup_iterations']} requests,"
+        f" workload {load['workload']}, seed {load['seed']}, deadline {load['request_timeout_ms']} ms"
+    )
 
 
 def _server_facts(server: Mapping[str, Any]) -> list[str]:

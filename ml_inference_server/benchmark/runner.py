@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark.channel import Target
+from ml_inference_server.benchmark.cell import planned_rows
 from ml_inference_server.benchmark.dataset import Dataset, load_dataset
+from ml_inference_server.benchmark.in_process import time_in_process
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.results import DOCS, exit_code, new_document, output_paths
-from ml_inference_server.benchmark.server_process import (
-    COMMAND,
-    LOOPBACK,
-    ServerOptions,
-    ServerProcess,
+from ml_inference_server.benchmark.progress import Progress, work
+from ml_inference_server.benchmark.quality import load_slice
+from ml_inference_server.benchmark.results import (
+    DOCS,
+    Result,
+    ResultFiles,
+    exit_code,
+    keep_partial,
+    locked,
+    new_document,
+    result_files,
 )
+from ml_inference_server.benchmark.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
-from ml_inference_server.benchmark.suite import Progress, cells_of
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, StartError
 
@@ -49,12 +55,21 @@ class Experiment:
         overrides = [argument for override in self.overrides for argument in ("--set", override)]
         return ["python", "-m", "ml_inference_server.benchmark.runner", os.path.relpath(self.file), *overrides]
 
+    def files(self) -> ResultFiles:
+        """Where the results go. ConfigError if they cannot be written there."""
+        default = self.output_dir / f"{self.settings().name}_results.md"
+        return result_files(self.output, self.json_output, default)
+
+    def settings_arguments(self, variant: str) -> list[str]:
+        """What gives another program of ours the settings of this experiment."""
+        arguments = ["--experiment", str(self.file.resolve())]
+        arguments += ["--variant", variant] if variant else []
+        return arguments + [argument for override in self.overrides for argument in ("--set", override)]
+
     def server_options(self, variant: str, log: Path) -> ServerOptions:
         server = self.settings(variant).server
-        arguments = ["--experiment", str(self.file.resolve()), "--host", LOOPBACK]
+        arguments = [*self.settings_arguments(variant), "--host", LOOPBACK]
         arguments += ["--port", str(self.port), "--http-port", str(self.http_port)]
-        arguments += ["--variant", variant] if variant else []
-        arguments += [argument for override in self.overrides for argument in ("--set", override)]
         drain_timeout_s = (server.drain_timeout_ms + server.drain_delay_ms) / 1e3
         return ServerOptions(arguments, log, self.start_timeout_s, drain_timeout_s, self.server_command)
 
@@ -66,7 +81,7 @@ class Outcome:
     exit_code: int
     message: str = ""
     document: dict[str, Any] | None = None
-    markdown: Path | None = None
+    files: ResultFiles | None = None
 
 
 async def run_experiment(experiment: Experiment, stop: Stop, datasets: dict[str, Dataset]) -> Outcome:
@@ -77,71 +92,143 @@ async def run_experiment(experiment: Experiment, stop: Stop, datasets: dict[str,
     """
     settings = experiment.settings()
     variants = {variant: experiment.settings(variant) for variant in settings.variants or ("",)}
-    markdown, data = output_paths(
-        experiment.output, experiment.json_output, experiment.output_dir / f"{settings.name}_results.md"
-    )
-    log = markdown.with_name(f"{markdown.stem}_server.log")
+    files = experiment.files()
+    with locked(files):
+        keep_partial(files)
+        return await _run_locked(experiment, settings, variants, files, stop, datasets)
+
+
+async def _run_locked(
+    experiment: Experiment,
+    settings: Settings,
+    variants: dict[str, Settings],
+    files: ResultFiles,
+    stop: Stop,
+    datasets: dict[str, Dataset],
+) -> Outcome:
+    log = files.markdown.with_name(f"{files.markdown.stem}_server.log")
     log.write_bytes(b"")
-    document: dict[str, Any] | None = None
+    result: Result | None = None
     code = EXIT_OK
     try:
         source = settings.experiment.dataset
         if source not in datasets:
             datasets[source] = await stop.race(load_dataset(source))
-        document = new_document("suite", settings, datasets[source], experiment.command())
-        await _run_variants(experiment, variants, datasets[source], document, log, stop)
+        result = Result(new_document("suite", settings, datasets[source], experiment.command()), files)
+        await _Visits(experiment, variants, datasets[source], result, log, stop).run()
     except Interrupted as interrupted:
         code = interrupted.exit_code
-    if document is None or not (document["runs"] or document["not_started"]):
+    if result is None or not (result.document["runs"] or result.document["not_started"]):
         return Outcome(code, "interrupted before anything was measured")
+    document = result.document
     refused = document["not_started"]
     if not document["runs"]:
         return Outcome(code or refused[0]["exit_code"], refused[0]["message"])
     document["interrupted"] = code != EXIT_OK
-    finish(document, markdown, data)
+    finish(result)
     code = code or exit_code(document) or (refused[0]["exit_code"] if refused else EXIT_OK)
-    return Outcome(code, "", document, markdown)
+    return Outcome(code, "", document, files)
 
 
-async def _run_variants(
-    experiment: Experiment,
-    variants: dict[str, Settings],
-    dataset: Dataset,
-    document: dict[str, Any],
-    log: Path,
-    stop: Stop,
-) -> None:
-    cells = {variant: cells_of(settings.experiment) for variant, settings in variants.items()}
-    items = 0
-    for variant, settings in variants.items():
-        dataset.workload(settings.experiment.workload, settings.experiment.seed)  # refused now rather than half way
-        items += sum(cell.batch_size for cell in cells[variant]) * settings.experiment.benchmark_requests
-    document["planned_rows"] = sum(map(len, cells.values()))
-    progress = Progress(document["planned_rows"], items)
-    try:
-        for variant, settings in variants.items():
-            options = experiment.server_options(variant, log)
-            try:
-                async with ServerProcess(options, stop) as server:
-                    progress.say(f"starting the server{f' for variant {variant}' if variant else ''}; its log is {log}")
-                    ports = await stop.race(server.start())
-                    progress.say(
-                        f"serving on port {ports['grpc_port']}; live figures: http://{LOOPBACK}:{ports['http_port']}"
-                    )
-                    async with Target(LOOPBACK, ports["grpc_port"]) as target:
-                        await measure(
-                            target, settings.experiment, cells[variant], dataset, document, stop=stop, progress=progress
-                        )
-                    if document["runs"][-1]["status"] == "invalid":
-                        document["servers"][-1]["died"] = await server.death()
-            except StartError as error:
-                progress.skip(len(cells[variant]))
-                document["planned_rows"] -= len(cells[variant])
-                document["not_started"].append(
-                    {"variant": variant, "exit_code": error.exit_code, "message": str(error)}
+class _Visits:
+    """Servers are started in turn, one at a time; with variants, each of them once for each repeat."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        variants: dict[str, Settings],
+        dataset: Dataset,
+        result: Result,
+        log: Path,
+        stop: Stop,
+    ) -> None:
+        self._experiment, self._variants, self._dataset = experiment, variants, dataset
+        self._result, self._log, self._stop = result, log, stop
+        document = result.document
+        for settings in variants.values():
+            # Refused now rather than half way.
+            dataset.workload(settings.experiment.workload, settings.experiment.seed)
+        self._labelled = {
+            variant: load_slice(settings.experiment.quality) if settings.experiment.quality.enabled else None
+            for variant, settings in variants.items()
+        }
+        document["planned_rows"] = sum(planned_rows(settings.experiment) for settings in variants.values())
+        total = sum(work(settings.experiment) for settings in variants.values())
+        self._progress = Progress(document["name"], document["planned_rows"], total)
+        self._refused: set[str] = set()
+        self._timed: dict[str, dict[str, Any]] = {}
+
+    async def run(self) -> None:
+        """Interrupted as soon as the stop comes; what was measured is in the result."""
+        repeats = {variant: range(1, s.experiment.repeats + 1) for variant, s in self._variants.items()}
+        try:
+            if len(self._variants) == 1:
+                ((variant, all_repeats),) = repeats.items()
+                await self._visit(variant, all_repeats, is_last=True)
+                return
+            for repeat in range(1, max(map(len, repeats.values())) + 1):
+                for variant, wanted in repeats.items():
+                    if repeat in wanted and variant not in self._refused:
+                        await self._visit(variant, [repeat], is_last=repeat == len(wanted))
+        finally:
+            self._progress.close()
+
+    async def _visit(self, variant: str, repeats: Sequence[int], *, is_last: bool) -> None:
+        experiment, progress, stop = self._experiment, self._progress, self._stop
+        load = self._variants[variant].experiment
+        document = self._result.document
+        try:
+            async with ServerProcess(experiment.server_options(variant, self._log), stop) as server:
+                who = f" for variant {variant}" if variant else ""
+                progress.say(f"starting the server{who}; its log is {self._log}")
+                ports = await stop.race(server.start())
+                progress.say(
+                    f"serving on port {ports['grpc_port']}; live figures: http://{LOOPBACK}:{ports['http_port']}"
                 )
-    finally:
-        progress.close()
+                await measure(
+                    (LOOPBACK, ports["grpc_port"]),
+                    (LOOPBACK, ports["http_port"]),
+                    load,
+                    self._dataset,
+                    self._labelled[variant],
+                    self._result,
+                    repeats=repeats,
+                    start_timeout_s=experiment.start_timeout_s,
+                    stop=stop,
+                    progress=progress,
+                )
+                if document["runs"] and document["runs"][-1]["lost"]:
+                    lost = next(s for s in document["servers"] if s["variant"] == variant)
+                    lost["died"] = await server.death()
+            if is_last and load.in_process_s:
+                await self._time_in_process(variant)
+        except StartError as error:
+            if not any(run["variant"] == variant for run in document["runs"]):
+                progress.skip(planned_rows(load), work(load))
+                document["planned_rows"] -= planned_rows(load)
+            self._refused.add(variant)
+            document["not_started"].append({"variant": variant, "exit_code": error.exit_code, "message": str(error)})
+
+    async def _time_in_process(self, variant: str) -> None:
+        """Once for each model among the variants: what the variants change besides it is the server's business."""
+        settings, document = self._variants[variant], self._result.document
+        server = next((s for s in document["servers"] if s["variant"] == variant), None)
+        if server is None or settings.model.backend == "fake" or settings.model.task == "cross_encoder":
+            return
+        model = settings.model.model_dump_json()
+        if model not in self._timed:
+            self._progress.say("timing the same backend without a server")
+            workload = self._dataset.workload(settings.experiment.workload, settings.experiment.seed)
+            self._timed[model] = await self._stop.race(
+                time_in_process(
+                    sys.executable,
+                    self._experiment.settings_arguments(variant),
+                    workload,
+                    settings.experiment.in_process_s,
+                    self._experiment.start_timeout_s,
+                )
+            )
+        server["in_process"] = self._timed[model]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

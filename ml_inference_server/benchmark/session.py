@@ -6,46 +6,115 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark import report
+from ml_inference_server.benchmark import aggregate, plots, report, tables
+from ml_inference_server.benchmark import records as raw_records
 from ml_inference_server.benchmark.channel import Target
 from ml_inference_server.benchmark.dataset import Dataset
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.results import encode, now, write_results
-from ml_inference_server.benchmark.suite import Cell, Progress, Suite, refuse_oversized, run_suite
-from ml_inference_server.utils.config import ExperimentSettings
+from ml_inference_server.benchmark.progress import Progress, search_work
+from ml_inference_server.benchmark.quality import Slice
+from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.reference import measure_quality
+from ml_inference_server.benchmark.results import Result, ResultFiles, ResultsNotWritten, encode, now, rescue
+from ml_inference_server.benchmark.results import write_results as write
+from ml_inference_server.benchmark.sidecar import Sidecar
+from ml_inference_server.benchmark.slo import search
+from ml_inference_server.benchmark.suite import Bench, refuse_oversized, run_suite
 from ml_inference_server.utils.errors import EXIT_INTERRUPTED, StartError
+from ml_inference_server.utils.experiment import ExperimentSettings
 
 
 async def measure(
-    target: Target,
+    address: tuple[str, int],
+    http: tuple[str, int],
     load: ExperimentSettings,
-    cells: Sequence[Cell],
     dataset: Dataset,
-    document: dict[str, Any],
+    labelled: Slice | None,
+    result: Result,
     *,
+    repeats: Sequence[int],
+    start_timeout_s: float,
     stop: Stop,
     progress: Progress,
 ) -> None:
-    """Append one server and its rows to `document`. ConfigError before any load if a row cannot be run as asked."""
-    workload = dataset.workload(load.workload, load.seed)
-    info = await stop.race(target.server_info())
-    refuse_oversized(cells, info)
-    document["servers"].append({"variant": info["variant"], "info": info, "load": load.model_dump()})
-    suite = Suite(cells, workload, load.benchmark_requests, load.warmup_iterations, load.request_timeout_ms / 1e3)
-    await run_suite(target, suite, info, stop, progress, document["runs"])
+    """Add the rows of one server to `result`, once for each of `repeats`; with the first one, its quality, too.
+
+    http: the server's HTTP port, 0 where it is not known. ConfigError before any load if a row cannot be run as asked.
+    """
+    document = result.document
+    async with Target(*address) as target, Sidecar(*http) as sidecar:
+        info = await stop.race(target.server_info())
+        refuse_oversized(load.batch_sizes, info)
+        server = next((s for s in document["servers"] if s["variant"] == info["variant"]), None)
+        is_first = server is None
+        if server is None:
+            server = {"variant": info["variant"], "info": info, "load": load.model_dump(), "quality": None}
+            document["servers"].append(server)
+        workload = dataset.workload(load.workload, load.seed)
+        bench = Bench(target, address, sidecar, info, load, workload, stop, progress, result)
+        progress.sidecar = sidecar
+        try:
+            is_there = await run_suite(bench, repeats)
+            if load.slo.p99_ms is not None and is_first:
+                for batch_size in load.batch_sizes:
+                    is_there = is_there and await search(bench, batch_size, search_work(batch_size, load))
+            if labelled is not None and is_first and is_there:
+                log = result.files.markdown.with_name(f"{result.files.markdown.stem}_server.log")
+                server["quality"] = await measure_quality(
+                    target, info, load, labelled, log, start_timeout_s, stop, progress
+                )
+        finally:
+            await progress.leave()
 
 
-def finish(document: dict[str, Any], markdown: Path, data: Path) -> None:
-    """Write both files and show the table on standard output."""
+def contents(document: dict[str, Any], raw: dict[str, Records], files: ResultFiles) -> dict[Path, str | bytes]:
+    """The files of one result, ready to be written. A report without plots is better than none."""
+    rows = aggregate.rows_of(document, raw)
+    try:
+        plot = plots.of_rows(rows, raw, report.title(document))
+    except Exception as error:
+        print(f"Warning: no plots: {type(error).__name__}: {error}", file=sys.stderr)
+        plot = None
+    found: dict[Path, str | bytes] = {
+        files.markdown: report.markdown(document, raw, files.plot.name if plot else None),
+        files.data: encode(document),
+        files.raw: raw_records.encode(raw),
+    }
+    return found | ({files.plot: plot} if plot else {})
+
+
+def finish(result: Result) -> None:
+    """Show the table on standard output, then write all files.
+
+    ResultsNotWritten when there is no room for them; then they lie in a temporary folder, which the message names.
+    """
+    document, raw = result.document, result.raw
     document["finished_at"] = now()
-    write_results({markdown: report.markdown(document), data: encode(document)})
-    print(f"\n{report.title(document)}\n\n{report.table(document['runs'])}\n")
+    show(document, raw)
+    files = contents(document, raw, result.files)
+    try:
+        write(files)
+    except ResultsNotWritten as error:
+        folder = rescue(files)
+        if folder is None:
+            print(encode(document))
+            raise ResultsNotWritten(f"{error}; there is no room anywhere, so all figures stand above as JSON") from None
+        raise ResultsNotWritten(f"{error}; they are in {folder} instead") from None
+    result.forget_partial()
+    print(f"Results: {result.files.markdown} and {result.files.data}", flush=True)
+
+
+def show(document: dict[str, Any], raw: dict[str, Records]) -> None:
+    """The tables and all warnings, for a terminal."""
+    rows = aggregate.rows_of(document, raw)
+    print(f"\n{report.title(document)}\n\n{tables.results(rows)}\n")
+    print("\n".join(report.summary(document, rows)).replace("**", "") + "\n")
     for warning in report.warnings(document):
         print(f"Note: {warning}")
-    comparison = report.compare_variants(document["runs"])
+    comparison = tables.variants(rows)
     if comparison:
         print(f"\n{comparison}\n")
-    print(f"Results: {markdown} and {data}", flush=True)
+    sys.stdout.flush()
 
 
 def run_to_exit_code(work: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:

@@ -1,58 +1,58 @@
 """All rows of one table against one running server."""
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from ml_inference_server.benchmark.channel import OK, ServerUnreachable, Target
+from ml_inference_server.benchmark import row
+from ml_inference_server.benchmark.cell import Cell, cells_of
+from ml_inference_server.benchmark.channel import ServerUnreachable, Target
+from ml_inference_server.benchmark.conditions import Conditions
 from ml_inference_server.benchmark.dataset import Workload
+from ml_inference_server.benchmark.drive import Driver, Left, Share, processes_for, split
+from ml_inference_server.benchmark.fleet import ClientProcessFailed, Fleet
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.load import (
-    Call,
-    ClosedLoop,
-    Ledger,
-    ServerGone,
-    latency_summary_ms,
-    sender,
-)
-from ml_inference_server.utils.config import ExperimentSettings
+from ml_inference_server.benchmark.load import Call, ClosedLoop, Ledger, ServerGone, sender
+from ml_inference_server.benchmark.progress import Progress, row_work
+from ml_inference_server.benchmark.results import Result
+from ml_inference_server.benchmark.schedule import arrivals_s
+from ml_inference_server.benchmark.sidecar import Sidecar, difference
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.experiment import ExperimentSettings
+
+# Warm-up rounds go on while one is so much faster than the one before; more of them would be a run of its own.
+_WARMER = 0.9
+_MOST_ROUNDS = 5
+# How many requests are in flight while an open-loop row warms up.
+_OPEN_WARMUP = 4
 
 
-class Cell(NamedTuple):
-    """One row to be measured."""
-
-    batch_size: int
-    concurrency: int
+class ServerChanged(Exception):
+    """The server that answers is not the one that answered before."""
 
 
-def cells_of(experiment: ExperimentSettings) -> list[Cell]:
-    """All combinations, batch sizes outermost."""
-    return [Cell(b, c) for b in experiment.batch_sizes for c in experiment.concurrency_levels]
+@dataclass
+class Bench:
+    """One server under measurement. `info` is what it said of itself before."""
 
-
-@dataclass(frozen=True)
-class Suite:
-    """What is measured. Every row starts at the same first text, so that rows and variants can be compared."""
-
-    cells: Sequence[Cell]
+    target: Target
+    address: tuple[str, int]
+    sidecar: Sidecar
+    info: dict[str, Any]
+    load: ExperimentSettings
     workload: Workload
-    requests: int
-    warmup: int
-    timeout_s: float
-
-    @property
-    def items(self) -> int:
-        """Texts or pairs of all measured requests together."""
-        return sum(cell.batch_size for cell in self.cells) * self.requests
+    stop: Stop
+    progress: Progress
+    result: Result
 
 
-def refuse_oversized(cells: Sequence[Cell], info: dict[str, Any]) -> None:
+def refuse_oversized(batch_sizes: Sequence[int], info: dict[str, Any]) -> None:
     """ConfigError if the server would refuse a row for its size alone."""
-    largest = max(cell.batch_size for cell in cells)
+    largest = max(batch_sizes)
     if largest > info["max_texts"]:
         raise ConfigError(
             f"batch size {largest} is more than this server takes in one request ({info['max_texts']}): use a smaller"
@@ -60,173 +60,216 @@ def refuse_oversized(cells: Sequence[Cell], info: dict[str, Any]) -> None:
         )
 
 
-class Progress:
-    """One bar for all rows on a terminal; elsewhere one line for each finished row."""
+async def run_suite(bench: Bench, repeats: Sequence[int]) -> bool:
+    """Measure every row once for each of `repeats`, all rows in turn; False if the server of `bench` was lost.
 
-    def __init__(self, rows: int, items: int) -> None:
-        self._rows = rows
-        self._row = 0
-        self._stream = sys.stderr
-        # Counted in texts, not in requests: rows with large batches take longer, and the time left shall be true.
-        self._bar = tqdm(
-            total=items,
-            desc="starting",
-            file=self._stream,
-            disable=not self._stream.isatty(),
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar:30}| {postfix} [{elapsed}<{remaining}]",
-        )
-
-    def begin(self, cell: Cell, requests: int) -> Callable[[Call], None]:
-        """The function to call after each request of the next row."""
-        self._row += 1
-        self._bar.set_description_str(
-            f"row {self._row}/{self._rows}: batch {cell.batch_size}, concurrency {cell.concurrency}", refresh=False
-        )
-        done = 0
-
-        def advance(_call: Call) -> None:
-            nonlocal done
-            done += 1
-            self._bar.set_postfix_str(f"{done}/{requests} requests", refresh=False)
-            self._bar.update(cell.batch_size)
-
-        return advance
-
-    def end(self, run: dict[str, Any]) -> None:
-        if not self._stream.isatty():
-            print(f"row {self._row}/{self._rows}: {describe(run)}", file=self._stream, flush=True)
-
-    def say(self, line: str) -> None:
-        """A line of text above the bar."""
-        self._bar.write(line, file=self._stream)
-
-    def skip(self, rows: int) -> None:
-        """Leave out rows that cannot be measured."""
-        self._row += rows
-
-    def close(self) -> None:
-        self._bar.close()
+    Every row starts at the same first text, so that rows and variants can be compared. Interrupted leaves the row under
+    way in the results, with what was measured of it.
+    """
+    for repeat, cell in itertools.product(repeats, cells_of(bench.load)):
+        bench.progress.begin(str(cell), row_work(cell, bench.load))
+        run = await measure_row(bench, cell, repeat)
+        if run["status"] == "invalid" and run["lost"]:
+            return False
+    return True
 
 
-def describe(run: dict[str, Any]) -> str:
-    """One finished row in one line."""
-    latency = run["latency_ms"]
-    figures = f"{run['requests_per_s']:.1f} requests/s, p50 {latency['p50']:.1f} ms" if latency else "no success"
-    errors = ", ".join(f"{count} {code}" for code, count in run["errors"].items()) or "0 errors"
-    verdict = "" if run["status"] == "valid" else f" - {run['status'].upper()}: {run['reason']}"
-    variant = f"{run['variant']}, " if run["variant"] else ""
-    return (
-        f"{variant}batch {run['batch_size']}, concurrency {run['concurrency']}: {run['ok']} ok, {errors},"
-        f" {figures}{verdict}"
-    )
+async def measure_row(
+    bench: Bench, cell: Cell, repeat: int, *, slo: str | None = None, requests: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """One row, kept in the results however it ends. requests, seed: other than those of the settings.
+
+    Interrupted after a Ctrl-C; a server that is gone or another one makes the row invalid and `lost`.
+    """
+    load = bench.load
+    if requests:
+        load = load.model_copy(update={"benchmark_requests": requests, "duration_s": 0.0})
+    measured = _Row(replace(bench, load=load), cell, repeat, slo, seed)
+    try:
+        await bench.stop.race(measured.measure())
+    except Interrupted:
+        done = measured.left().started - measured.unfinished()
+        of = f" of {load.benchmark_requests}" if not load.duration_s else ""
+        measured.void("interrupted", f"interrupted after {done}{of} requests")
+        raise
+    except (ServerGone, ServerUnreachable, ServerChanged) as gone:
+        measured.void("invalid", str(gone), lost=True)
+    except ClientProcessFailed as failed:
+        measured.void("invalid", str(failed))
+    finally:
+        run = measured.result()
+        bench.result.add(run, measured.left().records)
+        bench.progress.end(run)
+    return run
 
 
 class _Row:
     """One row while it is measured; `result` is right at every moment."""
 
-    def __init__(self, variant: str, suite: Suite, cell: Cell) -> None:
-        self._variant = variant
-        self._suite = suite
-        self._cell = cell
-        self.warmup = Ledger()
-        self.ledger = Ledger()
-        self.status = ""
-        self.reason = ""
+    def __init__(self, bench: Bench, cell: Cell, repeat: int, slo: str | None, seed: int) -> None:
+        self._bench, self._cell, self._repeat, self._slo = bench, cell, repeat, slo
+        self._seed = seed or bench.load.seed
+        self._status, self._reason, self._lost = "", "", False
+        self._source: Driver | Fleet | None = None
+        self._warmup: list[Ledger] = []
+        self._settled = True
+        self._counters: dict[str, float] | None = None
+        self._conditions: dict[str, Any] | None = None
+        self._planned = 0
 
-    def void(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
+    def void(self, status: str, reason: str, *, lost: bool = False) -> None:
+        self._status, self._reason, self._lost = status, reason, lost
+
+    def left(self) -> Left:
+        return Left() if self._source is None else self._source.left()
+
+    def unfinished(self) -> int:
+        return int(np.isnan(self.left().records["done_s"]).sum())
+
+    async def measure(self) -> None:
+        bench = self._bench
+        await _require_same(bench)
+        await self._warm_up()
+        share = self._share()
+        before = await bench.sidecar.counters()
+        conditions = Conditions()
+        await self._drive(share)
+        self._counters = difference(before, await bench.sidecar.counters())
+        ours = None if self._counters is None else self._counters["process_cpu_seconds_total"] + self.left().cpu_s
+        self._conditions = conditions.end(ours)
+        await _require_same(bench)
+
+    async def _warm_up(self) -> None:
+        """Rounds of the row's own load, with texts from the other end, until they get no faster by 10 %."""
+        bench, cell = self._bench, self._cell
+        if not bench.load.warmup_iterations:
+            return
+        concurrency = cell.concurrency or _OPEN_WARMUP
+        fastest_s = float("inf")
+        for _ in range(_MOST_ROUNDS):
+            send = sender(
+                bench.target, bench.workload, cell.batch_size, bench.load.request_timeout_ms / 1e3, warmup=True
+            )
+            round_ = ClosedLoop(send, bench.target.is_alive, lambda _: None)
+            self._warmup.append(round_.ledger)
+            await round_.run(max(bench.load.warmup_iterations, concurrency), concurrency)
+            took = [call.done_s - call.sent_s for call in round_.ledger.calls]
+            median_s = float(np.median(took)) if took else 0.0
+            self._settled = median_s >= _WARMER * fastest_s
+            if self._settled:
+                return
+            fastest_s = median_s
+
+    def _share(self) -> Share:
+        bench, cell, load = self._bench, self._cell, self._bench.load
+        due_s = None
+        if cell.is_open:
+            due_s = arrivals_s(
+                load.arrival.process,
+                cell.rate_per_s,
+                requests=load.benchmark_requests,
+                duration_s=load.duration_s,
+                seed=self._seed,
+                repeat=self._repeat,
+            ).tolist()
+        self._planned = len(due_s) if due_s is not None else 0 if load.duration_s else load.benchmark_requests
+        return Share(
+            bench.workload,
+            cell.batch_size,
+            load.request_timeout_ms / 1e3,
+            load.streaming,
+            requests=load.benchmark_requests,
+            concurrency=cell.concurrency,
+            duration_s=load.duration_s,
+            due_s=due_s,
+        )
+
+    async def _drive(self, share: Share) -> None:
+        bench, load = self._bench, self._bench.load
+        shares = split(share, processes_for(self._cell.rate_per_s, load.client_processes))
+        began_s = time.perf_counter()
+        meant_s = self._cell.seconds(load)
+
+        def advance(done: int) -> None:
+            if meant_s:
+                took_s = time.perf_counter() - began_s
+                bench.progress.at(took_s / meant_s, f"{took_s:.0f} of {meant_s:.0f} s")
+            else:
+                bench.progress.at(done / load.benchmark_requests, f"{done}/{load.benchmark_requests} requests")
+
+        if len(shares) > 1:
+            self._source = fleet = Fleet(*bench.address, shares, advance)
+            await fleet.run()
+            return
+        done = 0
+
+        def count(_call: Call) -> None:
+            nonlocal done
+            done += 1
+            advance(done)
+
+        self._source = driver = Driver(bench.target, share, count)
+        await driver.run(time.perf_counter())
 
     def result(self) -> dict[str, Any]:
         """The row as it stands in the JSON; times in the unit of their name, None where nothing succeeded."""
-        ledger, suite, cell = self.ledger, self._suite, self._cell
-        seconds = ledger.seconds
-        items = ledger.ok * cell.batch_size
-        scores = suite.workload.kind == "pairs"
-        pairs, texts = (items, 2 * items) if scores else (0, items)
-        status, reason = (self.status, self.reason) if self.status else self._verdict()
-        first = ledger.first_error
+        bench, cell, left = self._bench, self._cell, self.left()
+        scores = bench.workload.kind == "pairs"
+        found = row.figures(left.records, batch_size=cell.batch_size, scores=scores, is_open=cell.is_open)
+        status, reason = self._status, self._reason
+        if not status and left.started != found["ok"] + sum(found["errors"].values()) + found["unfinished"]:
+            status, reason = "invalid", f"the client's own books do not balance: {left.started} requests were started"
+        if not status and cell.is_open and (late := row.lag_reason(left.records)):
+            status, reason = "invalid", late
+        if not status:
+            status, reason = row.verdict(found, self._planned or None)
         return {
-            "variant": self._variant,
+            "variant": bench.info["variant"],
             "batch_size": cell.batch_size,
-            "concurrency": cell.concurrency,
-            "workload": suite.workload.kind,
+            "concurrency": cell.concurrency or None,
+            "rate_per_s": cell.rate_per_s or None,
+            "process": bench.load.arrival.process if cell.is_open else None,
+            "streaming": bench.load.streaming,
+            "workload": bench.workload.kind,
+            "repeat": self._repeat,
+            "slo": self._slo,
             "status": status,
             "reason": reason,
-            "requests": suite.requests,
-            "started": ledger.started,
-            "ok": ledger.ok,
-            "errors": ledger.errors,
-            "unfinished": ledger.unfinished,
-            "pairs": pairs,
-            "texts": texts,
-            "distinct_texts": suite.workload.distinct_texts(ledger.started * cell.batch_size),
-            "seconds": round(seconds, 6),
-            "requests_per_s": ledger.ok / seconds if seconds else 0.0,
-            "pairs_per_s": pairs / seconds if seconds and scores else None,
-            "texts_per_s": texts / seconds if seconds else 0.0,
-            "latency_ms": latency_summary_ms(ledger.latencies_ms),
-            "first_error": first
-            and {
-                "after_s": round(first.sent_s + first.latency_s - ledger.began_s, 6),
-                "code": first.reply.code,
-                "message": first.reply.message,
+            "lost": self._lost,
+            "requests": self._planned or left.started,
+            "by_time": not self._planned,
+            "started": left.started,
+            **found,
+            "distinct_texts": bench.workload.distinct_texts(left.started * cell.batch_size),
+            "batches": row.batch_figures(self._counters),
+            "first_error": left.first_error,
+            "warmup": {
+                "requests": sum(ledger.started for ledger in self._warmup),
+                "ok": sum(ledger.ok for ledger in self._warmup),
+                "errors": _sum_errors(self._warmup),
+                "rounds": len(self._warmup),
+                "settled": self._settled,
             },
-            "warmup": {"requests": self.warmup.started, "ok": self.warmup.ok, "errors": self.warmup.errors},
-            "raw": {
-                "sent_s": [round(call.sent_s - ledger.began_s, 6) for call in ledger.calls],
-                "latency_ms": [round(call.latency_s * 1e3, 3) for call in ledger.calls],
-                "failed": {n: call.reply.code for n, call in enumerate(ledger.calls) if call.reply.code != OK.code},
+            "client": {
+                "processes": left.processes,
+                "cpu_share": round(left.cpu_s / found["seconds"] / left.processes, 4) if found["seconds"] else None,
             },
+            "conditions": self._conditions,
         }
 
-    def _verdict(self) -> tuple[str, str]:
-        failed = len(self.ledger.calls) - self.ledger.ok
-        missing = self._suite.requests - len(self.ledger.calls)
-        if failed or missing:
-            return "failures", f"{failed} of {self._suite.requests} requests failed" + (
-                f", {missing} were not finished" if missing else ""
-            )
-        return "valid", ""
+
+def _sum_errors(ledgers: Sequence[Ledger]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for ledger in ledgers:
+        for code, count in ledger.errors.items():
+            total[code] = total.get(code, 0) + count
+    return total
 
 
-async def run_suite(
-    target: Target, suite: Suite, info: dict[str, Any], stop: Stop, progress: Progress, runs: list[dict[str, Any]]
-) -> None:
-    """Measure every row and append it to `runs`; ends early, after an invalid row, when the server of `info` is gone.
-
-    Interrupted leaves the row under way in `runs`, with what was measured of it.
-    """
-    for cell in suite.cells:
-        row = _Row(info["variant"], suite, cell)
-        try:
-            await stop.race(_measure(row, target, suite, cell, info["instance_id"], progress))
-        except Interrupted:
-            row.void("interrupted", f"interrupted after {len(row.ledger.calls)} of {suite.requests} requests")
-            raise
-        except (ServerGone, ServerUnreachable) as gone:
-            row.void("invalid", str(gone))
-            return
-        finally:
-            runs.append(row.result())
-            progress.end(runs[-1])
-
-
-async def _measure(row: _Row, target: Target, suite: Suite, cell: Cell, instance_id: str, progress: Progress) -> None:
-    advance = progress.begin(cell, suite.requests)
-    await _require_same(target, instance_id)
-    warm = ClosedLoop(
-        sender(target, suite.workload, cell.batch_size, suite.timeout_s, warmup=True), target.is_alive, lambda _: None
-    )
-    row.warmup = warm.ledger
-    await warm.run(suite.warmup, cell.concurrency)
-    loop = ClosedLoop(sender(target, suite.workload, cell.batch_size, suite.timeout_s), target.is_alive, advance)
-    row.ledger = loop.ledger
-    await loop.run(suite.requests, cell.concurrency)
-    await _require_same(target, instance_id)
-
-
-async def _require_same(target: Target, instance_id: str) -> None:
-    info = await target.server_info()
-    if info["instance_id"] != instance_id:
-        raise ServerGone("the server was restarted, so the answers came from two different processes")
+async def _require_same(bench: Bench) -> None:
+    info = await bench.target.server_info()
+    if info["instance_id"] != bench.info["instance_id"]:
+        raise ServerChanged("the server was restarted, so the answers came from two different processes")
+    changed = [name for name in bench.info if info.get(name) != bench.info[name]]
+    if changed:
+        raise ServerChanged(f"the server no longer says the same of itself: {', '.join(changed)} changed meanwhile")

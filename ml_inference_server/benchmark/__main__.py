@@ -1,0 +1,112 @@
+"""python -m ml_inference_server.benchmark report FILE... | compare A.json B.json"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_inference_server.benchmark import comparison, records, report, row
+from ml_inference_server.benchmark.compare import compare, text
+from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.results import ResultFiles, read_document, write_beside
+from ml_inference_server.benchmark.session import contents, show
+from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
+
+EXIT_REGRESSION = 1
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Records]]:
+    """A result with its raw records, every figure made anew from them. ConfigError if one of the files is damaged."""
+    document = read_document(path)
+    if document["kind"] == "summary":
+        raise ConfigError(f"{path}: a summary of experiments, where the result of one is needed")
+    raw_file = path.with_suffix(".npz")
+    if not raw_file.exists():
+        print(f"Warning: {raw_file} is missing: the figures are those that stand in {path.name}", file=sys.stderr)
+        return document, {}
+    raw = records.read(raw_file)
+    for run in document["runs"]:
+        if run["raw"] not in raw:
+            raise ConfigError(f"{raw_file}: holds no records of {run['raw']}: not the file that belongs to {path}")
+        found = row.figures(
+            raw[run["raw"]],
+            batch_size=run["batch_size"],
+            scores=run["workload"] == "pairs",
+            is_open=bool(run["rate_per_s"]),
+        )
+        if found["ok"] != run["ok"] or found["errors"] != run["errors"]:
+            raise ConfigError(f"{raw_file}: {run['raw']} has other counts than {path}: one of the files was changed")
+        run.update(found)
+    return document, raw
+
+
+def _report(files: Sequence[Path], output: Path | None) -> int:
+    if output is not None and len(files) > 1:
+        raise ConfigError("--output is for one file; without it, each report is written beside its JSON")
+    for path in files:
+        markdown = output or path.with_suffix(".md")
+        if read_document(path)["kind"] == "summary":
+            written: Mapping[Path, str | bytes] = comparison.contents(read_document(path), ResultFiles(markdown, path))
+        else:
+            document, raw = load(path)
+            show(document, raw)
+            found = contents(document, raw, ResultFiles(markdown, path))
+            written = {name: found[name] for name in found if name.suffix in (".md", ".svg")}
+        for name, content in written.items():
+            write_beside(name, content.encode() if isinstance(content, str) else content).replace(name)
+            print(f"Written: {name}")
+    return EXIT_OK
+
+
+def _compare(before: Path, after: Path, max_regression: float) -> int:
+    (a, raw_a), (b, raw_b) = load(before), load(after)
+    found = compare(a, b, (raw_a, raw_b), max_regression)
+    print(f"before: {report.title(a)} ({a['started_at']})\nafter:  {report.title(b)} ({b['started_at']})\n")
+    print(text(found, max_regression))
+    return EXIT_REGRESSION if found.regressions else EXIT_OK
+
+
+def _share(text: str) -> float:
+    value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1, such as 5% or 0.05")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ml_inference_server.benchmark",
+        description="Builds reports from results that are there, and compares two of them.",
+        epilog="Exit codes: 0 fine, 1 compare found a regression, 2 a file or an argument is wrong.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    rebuild = commands.add_parser("report", help="write the report of each result anew, from its JSON and raw records")
+    rebuild.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="results, or a summary")
+    rebuild.add_argument("--output", type=Path, metavar="OUT.md", help="where the report goes (default: beside)")
+    against = commands.add_parser("compare", help="say what changed from A to B; exit 1 if something got worse")
+    against.add_argument("before", type=Path, metavar="A.json")
+    against.add_argument("after", type=Path, metavar="B.json")
+    against.add_argument(
+        "--max-regression",
+        type=_share,
+        default=0.05,
+        metavar="SHARE",
+        help="how much throughput, or median latency at a fixed rate, may be lost (default: 5%%)",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "report":
+            return _report(arguments.files, arguments.output)
+        return _compare(arguments.before, arguments.after, arguments.max_regression)
+    except StartError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"Error: the report cannot be written: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 5
+
+
+if __name__ == "__main__":
+    sys.exit(main())

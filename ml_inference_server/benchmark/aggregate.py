@@ -1,0 +1,133 @@
+"""The repeats of each row put together: figures with their intervals, and whether the row may be believed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ml_inference_server.benchmark import stats
+from ml_inference_server.benchmark.cell import key, load_of
+from ml_inference_server.benchmark.records import Records, ok_only
+from ml_inference_server.benchmark.stats import Figure
+
+Document = Mapping[str, Any]
+Run = Mapping[str, Any]
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table. `latency_ms` holds a percentile only where the answers of all repeats have earned it.
+
+    quality: the server's, None where none was measured; `passed`: it did not fail its gate.
+    """
+
+    runs: Sequence[Run]
+    speed: Figure | None
+    latency_ms: Mapping[int, Figure | None]
+    answered: int
+    status: str
+    quality: Mapping[str, Any] | None
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def variant(self) -> str:
+        return str(self.first["variant"])
+
+    @property
+    def passed(self) -> bool:
+        return self.quality is None or bool(self.quality["gate"]["passed"])
+
+    @property
+    def is_sound(self) -> bool:
+        """Fit to be called the best: every repeat valid, and the quality not found wanting."""
+        return self.status == "valid" and self.passed and self.speed is not None
+
+    @property
+    def load(self) -> str:
+        return load_of(self.first["concurrency"], self.first["rate_per_s"])
+
+    @property
+    def same_load(self) -> tuple[Any, ...]:
+        """What two rows must share to be compared."""
+        return key(dict(self.first))[1:]
+
+    def __str__(self) -> str:
+        variant = f"{self.variant}, " if self.variant else ""
+        return f"{variant}batch size {self.first['batch_size']}, {self.load}"
+
+
+def items_per_s(run: Run) -> float:
+    return float(run["pairs_per_s"] if run["workload"] == "pairs" else run["texts_per_s"]) if run["ok"] else 0.0
+
+
+def rows_of(document: Document, raw: Mapping[str, Records]) -> list[Row]:
+    """All rows but the probes of a search, in the order in which they were first measured."""
+    grouped: dict[tuple[Any, ...], list[Run]] = {}
+    for run in document["runs"]:
+        if run["slo"] != "probe":
+            grouped.setdefault(key(run), []).append(run)
+    quality = {server["variant"]: server.get("quality") for server in document["servers"]}
+    return [_row(runs, raw, quality.get(runs[0]["variant"])) for runs in grouped.values()]
+
+
+def _row(runs: Sequence[Run], raw: Mapping[str, Records], quality: Mapping[str, Any] | None) -> Row:
+    answered = sum(run["ok"] for run in runs)
+    doubtful = [run["status"] for run in runs if run["status"] != "valid"]
+    return Row(
+        runs,
+        _speed(runs, raw),
+        {p: _latency(runs, raw, p) if answered >= stats.samples_needed(p) else None for p in PERCENTILES},
+        answered,
+        doubtful[0] if doubtful else "valid",
+        quality,
+    )
+
+
+def _speed(runs: Sequence[Run], raw: Mapping[str, Records]) -> Figure | None:
+    values = [items_per_s(run) for run in runs if run["ok"]]
+    if len(values) != 1:
+        return stats.of_repeats(values)
+    run = next(run for run in runs if run["ok"])
+    records = raw.get(run["raw"])
+    if records is None:
+        return stats.of_repeats(values)
+    return stats.of_one_run(values[0], stats.rates_of_stretches(ok_only(records)["done_s"], run["batch_size"]))
+
+
+def _latency(runs: Sequence[Run], raw: Mapping[str, Records], percentile: int) -> Figure | None:
+    answered = [run for run in runs if run["latency_ms"]]
+    if len(answered) == 1 and (records := raw.get(answered[0]["raw"])) is not None:
+        done = ok_only(records)
+        return stats.of_percentile((done["done_s"] - done["due_s"]) * 1e3, percentile)
+    return stats.of_repeats([run["latency_ms"][f"p{percentile}"] for run in answered])
+
+
+def best(rows: Sequence[Row]) -> tuple[Row, Row] | None:
+    """(highest throughput in items, lowest median latency) among the sound rows; None where there is none."""
+    sound = [row for row in rows if row.is_sound]
+    if not sound:
+        return None
+    by_latency = [row for row in sound if row.latency_ms[50] is not None] or sound
+    return max(sound, key=_speed_of), min(by_latency, key=median_ms)
+
+
+def _speed_of(row: Row) -> float:
+    return row.speed.value if row.speed else 0.0
+
+
+def median_ms(row: Row) -> float:
+    """The median latency, earned or not: to order by."""
+    figure = row.latency_ms[50]
+    return figure.value if figure else float(row.first["latency_ms"]["p50"])
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """The names of the points that no other one beats: (more is better, more is better)."""
+    return {
+        name
+        for name, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+    }

@@ -1,0 +1,146 @@
+"""What changed between two results: row by row, with intervals, and whether something got worse than allowed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ml_inference_server.benchmark import aggregate, stats, tables
+from ml_inference_server.benchmark.aggregate import Document, Row
+from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.stats import Ratio
+from ml_inference_server.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in both results. speed: more is better; latency: less is better; None where one side lacks it."""
+
+    row: Row
+    speed: Ratio | None
+    p50: Ratio | None
+    p95: Ratio | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: Sequence[Change]
+    regressions: Sequence[str]
+    notes: Sequence[str]
+
+
+def compare(
+    before: Document,
+    after: Document,
+    raw: tuple[Mapping[str, Records], Mapping[str, Records]],
+    max_regression: float,
+) -> Comparison:
+    """ConfigError if the results have no load in common.
+
+    A row has regressed when its speed lost, or its median latency gained, more than `max_regression` (0.05 is 5 %),
+    and the interval says that this is no accident.
+    """
+    ours = {_key(row): row for row in aggregate.rows_of(after, raw[1])}
+    theirs = {_key(row): row for row in aggregate.rows_of(before, raw[0])}
+    common = [key for key in theirs if key in ours]
+    if not common:
+        raise ConfigError("the two results have no row with the same variant and load: there is nothing to compare")
+    changes, regressions = [], []
+    for key in common:
+        a, b = theirs[key], ours[key]
+        change = Change(b, _speed(b, a), _latency(b, a, 50), _latency(b, a, 95))
+        changes.append(change)
+        regressions += _worse(change, a, max_regression)
+    for key, row in theirs.items():
+        if key not in ours and row.is_sound:
+            regressions.append(f"{row}: was measured before and is missing now")
+    regressions += _quality(before, after)
+    return Comparison(changes, regressions, unlike(before, after))
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return (row.variant, *row.same_load)
+
+
+def _speed(b: Row, a: Row) -> Ratio | None:
+    return stats.ratio(b.speed, a.speed) if a.speed and b.speed else None
+
+
+def _latency(b: Row, a: Row, percentile: int) -> Ratio | None:
+    ours, theirs = b.latency_ms[percentile], a.latency_ms[percentile]
+    return stats.ratio(ours, theirs) if ours and theirs else None
+
+
+def _worse(change: Change, before: Row, bound: float) -> list[str]:
+    row = change.row
+    if before.is_sound and not row.is_sound:
+        return [f"{row}: was sound before and is {tables.status(row)} now"]
+    found = []
+    speed, p50 = change.speed, change.p50
+    # Both must say so: the interval excludes "no change", and the figure itself is beyond the bound.
+    if speed and speed.value < 1 - bound and (math.isnan(speed.high) or speed.high < 1):
+        found.append(f"{row}: throughput {tables.ratio(speed)} of before")
+    is_open = bool(row.first["rate_per_s"])
+    if p50 and is_open and p50.value > 1 + bound and (math.isnan(p50.low) or p50.low > 1):
+        found.append(f"{row}: median latency {tables.ratio(p50)} of before")
+    return found
+
+
+def _quality(before: Document, after: Document) -> list[str]:
+    """A server that failed its gate although it passed before."""
+    passed = {s["variant"] for s in before["servers"] if s.get("quality") and s["quality"]["gate"]["passed"]}
+    return [
+        f"{server['variant'] or 'the server'} fails its quality gate: {'; '.join(server['quality']['gate']['reasons'])}"
+        for server in after["servers"]
+        if server["variant"] in passed and server.get("quality") and not server["quality"]["gate"]["passed"]
+    ]
+
+
+def unlike(before: Document, after: Document) -> list[str]:
+    """What else differs between the two, so that a change may have another cause."""
+    found = []
+    for what, a, b in (
+        ("machines", before["machine"]["fingerprint"], after["machine"]["fingerprint"]),
+        ("datasets", before["dataset"]["sha256"], after["dataset"]["sha256"]),
+        ("commits", before["git"]["commit"], after["git"]["commit"]),
+        ("weights", _weights(before), _weights(after)),
+        ("what ran", _titles(before), _titles(after)),
+    ):
+        if a != b:
+            found.append(f"the {what} differ: {a} before, {b} now" if what != "what ran" else f"before {a}, now {b}")
+    return found
+
+
+def _weights(document: Document) -> str:
+    return ", ".join(sorted({s["info"]["resolved"]["weights_sha256"][:16] for s in document["servers"]}))
+
+
+def _titles(document: Document) -> str:
+    return " | ".join(dict.fromkeys(server["info"]["title"] for server in document["servers"]))
+
+
+def text(found: Comparison, max_regression: float) -> str:
+    """For a terminal and a CI log."""
+    header = ["row", "throughput", "p50", "p95", "verdict"]
+    lines = [
+        [str(c.row), tables.ratio(c.speed), tables.ratio(c.p50), tables.ratio(c.p95), _verdict(c)]
+        for c in found.changes
+    ]
+    parts = [tables.grid(header, lines), "Ratios are after / before, with 95 % intervals."]
+    parts += ["\n".join(f"Note: {note}" for note in found.notes)] if found.notes else []
+    if found.regressions:
+        parts.append(f"REGRESSION beyond {max_regression:.1%}:")
+        parts.append("\n".join(f"- {said}" for said in found.regressions))
+    else:
+        parts.append(f"No regression beyond {max_regression:.1%}.")
+    return "\n\n".join(parts)
+
+
+def _verdict(change: Change) -> str:
+    if change.speed is None:
+        return "not comparable"
+    if math.isnan(change.speed.low):
+        return "one repeat: no interval"
+    if not change.speed.is_significant:
+        return "no significant difference"
+    return "faster" if change.speed.value > 1 else "slower"
