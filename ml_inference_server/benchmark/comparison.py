@@ -180,8 +180,8 @@ def _legend(found: Comparison) -> str:
         f"Throughput at the heaviest load (batch size {heavy and heavy.first['batch_size']}, {heavy and heavy.load}),"
         f" latency at the lightest (batch size {light and light.first['batch_size']}, {light and light.load}); ratios"
         f" are to {base}; [in brackets] 95 % intervals: a ratio whose interval holds 1 is no difference. *front*:"
-        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches without a server. A row"
-        " that is struck through failed its quality gate: do not run it."
+        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches without a"
+        " server. A row that is struck through failed its quality gate: do not run it."
     )
 
 

@@ -12,18 +12,24 @@ CLOCK_DROP = 0.85
 
 
 class Conditions:
-    """Begins when it is made; `end` says what happened since."""
+    """Begins when it is made; `end` says what happened since. server_pid: of a server on this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, server_pid: int | None) -> None:
+        self._server_pid = server_pid
+        self._server_cpu_s = _cpu_s(server_pid)
         self._times = psutil.cpu_times()
         self._throttled = _throttle_count()
         self._clock_mhz = _clock_mhz()
 
-    def end(self, ours_cpu_s: float | None) -> dict[str, Any]:
+    def end(self, client_cpu_s: float) -> dict[str, Any]:
         """steal_share, others_share: of all CPU time of the machine, 0..1; None where the system does not tell.
 
-        ours_cpu_s: what client and server used in between; None if the server's part is not known.
+        client_cpu_s: what the benchmark itself used in between.
         """
+        server_cpu_s = _cpu_s(self._server_pid)
+        ours_cpu_s = None
+        if server_cpu_s is not None and self._server_cpu_s is not None:
+            ours_cpu_s = client_cpu_s + server_cpu_s - self._server_cpu_s
         now, before = psutil.cpu_times(), self._times
         total_s = _total(now) - _total(before)
         steal = getattr(now, "steal", None)
@@ -58,6 +64,21 @@ def trouble(conditions: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
         fell = 1 - clock[1] / clock[0]
         found["clock"] = (fell, f"the CPU's clock fell from {clock[0]:.0f} to {clock[1]:.0f} MHz")
     return found
+
+
+def _cpu_s(pid: int | None) -> float | None:
+    """What a process and its children have used so far; None where it cannot be told."""
+    if not pid:
+        return None
+    total_s = 0.0
+    try:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            times = process.cpu_times()
+            total_s += times.user + times.system
+    except psutil.Error:
+        return None
+    return total_s
 
 
 def _total(times: Any) -> float:

@@ -40,7 +40,7 @@ class Progress:
         self._rows = rows
         self._row = 0
         self._label = "starting"
-        self._began_s = time.monotonic()
+        self._began_s: float | None = None
         self._done = 0.0
         self._total = max(total, 1e-9)
         self._row_start = 0.0
@@ -59,6 +59,8 @@ class Progress:
     def begin(self, label: str, units: float, *, counts: bool = True) -> None:
         """The next row; `counts`: it is one of the planned ones."""
         self._row += counts
+        if self._began_s is None:  # the server's start is no measure for what is left
+            self._began_s = time.monotonic()
         self._row_start, self._row_work = self._done, units
         self._label = label
         self._bar.set_description_str(f"row {self._row}/{self._rows}: {label}", refresh=False)
@@ -85,7 +87,7 @@ class Progress:
         return f" [{tqdm.format_interval(seconds)} left]" if seconds and self._row < self._rows else ""
 
     def _eta_s(self) -> float | None:
-        if self._done <= 0:
+        if self._done <= 0 or self._began_s is None:
             return None
         return (time.monotonic() - self._began_s) * (self._total - self._done) / self._done
 

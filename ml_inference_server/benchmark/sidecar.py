@@ -18,8 +18,6 @@ COUNTERS = (
     "mlis_padding_tokens_total",
     "mlis_batch_texts_sum",
     "mlis_batch_texts_count",
-    "mlis_batch_compute_seconds_sum",
-    "process_cpu_seconds_total",
 )
 
 

@@ -169,7 +169,10 @@ def test_settings_are_frozen() -> None:
         ("experiment: {concurrency_levels: []}", "nothing to measure: give concurrency_levels, arrival.rates or slo"),
         ("experiment: {streaming: true}", "streaming is for embeddings"),
         ("experiment: {arrival: {rates: [0]}}", "experiment.arrival.rates.0: "),
-        ("experiment: {arrival: {rate: 1}}", "unknown key experiment.arrival.rate; did you mean experiment.arrival.rates?"),
+        (
+            "experiment: {arrival: {rate: 1}}",
+            "unknown key experiment.arrival.rate; did you mean experiment.arrival.rates?",
+        ),
         ("experiment: {quality: {pairs: a.tsv}}", "pairs and qrels belong together"),
         ("a: 1\nb: [", ":2: not valid YAML"),
         ("name: a\nname: b", ":2: not valid YAML: key 'name' stands twice"),
