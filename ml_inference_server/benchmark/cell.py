@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings
 
 
@@ -41,9 +42,14 @@ def cells_of(experiment: ExperimentSettings) -> list[Cell]:
 
 
 def planned_rows(experiment: ExperimentSettings) -> int:
-    """Rows that an experiment asks for, over all repeats; of a search, the confirming ones count."""
+    """Rows that are asked for, over all repeats; of a search, the confirming ones count. ConfigError if none."""
     searched = len(experiment.batch_sizes) if experiment.slo.p99_ms is not None else 0
-    return (len(cells_of(experiment)) + searched) * experiment.repeats
+    rows = (len(cells_of(experiment)) + searched) * experiment.repeats
+    if not rows:
+        raise ConfigError(
+            "nothing to measure: give experiment.concurrency_levels, experiment.arrival.rates or experiment.slo.p99_ms"
+        )
+    return rows
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:

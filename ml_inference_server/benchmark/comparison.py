@@ -231,7 +231,7 @@ def _said(found: Comparison, configuration: Configuration) -> str:
         return ", ".join([*said, "quality not measured"])
     change = quality["ndcg10_difference"]
     if quality["cosine_mean"] is not None:
-        said.append(f"mean cosine to FP32 {quality['cosine_mean']:.4f}")
+        said.append(f"mean cosine to FP32 {quality['cosine_mean']:.5f}")
     if change:
         lost = "no significant change" if change["low"] <= 0 <= change["high"] else "a significant change"
         said.append(f"nDCG@10 {tables.signed(change)}, {lost} over {quality['slice']['queries']} queries")
@@ -268,9 +268,11 @@ def _notes(document: Mapping[str, Any], found: Comparison) -> list[str]:
     machines = {entry["fingerprint"] for entry in document["experiments"] if entry["fingerprint"]}
     if len(machines) > 1:
         notes.append("the experiments were measured on different machines, so the ratios mean little")
+    who: dict[str, list[str]] = {}
     for configuration in found.all:
         for said in configuration.entry["warnings"]:
-            notes.append(f"{configuration.name}: {said}")
+            who.setdefault(said, []).append(configuration.entry["experiment"])
+    notes += [f"{said} ({', '.join(dict.fromkeys(names))})" for said, names in who.items()]
     return ["\n".join(f"- **Note:** {note}" for note in notes)] if notes else []
 
 
@@ -322,6 +324,8 @@ def _latency_plot(found: Comparison) -> bytes | None:
     curves: dict[str, list[tuple[float, float]]] = {}
     for c in sound:
         closed = [row for row in c.rows if row.first["concurrency"]]
-        curves[c.name] = [(row.speed.value, aggregate.median_ms(row)) for row in closed if row.speed]
+        points = {str(row): (row.speed.value, -aggregate.median_ms(row)) for row in closed if row.speed}
+        best = aggregate.pareto(points)
+        curves[c.name] = [(speed, -delay) for name, (speed, delay) in points.items() if name in best]
     unit = tables.items_unit([row for c in sound for row in c.rows])
     return plots.throughput_against_latency(curves, unit)

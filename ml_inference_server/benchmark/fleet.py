@@ -117,6 +117,8 @@ class Fleet:
             data = await child.stdout.readexactly(told["bytes"])
             self._parts.append(Left(**told["left"], records=np.load(io.BytesIO(data), allow_pickle=False)))
             self._gone = self._gone or told["gone"]
+            assert child.stdin is not None  # noqa: S101 - it was asked for
+            child.stdin.close()  # the child waits for one more line
             await child.wait()
             return
         raise ClientProcessFailed(f"a client process ended (exit code {await child.wait()}) without its records")
@@ -191,9 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     main()
-    sys.stdout.flush()
-    # The thread that still waits for a line on stdin must not keep the process alive.
-    os._exit(0)

@@ -180,16 +180,22 @@ def speed_against_quality(points: Sequence[Point], unit: str, quality: str) -> b
 
 
 def throughput_against_latency(curves: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> bytes | None:
-    """For each configuration its rows as (items per second, median latency in ms); None without any."""
+    """For each configuration its best loads as (items per second, median latency in ms); None without any."""
     if not curves:
         return None
+
+    from matplotlib import ticker
 
     def draw(canvas: Any, _pyplot: Any) -> None:
         axes = canvas.add_subplot()
         for number, (name, points) in enumerate(curves.items()):
             axes.plot(*zip(*sorted(points), strict=True), label=name, linewidth=1, **_look(number))
         axes.set(xscale="log", yscale="log", xlabel=f"{unit}/s (right is better)", ylabel="p50 ms (down is better)")
-        axes.set_title("Latency against throughput, every load of each configuration")
+        for axis in (axes.xaxis, axes.yaxis):
+            for each in (axis.set_major_formatter, axis.set_minor_formatter):
+                each(ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        axes.set_title("Latency against throughput: the loads of each configuration that no other of its loads beats")
+        axes.title.set_fontsize(9)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
     return _svg(draw, 8.5, 4.2, "Latency against throughput")

@@ -71,8 +71,8 @@ def alike(quality: Mapping[str, Any] | None) -> str:
     if quality is None or "ndcg10" not in quality:
         return "-"
     if quality["cosine_mean"] is not None:
-        return f"{quality['cosine_mean']:.4f} / {quality['cosine_min']:.4f}"
-    return "-" if quality["correlation"] is None else f"{quality['correlation']:.4f}"
+        return f"{quality['cosine_mean']:.5f} / {quality['cosine_min']:.5f}"
+    return "-" if quality["correlation"] is None else f"{quality['correlation']:.5f}"
 
 
 def struck(cells: Sequence[str], row: Row) -> list[str]:

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ DEFAULTS: dict[str, Any] = {
     "abort_code": "INTERNAL",
     "wrong_every": 0,
     "wrong": "rows",
+    "freeze_at": 0,
+    "freeze_s": 0.0,
+    "change_at": 0,
+    "work_s": 0.0,
     "max_texts": 1024,
     "serving": True,
     "fallbacks": [],
@@ -44,6 +49,7 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         self.script = {**DEFAULTS, **script}
         assert set(script) <= set(DEFAULTS), script
         self.requests = 0
+        self.working = asyncio.Lock()
 
     def _every(self, key: str) -> bool:
         return bool(self.script[key]) and self.requests % self.script[key] == 0
@@ -56,6 +62,11 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         if self.requests == self.script["hold_at"]:
             print("held", flush=True)
             await asyncio.Event().wait()
+        if self.requests == self.script["freeze_at"]:
+            time.sleep(self.script["freeze_s"])  # noqa: ASYNC251 - the whole server stands still, as under SIGSTOP
+        if self.script["work_s"]:
+            async with self.working:  # one request at a time: a known capacity
+                await asyncio.sleep(self.script["work_s"])
         if self._every("abort_every"):
             await context.abort(grpc.StatusCode[self.script["abort_code"]], f"request {self.requests} is refused")
         return self._every("wrong_every")
@@ -71,6 +82,18 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
             data = data[:-1]
         return pb.EmbedResponse(embeddings=data, count=rows, dimension=DIMENSION)
 
+    async def EmbedStream(self, requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        async for message in requests:
+            self.requests += 1
+            if self._every("abort_every"):
+                code = grpc.StatusCode[self.script["abort_code"]].value[0]
+                yield pb.EmbedStreamResponse(id=message.id, error=pb.StreamError(code=code, reason="R", message="no"))
+            else:
+                rows = len(message.request.texts)
+                data = np.ones((rows, DIMENSION), "<f4").tobytes()
+                response = pb.EmbedResponse(embeddings=data, count=rows, dimension=DIMENSION)
+                yield pb.EmbedStreamResponse(id=message.id, response=response)
+
     async def Score(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         wrong = await self._obey(context)
         scores = [0.5] * len(request.pairs)
@@ -83,7 +106,9 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         return pb.GetServerInfoResponse(
             experiment=self.script["experiment"],
             title=self.script["title"],
-            fallbacks=self.script["fallbacks"],
+            fallbacks=["something fell back"]
+            if 0 < self.script["change_at"] <= self.requests
+            else self.script["fallbacks"],
             requested=pb.Requested(model="m", backend="pytorch", device="mps", quantization="fp16"),
             resolved=pb.BackendInfo(
                 backend="scripted",

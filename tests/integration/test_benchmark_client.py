@@ -243,6 +243,8 @@ def test_bad_input_is_refused_before_any_load(pairs: Path, tmp_path: Path, capsy
             (["--set", "model.device=cpu"], "the client obeys experiment.* only"),
             (["--set", "experiment.seeds=1"], "did you mean experiment.seed?"),
             (["--warmup", "-1"], "warmup_iterations"),
+            (["--rate", "5", "--concurrency", "2"], "--rate sends whether or not answers come"),
+            (["--set", "experiment.concurrency_levels=[]"], "nothing to measure"),
             (["--output", str(tmp_path)], "results need an ordinary file"),
         ):
             code, document = run(server, pairs, *flags)

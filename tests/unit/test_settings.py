@@ -166,7 +166,6 @@ def test_settings_are_frozen() -> None:
         ("server: {port: 65536}", "server.port: "),
         ("server: {enable_test_faults: true, host: 0.0.0.0}", "needs server.host 127.0.0.1"),
         ("server: {max_message_bytes: 65536}", "server.max_message_bytes is smaller"),
-        ("experiment: {concurrency_levels: []}", "nothing to measure: give concurrency_levels, arrival.rates or slo"),
         ("experiment: {streaming: true}", "streaming is for embeddings"),
         ("experiment: {arrival: {rates: [0]}}", "experiment.arrival.rates.0: "),
         (
