@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
     for path in files:
         markdown = output or path.with_suffix(".md")
         if read_document(path)["kind"] == "summary":
-            written: Mapping[Path, str | bytes] = comparison.contents(read_document(path), ResultFiles(markdown, path))
+            found = comparison.contents(read_document(path), ResultFiles(markdown, path))
         else:
             document, raw = load(path)
             show(document, raw)
             found = contents(document, raw, ResultFiles(markdown, path))
-            written = {name: found[name] for name in found if name.suffix in (".md", ".svg")}
-        for name, content in written.items():
+        for name in (name for name in found if name.suffix in (".md", ".svg")):
+            content = found[name]
             write_beside(name, content.encode() if isinstance(content, str) else content).replace(name)
             print(f"Written: {name}")
     return EXIT_OK

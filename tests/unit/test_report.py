@@ -2,28 +2,50 @@
 
 import json
 import os
+import re
 import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ml_inference_server.benchmark import report
-from ml_inference_server.benchmark.load import latency_summary_ms
-from ml_inference_server.benchmark.results import ResultsNotWritten, encode, exit_code, output_paths, write_results
+from ml_inference_server.benchmark import aggregate, report, session, tables
+from ml_inference_server.benchmark.records import as_records, read, record
+from ml_inference_server.benchmark.results import (
+    SCHEMA,
+    Result,
+    ResultsNotWritten,
+    encode,
+    exit_code,
+    keep_partial,
+    locked,
+    result_files,
+    write_results,
+)
+from ml_inference_server.benchmark.row import latency_summary_ms
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.experiment import ExperimentSettings
 
 
 def make_run(**changes: Any) -> dict[str, Any]:
     run = {
-        "variant": "", "batch_size": 4, "concurrency": 2, "workload": "pairs", "status": "valid", "reason": "",
-        "requests": 200, "started": 200, "ok": 200, "errors": {}, "unfinished": 0, "pairs": 800, "texts": 1600,
+        "variant": "", "batch_size": 4, "concurrency": 2, "rate_per_s": None, "process": None, "streaming": False,
+        "workload": "pairs", "repeat": 1, "slo": None, "status": "valid", "reason": "", "lost": False, "requests": 200,
+        "by_time": False, "started": 200, "ok": 200, "errors": {}, "unfinished": 0, "pairs": 800, "texts": 1600,
         "distinct_texts": 300, "seconds": 2.0, "requests_per_s": 100.0, "pairs_per_s": 400.0, "texts_per_s": 800.0,
-        "latency_ms": {"avg": 10.0, "p50": 9.0, "p95": 15.0, "p99": 19.0}, "first_error": None,
-        "warmup": {"requests": 5, "ok": 5, "errors": {}}, "raw": {"sent_s": [0.0], "latency_ms": [9.0], "failed": {}},
+        "latency_ms": {"avg": 10.0, "p50": 9.0, "p95": 15.0, "p99": 19.0}, "lag_ms": None, "server_ms": None,
+        "batches": None, "first_error": None, "raw": "run_0001", "conditions": None,
+        "client": {"processes": 1, "cpu_share": 0.1},
+        "warmup": {"requests": 5, "ok": 5, "errors": {}, "rounds": 2, "settled": True},
     }  # fmt: skip
     return run | changes
+
+
+def repeats(*speeds: float, **changes: Any) -> list[dict[str, Any]]:
+    """One row, measured once for each of `speeds` in pairs/s."""
+    return [make_run(repeat=n, pairs_per_s=speed, **changes) for n, speed in enumerate(speeds, 1)]
 
 
 def make_document(runs: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -37,27 +59,39 @@ def make_document(runs: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
             "random_weights": False,
         },
     }  # fmt: skip
-    load = {
-        "benchmark_requests": 200,
-        "warmup_iterations": 5,
-        "workload": "pairs",
-        "seed": 0,
-        "request_timeout_ms": 1000,
-    }
     document = {
-        "schema": 1, "kind": "suite", "name": "trial", "description": "A trial.", "command": "run trial",
+        "schema": SCHEMA, "kind": "suite", "name": "trial", "description": "A trial.", "command": "run trial",
         "started_at": "a", "finished_at": "b", "interrupted": False, "planned_rows": len(runs), "client": {},
         "dataset": {"name": "d", "sha256": "cd" * 32, "rows": 1, "queries": 1, "passages": 1, "note": ""},
-        "machine": {"cpu": "EPYC", "instruction_set": "AMX", "cpus": 2, "memory_gib": 8, "os": "Linux",
-                    "load_average_1min": 0.1},
-        "versions": {"python": "3"}, "git": {"commit": "c0ffee", "modified": True},
-        "servers": [{"variant": "", "info": info, "load": load}], "not_started": [], "runs": runs,
+        "machine": {"cpu": "EPYC", "instruction_set": "AMX", "cpus": 2, "cpu_quota": None, "memory_gib": 8.0, "os": "L",
+                    "load_average_1min": 0.1, "fingerprint": "0123456789ab"},
+        "versions": {"python": "3"}, "git": {"commit": "abc", "modified": False}, "not_started": [], "slo": [],
+        "servers": [{"variant": "", "info": info, "load": ExperimentSettings().model_dump(), "quality": None}],
+        "runs": runs,
     }  # fmt: skip
     return document | changes
 
 
+def quality(**changes: Any) -> dict[str, Any]:
+    found = {
+        "slice": {"name": "s", "sha256": "ef", "queries": 40, "pairs": 400}, "ndcg10": 0.55, "mrr10": 0.9,
+        "cosine_mean": 0.94, "cosine_min": 0.8, "correlation": None, "overlap10": 0.9,
+        "ndcg10_difference": {"value": -0.03, "low": -0.05, "high": -0.01},
+        "mrr10_difference": {"value": 0.0, "low": 0.0, "high": 0.0},
+        "reference": {"title": "FP32 of the same weights", "weights_sha256": "ab" * 32},
+        "gate": {"passed": False, "reasons": ["mean cosine to FP32 is 0.9400, quality.min_cosine is 0.97"]},
+    }  # fmt: skip
+    return found | changes
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table(document: dict[str, Any]) -> list[dict[str, str]]:
+    """The table of results, line by line: column -> cell."""
+    lines = tables.results(aggregate.rows_of(document, {})).splitlines()
+    return [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:]]
 
 
 def test_percentiles_are_exact_and_absent_without_a_success() -> None:
@@ -74,38 +108,52 @@ def test_percentiles_are_exact_and_absent_without_a_success() -> None:
 
 
 def test_the_title_is_what_ran_not_what_was_asked() -> None:
-    text = report.markdown(make_document([make_run()]))
+    text = report.markdown(make_document([make_run()]), {})
     assert text.splitlines()[0] == "# trial: MiniLM bf16 on cpu"
     assert "Requested: MiniLM, pytorch, device mps, quantization fp16" in text
     assert "Ran: MiniLM, pytorch on cpu (EPYC), bfloat16, AMX" in text
 
 
 def test_one_column_says_what_the_throughput_counts() -> None:
-    assert "pairs/s" in report.table([make_run()])
+    assert "pairs/s" in table(make_document([make_run()]))[0]
     embeds = make_run(workload="passages", pairs=0, pairs_per_s=None)
-    table = report.table([embeds])
-    assert "texts/s" in table
-    assert "pairs/s" not in table
-    assert "800.0" in table
-    assert "items/s" in report.table([make_run(), embeds])
+    (row,) = table(make_document([embeds]))
+    assert row["texts/s"] == "800"
+    assert "pairs/s" not in row
+    assert "items/s" in table(make_document([make_run(), embeds]))[0]
 
 
-@pytest.mark.parametrize(("answered", "shown"), [(99, "-"), (100, "19.00")])
-def test_p99_needs_a_hundred_answers(answered: int, shown: str) -> None:
-    run = make_run(ok=answered, requests=answered)
-    table = report.table([run]).splitlines()
-    assert cells(table[2])[cells(table[0]).index("p99 ms")] == shown
-    assert ("p99 is shown from 100" in report.markdown(make_document([run]))) == (shown == "-")
+@pytest.mark.parametrize(
+    ("answered", "p95", "p99"),
+    [(199, "n/a (n=199)", "n/a (n=199)"), (200, "15.0", "n/a (n=200)"), (1000, "15.0", "19.0")],
+)
+def test_a_percentile_is_shown_when_the_sample_has_earned_it(answered: int, p95: str, p99: str) -> None:
+    (row,) = table(make_document([make_run(ok=answered, requests=answered)]))
+    assert (row["p95 ms"], row["p99 ms"]) == (p95, p99)
+
+
+def test_repeats_earn_a_percentile_together() -> None:
+    runs = [make_run(repeat=n, ok=400) for n in (1, 2, 3)]
+    (row,) = table(make_document(runs))
+    assert (row["ok"], row["p99 ms"]) == ("1200", "19.0 [19.0, 19.0]")
+
+
+def test_repeats_are_one_line_with_median_interval_and_extremes() -> None:
+    (row,) = table(make_document(repeats(390, 400, 420)))
+    assert row["repeats"] == "390-420"
+    value, low, high = (
+        float(part) for part in row["pairs/s"].replace("[", "").replace("]", "").replace(",", "").split()
+    )
+    assert value == 400
+    assert low < 390 < 420 < high
 
 
 def test_a_run_without_success_has_no_figures() -> None:
     run = make_run(ok=0, errors={"INTERNAL": 200}, latency_ms=None, requests_per_s=0.0, pairs_per_s=0.0,
                    status="failures", reason="200 of 200 requests failed")  # fmt: skip
-    text = report.markdown(make_document([run]))
-    row = cells(report.table([run]).splitlines()[2])
-    assert row[-7:] == ["-", "-", "-", "-", "-", "-", "FAILURES"]
-    assert "200 INTERNAL" in row
-    assert "No row is valid" in text
+    (row,) = table(make_document([run]))
+    assert [row[name] for name in ("pairs/s", "p50 ms", "errors", "status")] == ["-", "-", "200 INTERNAL", "FAILURES"]
+    assert "No row is valid" in report.markdown(make_document([run]), {})
 
 
 def test_only_valid_rows_can_be_the_best() -> None:
@@ -116,19 +164,52 @@ def test_only_valid_rows_can_be_the_best() -> None:
         status="failures",
         reason="1 failed",
     )
-    found = report.best([fast_but_failing, slow])
-    assert found == (slow, slow)
     document = make_document([fast_but_failing, slow])
+    found = aggregate.best(aggregate.rows_of(document, {}))
+    assert found is not None
+    assert [row.first for row in found] == [slow, slow]
     assert exit_code(document) == 5
     assert exit_code(make_document([slow])) == 0
     assert exit_code(make_document([slow], planned_rows=2)) == 5
+    assert exit_code(make_document([slow, fast_but_failing | {"slo": "probe"}], planned_rows=1)) == 0
+
+
+def test_one_bad_repeat_spoils_the_row() -> None:
+    runs = repeats(400, 400, 400)
+    runs[1] |= {"status": "invalid", "reason": "late"}
+    assert table(make_document(runs))[0]["status"] == "INVALID"
+    assert aggregate.best(aggregate.rows_of(make_document(runs), {})) is None
+
+
+def test_a_row_that_fails_its_gate_is_struck_through_and_never_the_best() -> None:
+    document = make_document([make_run(variant="good"), make_run(variant="bad", pairs_per_s=9e9)])
+    base = document["servers"][0]
+    document["servers"] = [
+        base | {"variant": "good", "quality": quality(gate={"passed": True, "reasons": []})},
+        base | {"variant": "bad", "quality": quality()},
+    ]
+    good, bad = table(document)
+    assert bad["pairs/s"].startswith("~~")
+    assert bad["status"] == "~~QUALITY~~"
+    assert "~~" not in "".join(good.values())
+    assert good["nDCG@10 change"] == "-0.0300 [-0.0500, -0.0100]"
+    best = aggregate.best(aggregate.rows_of(document, {}))
+    assert best is not None
+    assert {row.variant for row in best} == {"good"}
+    text = report.markdown(document, {})
+    assert "bad: QUALITY GATE FAILED" in text
+    assert "nothing to compare" in text, "a ratio to a wrong answer is no ratio"
 
 
 def test_everything_doubtful_is_said() -> None:
+    conditions = {"steal_share": 0.3, "others_share": 0.4, "clock_mhz": [3000.0, 1500.0], "throttled": 2}
     bad = make_run(
         status="invalid",
         reason="the server no longer answers",
         first_error={"after_s": 1.5, "code": "UNAVAILABLE", "message": "Socket\nclosed | x"},
+        conditions=conditions,
+        client={"processes": 1, "cpu_share": 0.99},
+        warmup={"requests": 5, "ok": 5, "errors": {}, "rounds": 5, "settled": False},
     )
     document = make_document([bad], interrupted=True, planned_rows=3)
     document["servers"][0]["info"]["fallbacks"] = ["device mps is not available"]
@@ -148,30 +229,41 @@ def test_everything_doubtful_is_said() -> None:
         "killed by SIGKILL",
         "bundled sample",
         "variant v2 did not run (exit code 3): no such device",
+        "the host took 30% of the CPU time away (steal)",
+        "other programs used 40% of the machine",
+        "clock fell from 3000 to 1500 MHz",
+        "throttled for heat 2 times",
+        "the client computed for 99% of the time",
+        "the warm-up still got faster",
     ):
         assert said in text
-    assert all(warning in report.markdown(document) for warning in report.warnings(document))
+    assert all(warning in report.markdown(document, {}) for warning in report.warnings(document))
     assert report.warnings(make_document([make_run()])) == []
 
 
 def test_variants_are_compared_under_the_same_load() -> None:
     half = dict.fromkeys(("avg", "p50", "p95", "p99"), 5.0)
     runs = [
-        make_run(variant="off", concurrency=1),
-        make_run(variant="off", concurrency=8),
-        make_run(variant="on", concurrency=1, pairs_per_s=800.0, latency_ms=half),
-        make_run(variant="on", concurrency=8, status="failures"),
+        *repeats(398, 400, 402, variant="off", concurrency=1),
+        *repeats(400, 400, 400, variant="off", concurrency=8),
+        *repeats(790, 800, 810, variant="on", concurrency=1, latency_ms=half),
+        *repeats(800, 800, 800, variant="on", concurrency=8, status="failures"),
+        *repeats(300, 400, 500, variant="same", concurrency=1),
     ]
-    text = report.compare_variants(runs)
-    assert "**on** gives 2.00x the pairs/s of off (2.00x to 2.00x over 1 loads)" in text
+    text = tables.variants(aggregate.rows_of(make_document(runs), {}))
+    assert re.search(r"\*\*on\*\* gives 2\.00x \[1\.9\d, 2\.0\d\] the pairs/s of off", text)
+    assert "**same** and off: no significant difference in pairs/s" in text
     row = next(cells(line) for line in text.splitlines() if line.startswith("| on"))
-    assert row == ["on", "4", "1", "800.0", "2.00x", "5.00", "0.56x", "5.00", "0.33x"]
-    assert report.compare_variants(runs[:2]) == ""
-    assert "nothing to compare" in report.compare_variants([runs[0], runs[3]])
+    assert row[:3] == ["on", "4", "concurrency 1"]
+    assert row[6] == "0.56x [0.56, 0.56]"
+    assert tables.variants(aggregate.rows_of(make_document(runs[:2]), {})) == ""
+    alone = make_document([runs[3], runs[9]])
+    assert "nothing to compare" in tables.variants(aggregate.rows_of(alone, {}))
 
 
 def test_tables_are_square() -> None:
-    lines = report.table([make_run(errors={"INTERNAL": 3}, unfinished=2), make_run(batch_size=128)]).splitlines()
+    document = make_document([make_run(errors={"INTERNAL": 3}, unfinished=2), make_run(batch_size=128)])
+    lines = tables.results(aggregate.rows_of(document, {})).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
@@ -215,13 +307,72 @@ def test_a_full_disk_leaves_the_earlier_result_alone(tmp_path: Path) -> None:
 
 def test_outputs_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
     default = tmp_path / "new" / "d.md"
-    assert output_paths(None, None, default) == (default, default.with_suffix(".json"))
+    files = result_files(None, None, default)
+    assert (files.markdown, files.data) == (default, default.with_suffix(".json"))
     assert default.parent.is_dir()
-    assert output_paths(str(tmp_path / "a.md"), None, default)[1] == tmp_path / "a.json"
+    assert result_files(str(tmp_path / "a.md"), None, default).data == tmp_path / "a.json"
     with pytest.raises(ConfigError, match="both"):
-        output_paths(str(tmp_path / "a.json"), str(tmp_path / "a.json"), default)
+        result_files(str(tmp_path / "a.json"), str(tmp_path / "a.json"), default)
     with pytest.raises(ConfigError, match="ordinary file"):
-        output_paths("/dev/null", None, default)
+        result_files("/dev/null", None, default)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made"):
-        output_paths(str(tmp_path / "file" / "a.md"), None, default)
+        result_files(str(tmp_path / "file" / "a.md"), None, default)
+
+
+def test_the_links_of_a_kept_report_follow_its_files(tmp_path: Path) -> None:
+    markdown, plot = tmp_path / "r.md", tmp_path / "r.svg"
+    for _ in range(2):
+        write_results({markdown: "![plot](r.svg)", plot: b"<svg/>"})
+        os.utime(markdown, (0, 0))
+        os.utime(plot, (0, 0))
+    assert (tmp_path / "r.19700101T000000Z.md").read_text() == "![plot](r.19700101T000000Z.svg)"
+    assert (tmp_path / "r.19700101T000000Z.svg").exists()
+
+
+def test_a_second_benchmark_may_not_write_the_same_results(tmp_path: Path) -> None:
+    files = result_files(None, None, tmp_path / "r.md")
+    with locked(files):
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()}\) is writing .*r\.json"), locked(files):
+            pass
+        with locked(result_files(None, None, tmp_path / "other.md")):
+            pass
+    with locked(files):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_benchmark_had_measured_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = result_files(None, None, tmp_path / "r.md")
+    run = make_run()
+    Result(make_document([]), files).add(run, as_records([record(0, 0, 1, "OK", (1, 2, 3, 6))]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.partial.json", "r.partial.npz"]
+    saved = json.loads(files.partial.data.read_text())
+    assert saved["interrupted"] is True
+    assert saved["runs"] == [run]
+    assert len(read(files.partial.raw)[run["raw"]]) == 1
+    keep_partial(files)
+    kept = sorted(path.suffixes[-2:] for path in tmp_path.iterdir())
+    assert [suffixes[-1] for suffixes in kept] == [".json", ".npz"]
+    assert not files.partial.data.exists()
+    assert "when it was killed" in capsys.readouterr().err
+
+
+def test_results_that_find_no_room_are_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    files = result_files(None, None, tmp_path / "r.md")
+    result = Result(make_document([make_run()]), files, raw={"run_0001": as_records([])})
+
+    def full(contents: object) -> None:
+        raise ResultsNotWritten("the results cannot be written: No space left on device: r.json")
+
+    monkeypatch.setattr(session, "write", full)
+    with pytest.raises(ResultsNotWritten, match=rf"No space left on device.*they are in {room}"):
+        session.finish(result)
+    (folder,) = room.iterdir()
+    assert {path.name for path in folder.iterdir()} >= {"r.md", "r.json", "r.npz"}
+    assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"
