@@ -42,12 +42,19 @@ def cells_of(experiment: ExperimentSettings) -> list[Cell]:
 
 
 def planned_rows(experiment: ExperimentSettings) -> int:
-    """Rows that are asked for, over all repeats; of a search, the confirming ones count. ConfigError if none."""
+    """Rows that are asked for, over all repeats; of a search, the confirming ones count.
+
+    ConfigError if there are none, or if they cannot be sent as asked.
+    """
     searched = len(experiment.batch_sizes) if experiment.slo.p99_ms is not None else 0
     rows = (len(cells_of(experiment)) + searched) * experiment.repeats
     if not rows:
         raise ConfigError(
             "nothing to measure: give experiment.concurrency_levels, experiment.arrival.rates or experiment.slo.p99_ms"
+        )
+    if experiment.streaming and experiment.workload == "pairs":
+        raise ConfigError(
+            "experiment.streaming is for embeddings: use experiment.workload queries or passages, or no streaming"
         )
     return rows
 

@@ -61,6 +61,11 @@ class Answers:
 
 def load_slice(settings: QualitySettings) -> Slice:
     """ConfigError if the files do not fit together."""
+    if bool(settings.pairs) != bool(settings.qrels):
+        raise ConfigError(
+            "experiment.quality.pairs and experiment.quality.qrels belong together: give both, or neither for the"
+            " bundled sample"
+        )
     pairs = Path(settings.pairs) if settings.pairs else SAMPLE
     qrels_file = Path(settings.qrels) if settings.qrels else SAMPLE.with_name("qrels.txt")
     name = pairs.name if settings.pairs else "sample (bundled)"

@@ -231,6 +231,8 @@ def test_bad_input_is_refused_before_any_load(pairs: Path, tmp_path: Path, capsy
     malformed.write_text("1\t2\tquery\n")
     queries = tmp_path / "queries.tsv"
     queries.write_text("1\tonly a query\n")
+    qrels = tmp_path / "qrels"
+    qrels.write_text("999 0 1 1\n")
     with scripted(max_texts=16) as server:
         for flags, told in (
             (["--dataset", str(tmp_path / "none.tsv")], "none.tsv: no such file"),
@@ -245,6 +247,19 @@ def test_bad_input_is_refused_before_any_load(pairs: Path, tmp_path: Path, capsy
             (["--warmup", "-1"], "warmup_iterations"),
             (["--rate", "5", "--concurrency", "2"], "--rate sends whether or not answers come"),
             (["--set", "experiment.concurrency_levels=[]"], "nothing to measure"),
+            (["--streaming"], "experiment.streaming is for embeddings"),
+            (["--set", "experiment.quality.enabled=true", "--set", "experiment.quality.pairs=a"], "belong together"),
+            (
+                [
+                    "--set",
+                    "experiment.quality.enabled=true",
+                    "--set",
+                    f"experiment.quality.pairs={pairs}",
+                    "--set",
+                    f"experiment.quality.qrels={qrels}",
+                ],
+                "have no query in common",
+            ),
             (["--output", str(tmp_path)], "results need an ordinary file"),
         ):
             code, document = run(server, pairs, *flags)

@@ -166,13 +166,11 @@ def test_settings_are_frozen() -> None:
         ("server: {port: 65536}", "server.port: "),
         ("server: {enable_test_faults: true, host: 0.0.0.0}", "needs server.host 127.0.0.1"),
         ("server: {max_message_bytes: 65536}", "server.max_message_bytes is smaller"),
-        ("experiment: {streaming: true}", "streaming is for embeddings"),
         ("experiment: {arrival: {rates: [0]}}", "experiment.arrival.rates.0: "),
         (
             "experiment: {arrival: {rate: 1}}",
             "unknown key experiment.arrival.rate; did you mean experiment.arrival.rates?",
         ),
-        ("experiment: {quality: {pairs: a.tsv}}", "pairs and qrels belong together"),
         ("a: 1\nb: [", ":2: not valid YAML"),
         ("name: a\nname: b", ":2: not valid YAML: key 'name' stands twice"),
         ("model: {device: cpu, device: mps}", "key 'device' stands twice"),
