@@ -76,7 +76,7 @@ def encode(runs: Mapping[str, Records]) -> bytes:
 def read(path: Path) -> dict[str, Records]:
     """What `encode` wrote. ConfigError if it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: the raw records cannot be read: {error}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ml_inference_server.benchmark import __main__ as benchmark_commands
 from ml_inference_server.benchmark import all_experiments, channel, runner
 from ml_inference_server.benchmark.interrupt import Stop
 from ml_inference_server.benchmark.runner import Experiment, run_experiment
@@ -276,3 +277,52 @@ def test_run_all_experiments_works_from_another_folder(tmp_path: Path) -> None:
     done = subprocess.run([*script, "--only", "nothing*"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert "no experiment is called that" in done.stderr
+
+
+def test_a_run_of_all_experiments_goes_on_where_it_was_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(write_experiment(tmp_path, name)) for name in ("one", "two")]
+    output = ["--output-dir", str(tmp_path / "results")]
+    assert all_experiments.main([files[0], *output]) == 0
+    first = read(tmp_path / "results" / "summary.json")["experiments"]
+    capsys.readouterr()
+    assert all_experiments.main([*files, *output, "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "one: there already" in err
+    assert "=== 1/1 two.yaml" in err
+    summary = read(tmp_path / "results" / "summary.json")
+    assert [entry["experiment"] for entry in summary["experiments"]] == ["one", "two"]
+    assert summary["experiments"][:1] == first
+    assert summary["finished"] is True
+    # Other settings are other rows: what was measured with the old ones may not stand for them.
+    assert all_experiments.main([*files, *output, "--resume", "--repeats", "2"]) == 0
+    assert "one: its settings changed since, so it is run again" in capsys.readouterr().err
+    assert {run["repeat"] for run in read(tmp_path / "results" / "summary.json")["experiments"][0]["runs"]} == {1, 2}
+
+
+def test_a_second_runner_does_not_touch_the_results_of_the_first(tmp_path: Path) -> None:
+    with running(tmp_path) as (process, _server):
+        second = python("-m", "ml_inference_server.benchmark.runner", str(tmp_path / "trial.yaml"),
+                        "--output", "out.md", cwd=tmp_path)  # fmt: skip
+        _, err = second.communicate(timeout=END_TIMEOUT_S)
+        assert second.returncode == 2
+        assert f"another benchmark (process {process.pid}) is writing out.json" in err
+        assert process.poll() is None
+
+
+def test_a_runner_killed_outright_leaves_what_it_had_measured(tmp_path: Path) -> None:
+    experiment = write_experiment(tmp_path, requests=30)
+    command = ["-m", "ml_inference_server.benchmark.runner", str(experiment), "--output", "out.md",
+               "--set", "experiment.repeats=100"]  # fmt: skip
+    with python(*command, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("row 3/"):
+                break
+        process.kill()
+    saved = read(tmp_path / "out.partial.json")
+    assert len(saved["runs"]) >= 1
+    assert all(run["ok"] == 30 for run in saved["runs"])
+    assert benchmark_commands.main(["report", str(tmp_path / "out.partial.json")]) == 0
+    assert "the benchmark was interrupted" in (tmp_path / "out.partial.md").read_text()
