@@ -52,10 +52,12 @@ def quick(path: Path) -> list[str]:
         experiment = load_settings(path).experiment
     except ConfigError:  # told when its turn comes
         return []
-    sizes, levels = experiment.batch_sizes, experiment.concurrency_levels
+    sizes, levels, rates = experiment.batch_sizes, experiment.concurrency_levels, experiment.arrival.rates
     return [
         f"experiment.batch_sizes={sorted({sizes[0], sizes[-1]})}",
         *([f"experiment.concurrency_levels={sorted({levels[0], levels[-1]})}"] if levels else []),
+        *([f"experiment.arrival.rates={sorted({rates[0], rates[-1]})}"] if rates else []),
+        *(["experiment.slo.p99_ms=null"] if levels or rates else []),  # a search takes minutes
         *(f"experiment.{name}={min(most, getattr(experiment, name))}" for name, most in QUICK.items()),
     ]
 

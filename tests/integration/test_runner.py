@@ -215,6 +215,23 @@ def test_an_interruption_leaves_no_server_and_keeps_the_row(tmp_path: Path, numb
         assert read(tmp_path / "out.json")["interrupted"] is True
 
 
+def test_ctrl_c_twice_loses_nothing(tmp_path: Path) -> None:
+    """The second one comes while the first is still being obeyed."""
+    with running(tmp_path) as (process, server):
+        assert process.stderr is not None
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=END_TIMEOUT_S)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert not server.is_running()
+    if (tmp_path / "out.json").exists():  # the signals may come before the first row
+        document = read(tmp_path / "out.json")
+        (row,) = document["runs"]
+        assert row["status"] == "interrupted"
+        assert row["started"] == row["ok"] + sum(row["errors"].values()) + row["unfinished"]
+
+
 def test_a_runner_killed_outright_takes_its_server_with_it(tmp_path: Path) -> None:
     with running(tmp_path) as (process, server):
         process.kill()

@@ -1,11 +1,13 @@
 """The README is complete: every setting, flag, RPC, path and exit code stands in it, and its example runs."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ml_inference_server import main
+from ml_inference_server import client, main
+from ml_inference_server.benchmark import all_experiments, runner
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils import errors
 from ml_inference_server.utils.config import setting_rows
@@ -33,6 +35,24 @@ def test_every_server_flag_is_listed(capsys: pytest.CaptureFixture[str]) -> None
     flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert flags
     row = next(line for line in README.splitlines() if line.startswith("| `run_server.sh` |"))
+    assert {flag for flag in flags if f"`{flag}" not in row} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("run_client.sh", client.main),
+        ("run_experiment.sh [FILE]", runner.main),
+        ("run_all_experiments.py [FILE...]", all_experiments.main),
+    ],
+)
+def test_every_flag_of_the_benchmark_is_listed(
+    name: str, arguments: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments(["--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     assert {flag for flag in flags if f"`{flag}" not in row} == set()
 
 
