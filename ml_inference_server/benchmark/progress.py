@@ -43,6 +43,7 @@ class Progress:
         self._began_s: float | None = None
         self._done = 0.0
         self._total = max(total, 1e-9)
+        self._share = 0.0
         self._row_start = 0.0
         self._row_work = 0.0
         self._stream = sys.stderr
@@ -68,7 +69,8 @@ class Progress:
 
     def at(self, share: float, note: str = "") -> None:
         """How much of the row under way is done, 0..1."""
-        self._move(self._row_start + min(share, 1.0) * self._row_work, note)
+        self._share = min(share, 1.0)
+        self._move(self._row_start + self._share * self._row_work, note)
         if self.sidecar is not None:
             self.sidecar.announce(self._state(finished=False))
 
@@ -92,13 +94,14 @@ class Progress:
         return (time.monotonic() - self._began_s) * (self._total - self._done) / self._done
 
     def _state(self, *, finished: bool) -> dict[str, Any]:
+        """What the server's dashboard takes; `done` is the share of the row under way."""
         eta_s = self._eta_s()
         return {
             "name": self._name,
-            "row": self._row,
+            "row": min(max(self._row, 1), self._rows),
             "rows": self._rows,
-            "label": self._label,
-            "done": round(min(self._done / self._total, 1.0), 4),
+            "label": self._label[:200],
+            "done": 1.0 if finished else round(self._share, 4),
             "eta_s": None if eta_s is None or finished else round(max(eta_s, 0.0), 1),
             "finished": finished,
         }

@@ -54,6 +54,11 @@ def test_one_experiment_from_start_to_end(tmp_path: Path, capsys: pytest.Capture
         (1, 4, "valid"),
         (2, 4, "valid"),
     ]
+    for row in document["runs"]:
+        assert 0 <= row["batches"]["padding_share"] < 1, "from the counters of its metrics port"
+        assert row["batches"]["mean_batch"] >= 1
+        assert row["server_ms"]["total"] > 0
+        assert row["conditions"]["others_share"] is not None
     server = document["servers"][0]
     assert server["info"]["resolved"]["backend"] == "fake"
     assert server["info"]["settings"]["experiment"]["seed"] == server["load"]["seed"] == 3
