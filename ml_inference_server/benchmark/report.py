@@ -188,8 +188,9 @@ def _slo(document: Document) -> str:
 
 
 def _quality(document: Document) -> str:
-    header = ["variant", "nDCG@10", "change", "MRR@10", "change", "top-10 overlap", "cosine mean / min", "gate"]
     measured = [(server, server["quality"]) for server in document["servers"] if server.get("quality")]
+    header = ["variant", "nDCG@10", "change", "MRR@10", "change", "top-10 overlap"]
+    header += [f"{tables.measure_of(found for _, found in measured)} to FP32", "gate"]
     if not measured:
         return ""
     lines = []

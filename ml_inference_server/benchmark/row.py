@@ -7,7 +7,7 @@ import numpy as np
 from ml_inference_server.benchmark.records import UNFINISHED, Records, counts, ok_only
 
 # The sender is late when a request leaves later than this, or than this share of the median latency.
-LATE_MS = 5.0
+LATE_MS = 10.0
 LATE_SHARE = 0.1
 # So many late requests are an accident; more void an open-loop row.
 LATE_REQUESTS_SHARE = 0.01

@@ -75,6 +75,12 @@ def alike(quality: Mapping[str, Any] | None) -> str:
     return "-" if quality["correlation"] is None else f"{quality['correlation']:.5f}"
 
 
+def measure_of(qualities: Iterable[Mapping[str, Any] | None]) -> str:
+    """What `alike` tells in a column."""
+    known = [quality for quality in qualities if quality and "ndcg10" in quality]
+    return "correlation" if known and all(quality["correlation"] is not None for quality in known) else "cosine"
+
+
 def struck(cells: Sequence[str], row: Row) -> list[str]:
     """A row that failed its quality gate is struck through, so that no figure of it is taken for a result."""
     return list(cells) if row.passed else [f"~~{cell}~~" if cell not in ("-", "") else cell for cell in cells]
@@ -91,7 +97,8 @@ def results(rows: Sequence[Row]) -> str:
     has_variants = any(row.variant for row in rows)
     header = ["variant"] if has_variants else []
     header += ["batch size", "load", "ok", "errors", f"{items_unit(rows)}/s", "repeats"]
-    header += [f"p{p} ms" for p in PERCENTILES] + ["cosine to FP32", "nDCG@10 change", "status"]
+    header += [f"p{p} ms" for p in PERCENTILES] + [measure_of([row.quality for row in rows]) + " to FP32"]
+    header += ["nDCG@10 change", "status"]
     return grid(header, (struck(_result(row, has_variants), row) for row in rows))
 
 

@@ -1,0 +1,109 @@
+"""The comparison of all experiments: what it recommends, and what it refuses to recommend."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_inference_server.benchmark import aggregate, comparison
+from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
+from tests.unit.report_kit import make_document, quality, repeats
+
+
+def entry(name: str, speeds: tuple[float, ...], *, cosine: float = 1.0, passed: bool = True, ms: float = 10.0,
+          dtype: str = "int8", **changes: Any) -> dict[str, Any]:  # fmt: skip
+    """An experiment with two loads, of which `speeds` are the repeats of the heavier one."""
+    latency = dict.fromkeys(("avg", "p50", "p95", "p99"), ms)
+    runs = [
+        *repeats(10, 10, 10, batch_size=1, concurrency=1, latency_ms=latency),
+        *repeats(*speeds, batch_size=8, concurrency=16),
+    ]
+    server = make_document([])["servers"][0]
+    server["info"]["resolved"]["dtype"] = dtype
+    verdict = {"passed": passed, "reasons": [] if passed else ["too far from FP32"]}
+    change = {"value": cosine - 1, "low": cosine - 1, "high": cosine - 1}
+    server["quality"] = quality(cosine_mean=cosine, gate=verdict, ndcg10_difference=change)
+    return {
+        "experiment": name, "variant": "", "verdict": "ok", "exit_code": 0, "message": "", "title": f"{name} ran",
+        "settings_sha256": "", "result": f"{name}_results.md", "commit": "abc", "fingerprint": "f", "dataset": "sample",
+        "server": server, "warnings": [], "runs": runs,
+    } | changes  # fmt: skip
+
+
+def summary(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA, "kind": "summary", "command": "run all", "quick": False, "started_at": "a",
+        "finished_at": "b", "finished": True, "machine": make_document([])["machine"], "versions": {}, "git": {"commit": "abc",
+        "modified": False}, "not_run": [], "experiments": list(entries), "runs": [],
+    }  # fmt: skip
+
+
+BASE = entry("minilm_baseline", (99, 100, 101), dtype="float32")
+INT8 = entry("int8", (198, 200, 202), cosine=0.99, ms=8)
+BROKEN = entry("broken", (900, 900, 900), cosine=0.5, passed=False, ms=1)
+
+
+def advice(*entries: dict[str, Any]) -> str:
+    text = comparison.markdown(summary(*entries), [])
+    return text[text.index("## Which one to run") : text.index("## All that ran")]
+
+
+def test_the_fastest_within_its_gate_is_recommended_with_what_it_loses() -> None:
+    said = advice(BASE, INT8, BROKEN)
+    assert "**Fastest: `int8`** (int8 ran): 2.00x [" in said
+    assert "mean cosine to FP32 0.99000" in said
+    assert "nDCG@10 -0.0100 [-0.0100, -0.0100], a significant change" in said
+    assert "**If nothing may be lost: `minilm_baseline`**" in said
+    assert "Do not run `broken`: the quality gate failed." in said
+
+
+def test_a_row_that_failed_its_gate_is_struck_through_and_on_no_front() -> None:
+    text = comparison.markdown(summary(BASE, INT8, BROKEN), [])
+    line = next(line for line in text.splitlines() if line.startswith("| ~~broken~~"))
+    assert "~~FAIL~~" in line
+    found = comparison.Comparison(summary(BASE, INT8, BROKEN))
+    assert found.front == {"minilm_baseline", "int8"}
+
+
+def test_no_winner_where_there_is_no_significant_difference() -> None:
+    said = advice(BASE, INT8, entry("twin", (150, 200, 240), cosine=0.999))
+    assert "No significant difference in throughput to it: `twin`" in said
+    assert "**Closest to FP32 among these: `twin`**" in said
+
+
+def test_other_loads_have_a_table_of_their_own_and_no_ratio() -> None:
+    other = entry("other", (500, 500, 500))
+    for run in other["runs"]:
+        run["concurrency"] = 64
+    text = comparison.markdown(summary(BASE, other), [])
+    assert "### other" in text
+    assert "Fastest: `minilm_baseline`" in text
+
+
+def test_what_did_not_run_says_why() -> None:
+    refused = entry("gone", (1,), verdict="refused", exit_code=3, message="no such model", server=None, runs=[])
+    document = summary(BASE, refused) | {"not_run": ["later"], "finished": False, "quick": True}
+    text = comparison.markdown(document, [])
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert ["gone", "refused", "no such model"] in told
+    assert ["later", "not run", "the run was interrupted before it"] in told
+    assert "`--resume` goes on with it" in text
+    assert "a quick run" in text
+    assert "nothing to recommend" in comparison.markdown(summary(refused), [])
+
+
+def test_unlike_machines_and_commits_are_told() -> None:
+    text = comparison.markdown(summary(BASE, entry("int8", (200, 200), commit="def", fingerprint="g")), [])
+    assert "measured at different commits: abc, def" in text
+    assert "measured on different machines" in text
+
+
+def test_the_plots_are_there_and_the_same_each_time(tmp_path: Path) -> None:
+    files = ResultFiles(tmp_path / "summary.md", tmp_path / "summary.json")
+    first, again = (comparison.contents(summary(BASE, INT8, BROKEN), files) for _ in range(2))
+    assert {path.name for path in first} == {"summary.md", "summary.json", "summary.svg", "summary_latency.svg"}
+    assert first == again
+    assert bytes(first[files.plot]).count(b"broken") >= 1  # type: ignore[arg-type]
+
+
+def test_nothing_that_is_beaten_in_both_is_on_the_front() -> None:
+    points = {"a": (1.0, 1.0), "b": (2.0, 0.9), "c": (1.5, 0.8), "d": (2.0, 0.9)}
+    assert aggregate.pareto(points) == {"a", "b", "d"}
