@@ -29,10 +29,11 @@ def entry(name: str, speeds: tuple[float, ...], *, cosine: float = 1.0, passed: 
 
 
 def summary(*entries: dict[str, Any]) -> dict[str, Any]:
+    machine = make_document([])["machine"]
     return {
         "schema": SCHEMA, "kind": "summary", "command": "run all", "quick": False, "started_at": "a",
-        "finished_at": "b", "finished": True, "machine": make_document([])["machine"], "versions": {}, "git": {"commit": "abc",
-        "modified": False}, "not_run": [], "experiments": list(entries), "runs": [],
+        "finished_at": "b", "finished": True, "machine": machine, "versions": {},
+        "git": {"commit": "abc", "modified": False}, "not_run": [], "experiments": list(entries), "runs": [],
     }  # fmt: skip
 
 
