@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ml_inference_server.benchmark import comparison, report
+from ml_inference_server.benchmark.contenders import BASELINE
 from ml_inference_server.benchmark.dataset import Dataset
 from ml_inference_server.benchmark.interrupt import Stop
 from ml_inference_server.benchmark.machine import client_versions, git_facts, machine_facts
@@ -68,7 +69,7 @@ def choose(files: Sequence[Path], only: str | None) -> list[Path]:
     chosen = [path for path in found if only is None or fnmatch(path.name, only) or fnmatch(path.stem, only)]
     if not chosen:
         raise ConfigError(f"--only {only}: no experiment is called that; there are: {', '.join(p.stem for p in found)}")
-    return sorted(chosen, key=lambda path: path.stem != comparison.BASELINE)
+    return sorted(chosen, key=lambda path: path.stem != BASELINE)
 
 
 def verdict(outcome: Outcome) -> str:

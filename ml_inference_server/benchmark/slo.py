@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ml_inference_server.benchmark.cell import Cell
-from ml_inference_server.benchmark.load import ClosedLoop, sender
+from ml_inference_server.benchmark.load import ClosedLoop, ServerGone, sender
 from ml_inference_server.benchmark.progress import row_work
 from ml_inference_server.benchmark.records import Records, ok_only
 from ml_inference_server.benchmark.stats import samples_needed
@@ -65,7 +65,10 @@ async def search(bench: Bench, batch_size: int, units: float) -> bool:
     p99_ms = bench.load.slo.p99_ms or 0.0
     requests = requests_of(bench)
     bench.progress.begin(f"batch {batch_size}, search for p99 <= {p99_ms:g} ms", units / 4, counts=False)
-    first = await bench.stop.race(_closed_rate(bench, batch_size))
+    try:
+        first = await bench.stop.race(_closed_rate(bench, batch_size))
+    except ServerGone:
+        return False
     rates = RateSearch(max(first * _FIRST_SHARE, 0.1))
     found: dict[str, Any] = {
         "variant": bench.info["variant"], "batch_size": batch_size, "p99_ms": p99_ms, "rate_per_s": None, "probes": [],
