@@ -1,5 +1,6 @@
 """The repeats of each row put together: figures with their intervals, and whether the row may be believed."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,11 @@ class Row:
     def same_load(self) -> tuple[Any, ...]:
         """What two rows must share to be compared."""
         return key(dict(self.first))[1:]
+
+    @property
+    def texts_per_s(self) -> float:
+        """The median of the repeats; a pair is two texts."""
+        return float(statistics.median(run["texts_per_s"] for run in self.runs))
 
     def __str__(self) -> str:
         variant = f"{self.variant}, " if self.variant else ""

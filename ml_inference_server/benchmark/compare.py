@@ -8,6 +8,7 @@ from typing import Any
 from ml_inference_server.benchmark import aggregate, stats, tables
 from ml_inference_server.benchmark.aggregate import Document, Row
 from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.slo import PRECISION
 from ml_inference_server.benchmark.stats import Ratio
 from ml_inference_server.utils.errors import ConfigError
 
@@ -43,7 +44,7 @@ def compare(
     ours = {_key(row): row for row in aggregate.rows_of(after, raw[1])}
     theirs = {_key(row): row for row in aggregate.rows_of(before, raw[0])}
     common = [key for key in theirs if key in ours]
-    if not common:
+    if not common and not _rates(before, after):
         raise ConfigError("the two results have no row with the same variant and load: there is nothing to compare")
     changes, regressions = [], []
     for key in common:
@@ -52,10 +53,26 @@ def compare(
         changes.append(change)
         regressions += _worse(change, a, max_regression)
     for key, row in theirs.items():
-        if key not in ours and row.is_sound:
+        if key not in ours and row.is_sound and not row.first["slo"]:
             regressions.append(f"{row}: was measured before and is missing now")
+    rates = _rates(before, after)
+    # The search knows a rate to within its precision only.
+    regressions += [said for said, ratio in rates if ratio < min(1 - max_regression, 1 / PRECISION)]
     regressions += _quality(before, after)
-    return Comparison(changes, regressions, unlike(before, after))
+    return Comparison(changes, regressions, [*(said for said, _ in rates), *unlike(before, after)])
+
+
+def _rates(before: Document, after: Document) -> list[tuple[str, float]]:
+    """The highest rates that both searched for, in words and as a ratio."""
+    theirs = {(f["variant"], f["batch_size"], f["p99_ms"]): f["rate_per_s"] or 0.0 for f in before["slo"]}
+    found = []
+    for ours in after["slo"]:
+        was = theirs.get((ours["variant"], ours["batch_size"], ours["p99_ms"]))
+        if was:
+            rate = ours["rate_per_s"] or 0.0
+            bound = f"batch size {ours['batch_size']}, p99 <= {ours['p99_ms']:g} ms"
+            found.append((f"{bound}: highest rate {was:g} before, {rate:g} requests/s now", rate / was))
+    return found
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -126,7 +143,8 @@ def text(found: Comparison, max_regression: float) -> str:
         [str(c.row), tables.ratio(c.speed), tables.ratio(c.p50), tables.ratio(c.p95), _verdict(c)]
         for c in found.changes
     ]
-    parts = [tables.grid(header, lines), "Ratios are after / before, with 95 % intervals."]
+    parts = [tables.grid(header, lines)] if lines else []
+    parts += ["Ratios are after / before, with 95 % intervals."]
     parts += ["\n".join(f"Note: {note}" for note in found.notes)] if found.notes else []
     if found.regressions:
         parts.append(f"REGRESSION beyond {max_regression:.1%}:")

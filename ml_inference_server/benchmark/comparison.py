@@ -79,7 +79,7 @@ def _of_in_process(configuration: Configuration, row: Row) -> str:
     inside = configuration.entry["server"].get("in_process")
     if not inside or "error" in inside:
         return "-"
-    return f"{max(run['texts_per_s'] for run in row.runs) / inside['texts_per_s']:.0%}"
+    return f"{row.texts_per_s / inside['texts_per_s']:.0%}"
 
 
 def _legend(found: Comparison) -> str:

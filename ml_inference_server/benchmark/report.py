@@ -158,7 +158,7 @@ def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     if "error" in inside:
         return [f"- **In process{who}:** not measured: {plain(inside['error'])}"]
     ours = [row for row in rows if row.variant == server["variant"] and row.speed and row.status == "valid"]
-    texts = [max(run["texts_per_s"] for run in row.runs) for row in ours]
+    texts = [row.texts_per_s for row in ours]
     against = f"; the server's best row reaches {max(texts) / inside['texts_per_s']:.0%} of it" if texts else ""
     return [
         f"- **In process{who}:** the same backend without a server runs {inside['texts_per_s']:.1f} texts/s"

@@ -21,6 +21,7 @@ from ml_inference_server.benchmark.progress import Progress, row_work
 from ml_inference_server.benchmark.results import Result
 from ml_inference_server.benchmark.schedule import arrivals_s
 from ml_inference_server.benchmark.sidecar import Sidecar, difference
+from ml_inference_server.benchmark.stream import EmbedStream
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings
 
@@ -29,6 +30,8 @@ _WARMER = 0.9
 _MOST_ROUNDS = 5
 # How many requests are in flight while an open-loop row warms up.
 _OPEN_WARMUP = 4
+# What a server says of itself and must still say after a row.
+_LASTING = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -146,10 +149,10 @@ class _Row:
             return
         concurrency = cell.concurrency or _OPEN_WARMUP
         fastest_s = float("inf")
+        stream = EmbedStream(bench.target) if bench.load.streaming else None
+        timeout_s = bench.load.request_timeout_ms / 1e3
+        send = sender(bench.target, bench.workload, cell.batch_size, timeout_s, warmup=True, stream=stream)
         for _ in range(_MOST_ROUNDS):
-            send = sender(
-                bench.target, bench.workload, cell.batch_size, bench.load.request_timeout_ms / 1e3, warmup=True
-            )
             round_ = ClosedLoop(send, bench.target.is_alive, lambda _: None)
             self._warmup.append(round_.ledger)
             await round_.run(max(bench.load.warmup_iterations, concurrency), concurrency)
@@ -157,8 +160,10 @@ class _Row:
             median_s = float(np.median(took)) if took else 0.0
             self._settled = median_s >= _WARMER * fastest_s
             if self._settled:
-                return
+                break
             fastest_s = median_s
+        if stream is not None:
+            await stream.close()
 
     def _share(self) -> Share:
         bench, cell, load = self._bench, self._cell, self._bench.load
@@ -270,6 +275,6 @@ async def _require_same(bench: Bench) -> None:
     info = await bench.target.server_info()
     if info["instance_id"] != bench.info["instance_id"]:
         raise ServerChanged("the server was restarted, so the answers came from two different processes")
-    changed = [name for name in bench.info if info.get(name) != bench.info[name]]
+    changed = [name for name in _LASTING if info.get(name) != bench.info.get(name)]
     if changed:
         raise ServerChanged(f"the server no longer says the same of itself: {', '.join(changed)} changed meanwhile")

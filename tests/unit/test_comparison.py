@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_inference_server.benchmark import aggregate, comparison
+from ml_inference_server.benchmark.compare import compare
 from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
 from tests.unit.report_kit import make_document, quality, repeats
 
@@ -108,3 +109,47 @@ def test_the_plots_are_there_and_the_same_each_time(tmp_path: Path) -> None:
 def test_nothing_that_is_beaten_in_both_is_on_the_front() -> None:
     points = {"a": (1.0, 1.0), "b": (2.0, 0.9), "c": (1.5, 0.8), "d": (2.0, 0.9)}
     assert aggregate.pareto(points) == {"a", "b", "d"}
+
+
+# Two results of one experiment
+
+
+def searched(rate: float | None) -> dict[str, Any]:
+    found = {"variant": "", "batch_size": 1, "p99_ms": 50.0, "rate_per_s": rate, "probes": [], "requests": 1000}
+    rows = repeats(9, 9, 9, concurrency=None, rate_per_s=rate, process="poisson", slo="confirmation") if rate else []
+    return make_document([*repeats(100, 100, 101), *rows], slo=[found])
+
+
+def test_a_lower_highest_rate_is_a_regression_and_its_rows_are_not_missed() -> None:
+    found = compare(searched(100), searched(80), ({}, {}), 0.05)
+    assert list(found.regressions) == ["batch size 1, p99 <= 50 ms: highest rate 100 before, 80 requests/s now"]
+    assert compare(searched(100), searched(97), ({}, {}), 0.01).regressions == [], "within the search's precision"
+    assert compare(searched(100), searched(None), ({}, {}), 0.05).regressions != []
+
+
+def test_a_row_that_is_gone_or_no_longer_sound_is_a_regression() -> None:
+    both = make_document([*repeats(100, 100, 101), *repeats(100, 100, 101, batch_size=9)])
+    assert compare(both, make_document(repeats(100, 100, 101)), ({}, {}), 0.05).regressions == [
+        "batch size 9, concurrency 2: was measured before and is missing now"
+    ]
+    broken = make_document([*repeats(100, 100, 101), *repeats(100, 100, 101, batch_size=9, status="failures")])
+    assert compare(both, broken, ({}, {}), 0.05).regressions == [
+        "batch size 9, concurrency 2: was sound before and is FAILURES now"
+    ]
+
+
+def test_noise_is_no_regression_however_low_the_figure() -> None:
+    noisy = make_document(repeats(50, 80, 120))
+    assert compare(make_document(repeats(95, 100, 105)), noisy, ({}, {}), 0.05).regressions == []
+    steady = make_document(repeats(79, 80, 81))
+    assert len(compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.05).regressions) == 1
+    assert compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.25).regressions == []
+
+
+def test_a_gate_that_fails_now_is_a_regression() -> None:
+    before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
+    before["servers"][0]["quality"] = quality(gate={"passed": True, "reasons": []})
+    after["servers"][0]["quality"] = quality()
+    said = compare(before, after, ({}, {}), 0.05).regressions
+    assert any("is QUALITY now" in line for line in said)
+    assert any("fails its quality gate: mean cosine" in line for line in said)
