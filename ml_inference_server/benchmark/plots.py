@@ -114,6 +114,7 @@ def _latency(rows: Sequence[Row], what: str) -> Callable[[Any], None]:
                     axes.plot(*zip(*known, strict=True), line, label=label, **_look(number))
         _ticks(axes, rows, what)
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
         axes.set(xlabel=_axis(what), ylabel="ms", title="Latency: p50 solid, p95 dashed, p99 dotted (where earned)")
         axes.title.set_fontsize(8)
         if axes.get_legend_handles_labels()[1]:
@@ -132,6 +133,7 @@ def _distribution(rows: Sequence[Row], raw: Mapping[str, Records]) -> Callable[[
             beyond = 1 - np.arange(len(latencies)) / len(latencies)
             axes.step(latencies, beyond, where="post", label=str(row), color=_COLOURS[number % len(_COLOURS)])
         axes.set(xscale="log", yscale="log", xlabel="ms", ylabel="share of requests that took longer")
+        _plain_numbers(axes.xaxis, axes.yaxis)
         axes.set_title("Latency distribution")
         axes.legend(fontsize=6)
 
@@ -150,6 +152,15 @@ def _ticks(axes: Any, rows: Sequence[Row], what: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
+
+
+def _plain_numbers(*log_axes: Any) -> None:
+    """1, 2, 5, 10, ... where matplotlib writes powers of ten."""
+    from matplotlib import ticker
+
+    for axis in log_axes:
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -184,16 +195,12 @@ def throughput_against_latency(curves: Mapping[str, Sequence[tuple[float, float]
     if not curves:
         return None
 
-    from matplotlib import ticker
-
     def draw(canvas: Any, _pyplot: Any) -> None:
         axes = canvas.add_subplot()
         for number, (name, points) in enumerate(curves.items()):
             axes.plot(*zip(*sorted(points), strict=True), label=name, linewidth=1, **_look(number))
         axes.set(xscale="log", yscale="log", xlabel=f"{unit}/s (right is better)", ylabel="p50 ms (down is better)")
-        for axis in (axes.xaxis, axes.yaxis):
-            for each in (axis.set_major_formatter, axis.set_minor_formatter):
-                each(ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        _plain_numbers(axes.xaxis, axes.yaxis)
         axes.set_title("Latency against throughput: the loads of each configuration that no other of its loads beats")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

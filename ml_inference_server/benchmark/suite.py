@@ -152,18 +152,20 @@ class _Row:
         stream = EmbedStream(bench.target) if bench.load.streaming else None
         timeout_s = bench.load.request_timeout_ms / 1e3
         send = sender(bench.target, bench.workload, cell.batch_size, timeout_s, warmup=True, stream=stream)
-        for _ in range(_MOST_ROUNDS):
-            round_ = ClosedLoop(send, bench.target.is_alive, lambda _: None)
-            self._warmup.append(round_.ledger)
-            await round_.run(max(bench.load.warmup_iterations, concurrency), concurrency)
-            took = [call.done_s - call.sent_s for call in round_.ledger.calls]
-            median_s = float(np.median(took)) if took else 0.0
-            self._settled = median_s >= _WARMER * fastest_s
-            if self._settled:
-                break
-            fastest_s = median_s
-        if stream is not None:
-            await stream.close()
+        try:
+            for _ in range(_MOST_ROUNDS):
+                round_ = ClosedLoop(send, bench.target.is_alive, lambda _: None)
+                self._warmup.append(round_.ledger)
+                await round_.run(max(bench.load.warmup_iterations, concurrency), concurrency)
+                took = [call.done_s - call.sent_s for call in round_.ledger.calls]
+                median_s = float(np.median(took)) if took else 0.0
+                self._settled = median_s >= _WARMER * fastest_s
+                if self._settled:
+                    break
+                fastest_s = median_s
+        finally:
+            if stream is not None:
+                await stream.close()
 
     def _share(self) -> Share:
         bench, cell, load = self._bench, self._cell, self._bench.load
