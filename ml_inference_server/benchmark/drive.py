@@ -15,7 +15,7 @@ from ml_inference_server.benchmark.records import Records, as_records
 from ml_inference_server.benchmark.stream import EmbedStream
 
 # What one process offers without being late, with room to spare, on a core of its own.
-REQUESTS_PER_S_OF_A_PROCESS = 1000.0
+REQUESTS_PER_S_OF_A_PROCESS = 500.0
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def describe(run: dict[str, Any]) -> str:
     errors = ", ".join(f"{count} {code}" for code, count in run["errors"].items()) or "0 errors"
     verdict = "" if run["status"] == "valid" else f" - {run['status'].upper()}: {run['reason']}"
     variant = f"{run['variant']}, " if run["variant"] else ""
-    repeat = f" (repeat {run['repeat']})" if run["repeat"] > 1 else ""
+    again = "probe" if run["slo"] == "probe" else "repeat"
+    repeat = f" ({again} {run['repeat']})" if run["repeat"] > 1 else ""
     return (
         f"{variant}batch {run['batch_size']}, {load_of(run['concurrency'], run['rate_per_s'])}{repeat}: {run['ok']} ok,"
         f" {errors}, {figures}{verdict}"

@@ -171,20 +171,25 @@ def _slo(document: Document) -> str:
     for found in document["slo"]:
         who = f"{plain(found['variant'])}, " if found["variant"] else ""
         bound = f"{who}batch size {found['batch_size']}, p99 <= {found['p99_ms']:g} ms"
-        probes = ", ".join(
-            f"{probe['rate_per_s']:g} ({'met' if probe['met'] else 'not met'}"
-            f"{', p99 ' + format(probe['p99_ms'], '.1f') + ' ms' if probe['p99_ms'] is not None else ''})"
-            for probe in found["probes"]
-        )
+        tried = f"Tried: {', '.join(map(_probe, found['probes'])) or 'nothing'}"
+        failed = [probe for probe in found["probes"] if not probe["met"]]
         if found["rate_per_s"] is None:
-            why = next((probe["reason"] for probe in reversed(found["probes"]) if probe["reason"]), "")
-            lines.append(f"- {bound}: **no rate was confirmed**{f' ({plain(why)})' if why else ''}. Tried: {probes}")
-        else:
-            lines.append(
-                f"- {bound}: **{found['rate_per_s']:g} requests/s**, confirmed under fresh schedules of"
-                f" {found['requests']} requests. Tried: {probes}"
-            )
+            why = next((probe["reason"] for probe in reversed(failed) if probe["reason"]), "")
+            lines.append(f"- {bound}: **no rate was confirmed**{f' ({plain(why)})' if why else ''}. {tried}")
+            continue
+        by_client = bool(failed) and all(probe["client_late"] for probe in failed)
+        lines.append(
+            f"- {bound}: **{'at least ' if by_client else ''}{found['rate_per_s']:g} requests/s**, confirmed under fresh"
+            f" schedules of {found['requests']} requests"
+            f"{'; beyond it the client, not the server, was too slow' if by_client else ''}. {tried}"
+        )
     return "\n".join(lines)
+
+
+def _probe(probe: Mapping[str, Any]) -> str:
+    verdict = "met" if probe["met"] else "client late" if probe["client_late"] else "not met"
+    p99 = "" if probe["p99_ms"] is None else f", p99 {probe['p99_ms']:.1f} ms"
+    return f"{probe['rate_per_s']:g} ({verdict}{p99})"
 
 
 def _quality(document: Document) -> str:

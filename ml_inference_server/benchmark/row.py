@@ -11,6 +11,7 @@ LATE_MS = 10.0
 LATE_SHARE = 0.1
 # So many late requests are an accident; more void an open-loop row.
 LATE_REQUESTS_SHARE = 0.01
+CLIENT_LATE = "the client itself was late"
 
 
 def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def lag_reason(records: Records) -> str:
     if late <= max(1, LATE_REQUESTS_SHARE * len(lags)):
         return ""
     return (
-        f"the client itself was late: {late} of {len(lags)} requests left more than {limit_ms:.1f} ms after they were"
+        f"{CLIENT_LATE}: {late} of {len(lags)} requests left more than {limit_ms:.1f} ms after they were"
         " due; give it more experiment.client_processes, a lower rate, or a machine of its own"
     )
 

@@ -9,6 +9,7 @@ from ml_inference_server.benchmark.cell import Cell
 from ml_inference_server.benchmark.load import ClosedLoop, ServerGone, sender
 from ml_inference_server.benchmark.progress import row_work
 from ml_inference_server.benchmark.records import Records, ok_only
+from ml_inference_server.benchmark.row import CLIENT_LATE
 from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.benchmark.suite import Bench, measure_row
 
@@ -120,7 +121,8 @@ async def _confirm(bench: Bench, batch_size: int, rate: float, found: dict[str, 
 
 def _probe(run: dict[str, Any], rate: float, p99_ms: float) -> dict[str, Any]:
     p99 = run["latency_ms"] and round(run["latency_ms"]["p99"], 3)
-    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": run["reason"]}
+    late = run["reason"].startswith(CLIENT_LATE)
+    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": run["reason"], "client_late": late}
 
 
 async def _closed_rate(bench: Bench, batch_size: int) -> float:

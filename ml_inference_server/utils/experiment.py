@@ -73,7 +73,7 @@ class ExperimentSettings(Section):
     seed: int = Field(0, ge=0, description="Order in which the texts are sent, and the times of an open loop.")
     request_timeout_ms: int = Field(60_000, ge=1, le=86_400_000, description="Deadline of each benchmark request.")
     client_processes: int = Field(
-        0, ge=0, le=64, description="Processes that send; 0: one for each 1000 requests/s of an open loop, else one."
+        0, ge=0, le=64, description="Processes that send; 0: one for each 500 requests/s of an open loop, else one."
     )
     in_process_s: float = Field(
         3.0, ge=0, le=600, description="Time the same backend without a server for so long, beside a suite; 0: do not."

@@ -205,6 +205,18 @@ def test_variants_are_compared_under_the_same_load() -> None:
     assert "nothing to compare" in tables.variants(aggregate.rows_of(alone, {}))
 
 
+@pytest.mark.parametrize(("late", "said"), [(True, "**at least 40 requests/s**"), (False, "**40 requests/s**")])
+def test_a_rate_that_the_client_could_not_exceed_is_a_lower_bound(late: bool, said: str) -> None:
+    probes = [
+        {"rate_per_s": 40.0, "p99_ms": 20.0, "met": True, "reason": "", "client_late": False},
+        {"rate_per_s": 80.0, "p99_ms": 30.0, "met": False, "reason": "...", "client_late": late},
+    ]
+    found = {"variant": "", "batch_size": 1, "p99_ms": 50.0, "rate_per_s": 40.0, "requests": 1000, "probes": probes}
+    text = report.markdown(make_document([make_run()], slo=[found]), {})
+    assert said in text
+    assert f"80 ({'client late' if late else 'not met'}, p99 30.0 ms)" in text
+
+
 def test_tables_are_square() -> None:
     document = make_document([make_run(errors={"INTERNAL": 3}, unfinished=2), make_run(batch_size=128)])
     lines = tables.results(aggregate.rows_of(document, {})).splitlines()
