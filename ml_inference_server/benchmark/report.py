@@ -178,10 +178,10 @@ def _slo(document: Document) -> str:
             lines.append(f"- {bound}: **no rate was confirmed**{f' ({plain(why)})' if why else ''}. {tried}")
             continue
         by_client = bool(failed) and all(probe["client_late"] for probe in failed)
+        least, beyond = ("at least ", "; beyond it the client, not the server, was too slow") if by_client else ("", "")
         lines.append(
-            f"- {bound}: **{'at least ' if by_client else ''}{found['rate_per_s']:g} requests/s**, confirmed under fresh"
-            f" schedules of {found['requests']} requests"
-            f"{'; beyond it the client, not the server, was too slow' if by_client else ''}. {tried}"
+            f"- {bound}: **{least}{found['rate_per_s']:g} requests/s**, confirmed under fresh schedules of"
+            f" {found['requests']} requests{beyond}. {tried}"
         )
     return "\n".join(lines)
 
