@@ -47,5 +47,13 @@ async def time_in_process(
         if process.returncode:
             last = next((line for line in reversed(stderr.decode(errors="replace").splitlines()) if line.strip()), "")
             return {"error": last.strip().removeprefix("error: ") or f"exit code {process.returncode}"}
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return found
+        try:
+            found = json.loads(out.read_text(encoding="utf-8"))
+            return {
+                "title": str(found["title"]),
+                "texts_per_s": float(found["texts_per_s"]),
+                "lowest": float(found["lowest"]),
+                "highest": float(found["highest"]),
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return {"error": f"{_MODULE} gave no figures: {type(error).__name__}: {error}"}

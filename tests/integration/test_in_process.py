@@ -1,0 +1,56 @@
+"""The row without a server: what the timing program is given, and what becomes of its answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml_inference_server.benchmark import in_process
+from ml_inference_server.benchmark.dataset import Workload
+from ml_inference_server.benchmark.in_process import time_in_process
+
+PAIRS = Workload("pairs", (("one", "first\tpassage"), ("one", "second")))
+FIGURES = {"title": "t", "texts_per_s": 100.0, "lowest": 90, "highest": 110}
+
+
+async def timed(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float = 30) -> dict[str, Any]:
+    (folder / "stand_in.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(in_process, "_MODULE", "stand_in")
+    return await time_in_process(sys.executable, ["--experiment", "x.yaml"], PAIRS, 1.5, timeout_s)
+
+
+async def test_it_is_given_the_settings_and_all_distinct_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import json, sys\nargs = sys.argv[1:]\nvalue = dict(zip(args[::2], args[1::2]))\n"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([value, open(value['--texts']).read()]))\n"
+        f"json.dump({FIGURES!r}, open(value['--json'], 'w'))\n"
+    )
+    assert await timed(tmp_path, monkeypatch, program) == FIGURES
+    arguments, texts = json.loads((tmp_path / "seen").read_text())
+    assert (arguments["--experiment"], arguments["--workload"], arguments["--seconds"]) == ("x.yaml", "passages", "1.5")
+    assert texts == "one\nfirst passage\nsecond\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("import sys; print('error: no memory', file=sys.stderr); sys.exit(3)", "no memory"),
+        ("import sys; sys.exit(4)", "exit code 4"),
+        ("pass", "gave no figures: FileNotFoundError"),
+        ("import sys; open(sys.argv[-1], 'w').write('{}')", "gave no figures: KeyError"),
+    ],
+)
+async def test_what_goes_wrong_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: str
+) -> None:
+    found = await timed(tmp_path, monkeypatch, program)
+    assert told in found["error"]
+    assert set(found) == {"error"}
+
+
+async def test_a_program_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = await timed(tmp_path, monkeypatch, "import time; time.sleep(999)", timeout_s=0.5)
+    assert found == {"error": "it took longer than 0.5 s"}
