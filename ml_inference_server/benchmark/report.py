@@ -159,10 +159,11 @@ def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         return [f"- **In process{who}:** not measured: {plain(inside['error'])}"]
     ours = [row for row in rows if row.variant == server["variant"] and row.speed and row.status == "valid"]
     texts = [row.texts_per_s for row in ours]
+    other = "" if inside["title"] == server["info"]["title"] else f" (there ran {plain(inside['title'])})"
     against = f"; the server's best row reaches {max(texts) / inside['texts_per_s']:.0%} of it" if texts else ""
     return [
         f"- **In process{who}:** the same backend without a server runs {inside['texts_per_s']:.1f} texts/s"
-        f" ({inside['lowest']:.1f}-{inside['highest']:.1f}){against}"
+        f" ({inside['lowest']:.1f}-{inside['highest']:.1f}){other}{against}"
     ]
 
 

@@ -332,3 +332,15 @@ def test_results_that_find_no_room_are_written_elsewhere(
     (folder,) = room.iterdir()
     assert {path.name for path in folder.iterdir()} >= {"r.md", "r.json", "r.npz"}
     assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"
+
+
+def test_the_servers_tax_is_told() -> None:
+    document = make_document([make_run(texts_per_s=800.0), make_run(batch_size=1, texts_per_s=100.0)])
+    server = document["servers"][0]
+    server["in_process"] = {"title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
+    said = "".join(report.summary(document, aggregate.rows_of(document, {})))
+    assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row reaches 80% of it" in said
+    server["in_process"]["title"] = "another thing"
+    assert "there ran another thing" in "".join(report.summary(document, aggregate.rows_of(document, {})))
+    server["in_process"] = {"error": "no such program"}
+    assert "not measured: no such program" in "".join(report.summary(document, aggregate.rows_of(document, {})))
