@@ -53,9 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, metavar="N", help="open loop: N requests/s instead of a concurrency")
     parser.add_argument("--requests", type=_positive, help="measured requests per row")
     parser.add_argument("--duration-s", type=float, metavar="S", help="measure each row for S seconds instead")
-    parser.add_argument("--repeats", type=_positive, metavar="N", help="how often each row is measured (default: 1)")
+    parser.add_argument(
+        "--repeats",
+        type=_positive,
+        metavar="N",
+        help="how often each row is measured (default: 1, of a suite the file's)",
+    )
     parser.add_argument("--streaming", action="store_true", default=None, help="send over EmbedStream")
-    parser.add_argument("--warmup", type=int, metavar="N", help="requests before each row that are not measured")
+    parser.add_argument("--warmup", type=int, metavar="N", help="requests of one warm-up round, not measured")
     parser.add_argument("--workload", choices=("queries", "passages", "pairs"), help="embed texts, or score pairs")
     parser.add_argument("--dataset", metavar="SOURCE", help="auto, ms_marco[:v1.1|:v2.1], sample, or a file")
     parser.add_argument("--seed", type=int, metavar="N", help="order in which the texts are sent")

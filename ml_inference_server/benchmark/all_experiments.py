@@ -37,8 +37,10 @@ from ml_inference_server.utils.config import BASE_CONFIG, EXPERIMENTS_DIR, load_
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
     EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
     EXIT_MODEL,
     EXIT_OK,
+    EXIT_TERMINATED,
     ConfigError,
     StartError,
 )
@@ -80,6 +82,8 @@ def verdict(outcome: Outcome) -> str:
         return "refused in part" if outcome.document else "refused"
     if outcome.exit_code == EXIT_FAILED_RUN:
         return "FAILURES"
+    if outcome.exit_code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        return "interrupted"
     return f"FAILED (exit code {outcome.exit_code})"
 
 
@@ -234,6 +238,13 @@ async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summar
     return outcomes
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run_all_experiments.py",
@@ -245,7 +256,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="GLOB", help="only files whose name matches, e.g. 'minilm_*'")
     parser.add_argument("--quick", action="store_true", help="few rows with few requests: a first look")
     parser.add_argument("--resume", action="store_true", help="leave out what an interrupted run has measured already")
-    parser.add_argument("--repeats", type=int, metavar="N", help="how often each row is measured (default: the file's)")
+    parser.add_argument(
+        "--repeats", type=_positive, metavar="N", help="how often each row is measured (default: the file's)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--output-dir", type=Path, default=DOCS / "experiments", help="default: docs/experiments")
     parser.add_argument("--start-timeout-s", type=float, default=START_TIMEOUT_S, help="see run_experiment.sh --help")

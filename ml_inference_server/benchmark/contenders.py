@@ -87,7 +87,7 @@ class Comparison:
         """Throughput at the heaviest load, as a ratio."""
         base = against or self.baseline
         ours, theirs = self.heavy(configuration), base and self.heavy(base)
-        if not ours or not theirs or not ours.speed or not theirs.speed:
+        if not ours or not theirs or not ours.speed or not theirs.speed or ours.status != "valid":
             return None
         return stats.ratio(ours.speed, theirs.speed)
 
@@ -96,5 +96,5 @@ class Comparison:
         if self.lightest is None:
             return None
         row = configuration.at(self.lightest.same_load)
-        ours, theirs = row and row.latency_ms[50], self.lightest.latency_ms[50]
+        ours, theirs = row and row.status == "valid" and row.latency_ms[50], self.lightest.latency_ms[50]
         return stats.ratio(ours, theirs) if ours and theirs else None
