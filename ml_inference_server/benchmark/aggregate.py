@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_inference_server.benchmark import stats
 from ml_inference_server.benchmark.cell import key, load_of
+from ml_inference_server.benchmark.conditions import trouble
 from ml_inference_server.benchmark.records import Records, ok_only
 from ml_inference_server.benchmark.stats import Figure
 
@@ -40,6 +41,11 @@ class Row:
     @property
     def passed(self) -> bool:
         return self.quality is None or bool(self.quality["gate"]["passed"])
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Something else used the machine, or took it away, during one of the repeats."""
+        return any(run["conditions"] and trouble(run["conditions"]) for run in self.runs)
 
     @property
     def is_sound(self) -> bool:

@@ -72,7 +72,8 @@ def _table(found: Comparison) -> str:
 def _gate(row: Row) -> str:
     if row.status != "valid":
         return row.status.upper()
-    return "-" if row.quality is None else "pass" if row.passed else "FAIL"
+    gate = "-" if row.quality is None else "pass" if row.passed else "FAIL"
+    return f"{gate}, disturbed" if row.is_disturbed else gate
 
 
 def _of_in_process(configuration: Configuration, row: Row) -> str:
@@ -99,7 +100,8 @@ def _advice(found: Comparison) -> str:
     if not sound:
         return "Nothing ran the baseline's load soundly, so there is nothing to recommend."
     fastest = sound[0]
-    lines = [f"- **Fastest: `{fastest.name}`** ({plain(fastest.entry['title'])}): {_said(found, fastest)}."]
+    lines = _disturbed(found)
+    lines += [f"- **Fastest: `{fastest.name}`** ({plain(fastest.entry['title'])}): {_said(found, fastest)}."]
     level = [c for c in sound[1:] if (gain := found.gain(c, fastest)) and not gain.is_significant]
     if level:
         names = ", ".join(f"`{c.name}`" for c in level)
@@ -120,6 +122,18 @@ def _advice(found: Comparison) -> str:
     if failed:
         lines.append(f"- Do not run {', '.join(f'`{name}`' for name in failed)}: the quality gate failed.")
     return "\n".join(lines)
+
+
+def _disturbed(found: Comparison) -> list[str]:
+    """The experiments ran one after the other, so what disturbed some of them bends the ratios between all."""
+    names = [c.name for c in found.comparable if (row := found.heavy(c)) and row.is_disturbed]
+    if not names:
+        return []
+    return [
+        "- **Do not rely on these ratios:** something else used the machine while"
+        f" {', '.join(f'`{name}`' for name in names)} ran (each experiment's own report says what). Run this again when"
+        " the machine is idle."
+    ]
 
 
 def _said(found: Comparison, configuration: Configuration) -> str:

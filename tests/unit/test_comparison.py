@@ -65,6 +65,17 @@ def test_a_row_that_failed_its_gate_is_struck_through_and_on_no_front() -> None:
     assert found.front == {"minilm_baseline", "int8"}
 
 
+def test_a_machine_that_was_busy_spoils_the_advice() -> None:
+    """A baseline that ran beside something else would make all others look fast."""
+    busy = entry("minilm_baseline", (20, 22, 24))
+    busy["runs"][-1]["conditions"] = {"steal_share": 0, "others_share": 0.7, "clock_mhz": None, "throttled": None}
+    said = advice(busy, INT8)
+    assert said.index("**Do not rely on these ratios:**") < said.index("**Fastest")
+    assert "while `minilm_baseline` ran" in said
+    assert "pass, disturbed" in comparison.markdown(summary(busy, INT8), [])
+    assert "Do not rely" not in advice(BASE, INT8)
+
+
 def test_no_winner_where_there_is_no_significant_difference() -> None:
     said = advice(BASE, INT8, entry("twin", (150, 200, 240), cosine=0.999))
     assert "No significant difference in throughput to it: `twin`" in said
