@@ -141,7 +141,8 @@ def summary(document: Document, rows: Sequence[Row]) -> list[str]:
     fastest, quickest = found
     unit = items_unit(rows)
     lines = [
-        f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}",
+        f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}"
+        + (", which is what was offered" if fastest.first["rate_per_s"] else ""),
         f"- **Best latency:** p50 {aggregate.median_ms(quickest):.2f} ms at {quickest}",
     ]
     for server in document["servers"]:

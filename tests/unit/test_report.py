@@ -118,6 +118,15 @@ def test_only_valid_rows_can_be_the_best() -> None:
     assert exit_code(make_document([slow, fast_but_failing | {"slo": "probe"}], planned_rows=1)) == 0
 
 
+def test_an_offered_rate_is_no_throughput_that_was_reached() -> None:
+    closed = make_run(pairs_per_s=300.0)
+    offered = make_run(concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0)
+    best = aggregate.best(aggregate.rows_of(make_document([closed, offered]), {}))
+    assert best is not None
+    assert best[0].first == closed
+    assert "which is what was offered" in report.markdown(make_document([offered]), {})
+
+
 def test_one_bad_repeat_spoils_the_row() -> None:
     runs = repeats(400, 400, 400)
     runs[1] |= {"status": "invalid", "reason": "late"}
