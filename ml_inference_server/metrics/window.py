@@ -1,8 +1,8 @@
 """What happened in the last seconds: sums, rates and percentiles. Pure: `now_s` is an argument.
 
-Time is cut into slots (one second; a tenth of a window under ten seconds). A slot is added to a running total when it
-closes and taken out when it leaves the window, so that neither writing nor reading grows with the length of the window.
-Everything inside is an integer: adding and taking out cancel exactly.
+Time is cut into slots (one second; a tenth of one where the window is under ten seconds). A slot is added to a running
+total when it closes and taken out when it leaves the window, so that neither writing nor reading grows with the length
+of the window. Everything inside is an integer: adding and taking out cancel exactly.
 """
 
 import math
@@ -74,12 +74,12 @@ def _middle_s(bucket: int) -> float:
 
 
 class Slot:
-    """What one stretch of time holds: named integer sums and named distributions."""
+    """What one stretch of time holds: named integer sums (a pair names a bucket) and named distributions."""
 
     __slots__ = ("sums", "times")
 
     def __init__(self) -> None:
-        self.sums: defaultdict[str, int] = defaultdict(int)
+        self.sums: defaultdict[str | tuple[str, int], int] = defaultdict(int)
         self.times: defaultdict[str, Distribution] = defaultdict(Distribution)
 
     def merge(self, other: "Slot", sign: int = 1) -> None:
@@ -94,12 +94,14 @@ class SlidingWindow:
 
     def __init__(self, window_s: float, start_s: float) -> None:
         self._start_s = start_s
-        self._slot_s = min(1.0, window_s / 10)
+        self._slot_s = 1.0 if window_s >= 10 else 0.1
         self._slots_kept = round(window_s / self._slot_s)
         self._index = 0
         self._current = Slot()
         self._closed: deque[tuple[int, Slot]] = deque()
         self._total = Slot()  # of _closed
+        self._untaken = Slot()  # closed since the last take_closed
+        self._taken_index = 0
 
     def at(self, now_s: float) -> Slot:
         """The slot to write into. A `now_s` before an earlier one counts as that one."""
@@ -116,6 +118,13 @@ class SlidingWindow:
         whole.merge(current)
         return whole
 
+    def take_closed(self, now_s: float) -> tuple[Slot, float]:
+        """What closed since the last call, and how many seconds that covers: each slot is handed out once."""
+        self.at(now_s)
+        taken, covered_s = self._untaken, (self._index - self._taken_index) * self._slot_s
+        self._untaken, self._taken_index = Slot(), self._index
+        return taken, covered_s
+
     def covered_s(self, now_s: float) -> float:
         """How long a view at `now_s` looks back; never 0, never more than the window.
 
@@ -128,6 +137,7 @@ class SlidingWindow:
     def _advance(self, index: int) -> None:
         self._closed.append((self._index, self._current))
         self._total.merge(self._current)
+        self._untaken.merge(self._current)
         self._index = index
         self._current = Slot()
         oldest = index - self._slots_kept

@@ -74,10 +74,13 @@ def test_nothing_happened_yet(metrics: Metrics) -> None:
         "per_s": 0,
         "padding_share": None,
         "mean_compute_ms": None,
+        "mean_padding_ms": None,
         "mean_queue_ms": None,
+        "busy_share": None,
         "closed_by": dict.fromkeys(CLOSED_BY, 0),
     }
-    assert figures["queue"] == {"texts": 0, "tokens": 0, "batches_in_flight": 0}
+    assert figures["stages_ms"] is None
+    assert figures["queue"] == {"texts": 0, "tokens": 0, "batches_in_flight": 0, "batch_slots": 0}
     assert figures["in_flight"] == dict.fromkeys(METHODS, 0)
     assert figures["totals"]["requests"] == 0
     assert figures["rss_bytes"] > 0
@@ -159,7 +162,9 @@ def test_batches(metrics: Metrics, clock: Clock) -> None:
         "per_s": pytest.approx(0.2),
         "padding_share": 20 / 400,
         "mean_compute_ms": pytest.approx(30),
+        "mean_padding_ms": pytest.approx(1.5),
         "mean_queue_ms": pytest.approx(1),
+        "busy_share": None,
         "closed_by": dict.fromkeys(CLOSED_BY, 0) | {"idle": 1, "tokens": 1},
     }
     totals = figures["totals"]
@@ -186,7 +191,12 @@ def test_gauges_follow_what_is_watched(metrics: Metrics) -> None:
     metrics.request_started("Rerank")
     metrics.request_started("Rerank")
     metrics.request_finished("Rerank", "OK", 0.1, pairs=1)
-    assert metrics.snapshot()["queue"] == {"texts": 5, "tokens": 70, "batches_in_flight": 2}
+    assert metrics.snapshot()["queue"] == {
+        "texts": 5,
+        "tokens": 70,
+        "batches_in_flight": 2,
+        "batch_slots": 1,
+    }
     queue.texts = 0
     lines = series(metrics)
     assert (lines["mlis_queue_texts", ()], lines["mlis_queue_tokens", ()]) == (0, 70)
@@ -280,7 +290,7 @@ def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
     found = set()
     for name, value in tree.items():
         found.add(prefix + name)
-        if isinstance(value, dict) and name != "by_method_and_code":
+        if isinstance(value, dict) and name not in ("by_method_and_code", "errors_by_reason"):
             found |= paths(value, f"{prefix}{name}.")
     return found
 
