@@ -20,9 +20,10 @@ _HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/?#\s]+))(?::[0-9]{1,5
 _PROMETHEUS_TYPES = ("text/plain", "application/openmetrics-text")
 
 
-def allowed_hosts(bound_host: str, machine_name: str) -> frozenset[str]:
-    """The names under which a browser may come to a server that listens on `bound_host`."""
-    return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", bound_host, machine_name) if name)
+def allowed_hosts(bound_host: str, machine_name: str, *more: str) -> frozenset[str]:
+    """The names under which a browser may come to a server that listens on `bound_host`; `more`: as configured."""
+    names = ("localhost", "127.0.0.1", "::1", bound_host, machine_name, *more)
+    return frozenset(name.lower() for name in names if name)
 
 
 def is_host_allowed(header: str, allowed: Iterable[str], bound_host: str) -> bool:

@@ -101,7 +101,7 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
         assert batcher is not None  # noqa: S101 - _load has set it
         signals.report(lambda: batcher.accepted_requests)
         await grpc_server.set_serving(True)
-        health = asyncio.create_task(watch_health(state, grpc_server, metrics))
+        health = asyncio.create_task(watch_health(state, grpc_server))
         health.add_done_callback(lambda task: _health_ended(task, signals))
         stack.callback(health.cancel)
         if ready_file is not None:
