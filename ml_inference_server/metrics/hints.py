@@ -25,8 +25,8 @@ def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
         busy = figures["batch"]["busy_share"] or 0.0
         if busy >= HIGH_BUSY_SHARE:
             cause = (
-                f"The model is the limit ({_percent(busy)} busy): a faster backend or precision (model.backend: auto) or "
-                "another replica helps, a longer queue only adds waiting."
+                f"The model is the limit ({_percent(busy)} busy): a faster backend or precision (model.backend: auto) "
+                "or another replica helps, a longer queue only adds waiting."
             )
         else:
             cause = (
@@ -47,8 +47,8 @@ def _truncation(figures: Mapping[str, Any]) -> Iterator[str]:
     cut, computed = figures["truncated_texts"], sum(figures["distributions"]["text_tokens"]["counts"])
     if computed >= LEAST_REQUESTS and cut > HIGH_TRUNCATED_SHARE * computed:
         yield (
-            f"{_count(cut, 'text was', 'texts were')} cut at the model's limit in the last {figures['window_s']} s: what "
-            "lies behind it has no part in the answers. Split long texts, or use a model that takes longer ones."
+            f"{_count(cut, 'text was', 'texts were')} cut at the model's limit in the last {figures['window_s']} s: "
+            "what lies behind it has no part in the answers. Split long texts, or use a model that takes longer ones."
         )
 
 
@@ -63,8 +63,8 @@ def _batches(figures: Mapping[str, Any], settings: Callable[[], Mapping[str, Any
         else:
             remedy = "batching.length_grouping is off; turned on, it puts texts of like length together"
         yield (
-            f"{_percent(batch['padding_share'])} of the work is padding, about {batch['mean_padding_ms']:.1f} ms of each "
-            f"{batch['mean_compute_ms']:.1f} ms batch: {remedy}."
+            f"{_percent(batch['padding_share'])} of the work is padding, about {batch['mean_padding_ms']:.1f} ms of "
+            f"each {batch['mean_compute_ms']:.1f} ms batch: {remedy}."
         )
     timers, idle = batch["closed_by"]["timer"] / count, 1 - (batch["busy_share"] or 0.0)
     if timers >= 0.5 and idle >= 0.5:
@@ -81,8 +81,8 @@ def _stages(figures: Mapping[str, Any]) -> Iterator[str]:
     queue, tokenize = stages["queue"] / stages["total"], stages["tokenize"] / stages["total"]
     if queue >= 0.5 and busy >= HIGH_BUSY_SHARE:
         yield (
-            f"Requests spend {_percent(queue)} of their time in the queue, and the model is {_percent(busy)} busy: more "
-            "comes in than it can do at once. A faster backend or precision (model.backend: auto) shortens both."
+            f"Requests spend {_percent(queue)} of their time in the queue, and the model is {_percent(busy)} busy: "
+            "more comes in than it can do at once. A faster backend or precision (model.backend: auto) shortens both."
         )
     if tokenize >= 0.3 and stages["tokenize"] >= 1:
         yield f"Turning text into tokens takes {_percent(tokenize)} of the mean request ({stages['tokenize']:.1f} ms)."

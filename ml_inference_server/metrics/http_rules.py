@@ -1,8 +1,12 @@
-"""What the sidecar's HTTP insists on: security headers, the Host allow-list, which form of /metrics a client wants."""
+"""What the sidecar's HTTP insists on: security headers, the Host allow-list, the form of answers."""
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
+
+from aiohttp import web
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -74,3 +78,18 @@ def _weight(weights: dict[str, float], kind: str) -> float:
         if media_range in weights:
             return weights[media_range]
     return 0.0
+
+
+def json_answer(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
+    """An answer that nobody may keep. ValueError for NaN and infinity, which JSON does not have."""
+    return web.Response(
+        status=status,
+        text=json.dumps(content, allow_nan=False),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", "Vary": "Accept", **(headers or {})},
+    )
+
+
+def json_error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    """The one form of every error."""
+    return json_answer(status, {"error": {"code": status, "message": message}}, headers)

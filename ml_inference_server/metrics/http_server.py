@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import json
 import logging
 import secrets
 import socket
@@ -14,7 +13,14 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from ml_inference_server.metrics.http_rules import SECURITY_HEADERS, allowed_hosts, is_host_allowed, wants_prometheus
+from ml_inference_server.metrics.http_rules import (
+    SECURITY_HEADERS,
+    allowed_hosts,
+    is_host_allowed,
+    json_answer,
+    json_error,
+    wants_prometheus,
+)
 from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, LiveRoutes
 from ml_inference_server.metrics.registry import Metrics
@@ -26,7 +32,10 @@ DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 STATIC_FILES = {
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),
-    "/sparkline.js": ("sparkline.js", "text/javascript"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("bars", "charts", "feed", "format", "model_card", "theme")
+    },
     "/style.css": ("style.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
@@ -136,11 +145,11 @@ class Sidecar:
             return await handler(request)
         except web.HTTPException as error:
             allow = error.headers.get("Allow")
-            return _error(error.status, error.reason, {"Allow": allow} if allow else None)
+            return json_error(error.status, error.reason, {"Allow": allow} if allow else None)
         except Exception:
             request_id = secrets.token_hex(8)
             log.exception("%s %s failed (request %s)", request.method, request.path, request_id)
-            return _error(500, f"internal error, request {request_id}")
+            return json_error(500, f"internal error, request {request_id}")
 
     @web.middleware
     async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -149,9 +158,9 @@ class Sidecar:
             timer.cancel()
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
-            return _error(421, "this server is not known under that Host")
+            return json_error(421, "this server is not known under that Host")
         if request.body_exists and (request.method, request.path) != ("POST", BENCHMARK_PATH):
-            response = _error(413, "this request has no body")
+            response = json_error(413, "this request has no body")
             response.force_close()
             return response
         return await handler(request)
@@ -167,7 +176,7 @@ class Sidecar:
         accept = ",".join(request.headers.getall("Accept", []))
         if wants_prometheus(accept):
             return self._prometheus(accept)
-        return _json(200, self._live.figures())
+        return json_answer(200, self._live.figures())
 
     async def _get_prometheus(self, request: web.Request) -> web.Response:
         return self._prometheus(",".join(request.headers.getall("Accept", [])))
@@ -179,15 +188,15 @@ class Sidecar:
         )
 
     async def _get_info(self, _: web.Request) -> web.Response:
-        return _json(200, self._server_info())
+        return json_answer(200, self._server_info())
 
     async def _get_health(self, _: web.Request) -> web.Response:
         alive, reason = self._liveness()
-        return _json(200 if alive else 503, {"alive": alive, "reason": reason})
+        return json_answer(200 if alive else 503, {"alive": alive, "reason": reason})
 
     async def _get_readiness(self, _: web.Request) -> web.Response:
         ready, reason = self._readiness()
-        return _json(200 if ready else 503, {"ready": ready, "reason": reason})
+        return json_answer(200 if ready else 503, {"ready": ready, "reason": reason})
 
     async def _get_file(self, request: web.Request) -> web.Response:
         body, content_type = self._files[request.path]
@@ -201,19 +210,6 @@ class _Refusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def _json(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(
-        status=status,
-        text=json.dumps(content, allow_nan=False),
-        content_type="application/json",
-        headers={"Cache-Control": "no-store", "Vary": "Accept", **(headers or {})},
-    )
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    return _json(status, {"error": {"code": status, "message": message}}, headers)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ import time
 from aiohttp import web
 
 from ml_inference_server.metrics.benchmark_progress import MAX_BODY_BYTES
+from ml_inference_server.metrics.http_rules import json_error
 from ml_inference_server.metrics.live import Live
 
 BENCHMARK_PATH = "/api/v1/benchmark"
@@ -74,7 +75,7 @@ class LiveRoutes:
         try:
             self._live.benchmark.tell(body, time.monotonic())
         except ValueError as error:
-            raise web.HTTPBadRequest(reason=f"not the progress of a benchmark: {error}"[:200]) from None
+            return json_error(400, f"not the progress of a benchmark: {error}"[:200])
         return web.Response(status=204, headers=_NOT_STORED)
 
 

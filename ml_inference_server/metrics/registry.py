@@ -15,7 +15,7 @@ from ml_inference_server.metrics.table import CODES, METHODS, REASONS, STAGES
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.window import SlidingWindow, Slot
 
-_STAGE_SUMS = tuple(f"{stage}_ns" for stage in STAGES)
+_STAGE_SUMS = tuple(f"stage_{stage}_ns" for stage in STAGES)
 
 
 class Metrics:

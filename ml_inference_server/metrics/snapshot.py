@@ -86,7 +86,7 @@ def _stages_ms(view: Slot) -> dict[str, float] | None:
     latency = view.times["latency"]
     if latency.mean_s is None:
         return None
-    stages = {stage: view.sums[f"{stage}_ns"] / 1e6 / latency.count for stage in STAGES}
+    stages = {stage: view.sums[f"stage_{stage}_ns"] / 1e6 / latency.count for stage in STAGES}
     total = latency.mean_s * 1e3
     return {**stages, "other": max(0.0, total - sum(stages.values())), "total": total}
 

@@ -28,8 +28,8 @@ CLOSED_BY = ("full", "tokens", "timer", "idle", "single", "retry")
 OUTCOMES = ("ok", "error")
 STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply")
 """Where the time of an answered request goes, in this order, without a gap: decode, check and admit it; text to token
-ids; wait for a batch; the model, from the first of its batches to the last; rows back to the request; build and encode
-the answer."""
+ids; wait until the last of its batches starts; the model's time for that one; rows back to the request; build and
+encode the answer."""
 REASONS = (
     "EMPTY_REQUEST",
     "EMPTY_TEXT",

@@ -61,6 +61,7 @@ class Ticket:
     enqueued_at: float = 0.0
     started_at: float = 0.0
     ended_at: float = 0.0
+    last_started_at: float = 0.0  # of the batch that ended_at belongs to
     released: bool = False
     request: RequestTrace | None = field(default_factory=CURRENT.get)
 
@@ -265,7 +266,7 @@ class DynamicBatcher:
                     ticket.rows = np.empty((len(ticket.items), *row.shape), np.float32)
                 ticket.rows[item.row] = row
                 ticket.missing -= 1
-                ticket.ended_at = output.ended_at
+                ticket.last_started_at, ticket.ended_at = output.started_at, output.ended_at
                 if not ticket.missing:
                     ticket.future.set_result(ticket.rows)
 

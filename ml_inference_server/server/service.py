@@ -27,13 +27,15 @@ _INVISIBLE = "\u200b\ufeff"
 class Timing:
     """When a request passed from one stage to the next, on the event loop's clock, in ascending order.
 
-    The durations are those of the message of the same name in inference.proto.
+    The durations are those of the message of the same name in inference.proto. Where the texts travelled in several
+    batches, `dispatched_at` belongs to the first of them and `last_started_at` to the one that ended last.
     """
 
     started_at: float
     admitted_at: float
     enqueued_at: float
     dispatched_at: float
+    last_started_at: float
     computed_at: float
     gathered_at: float
 
@@ -187,7 +189,13 @@ class InferenceService:
         truncated = sum(encoded[place].truncated for place in where)
         values = rows if len(places) == len(jobs) else rows[where]
         timing = Timing(
-            started_at, admitted_at, ticket.enqueued_at, ticket.started_at, ticket.ended_at, gathered_at=loop.time()
+            started_at,
+            admitted_at,
+            ticket.enqueued_at,
+            ticket.started_at,
+            ticket.last_started_at,
+            ticket.ended_at,
+            gathered_at=loop.time(),
         )
         return Answer(values, truncated, timing)
 

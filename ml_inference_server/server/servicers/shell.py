@@ -154,7 +154,7 @@ class Shell:
                 started_at,
                 timing.admitted_at,
                 timing.enqueued_at,
-                timing.dispatched_at,
+                timing.last_started_at,
                 timing.computed_at,
                 timing.gathered_at,
                 ended_at,
