@@ -6,6 +6,7 @@ because it belongs to all of its requests alike: it links to them, and their eng
 
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from ml_inference_server.metrics.table import STAGES
 from ml_inference_server.utils.errors import ConfigError
 
 SERVICE_NAME = "ml-inference-server"
-FLUSH_TIMEOUT_MS = 2000
+CLOSE_TIMEOUT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
         name = os.environ.get("OTEL_SERVICE_NAME") or SERVICE_NAME
         resource = Resource.create({"service.name": name, "service.version": __version__})
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/').removesuffix('/v1/traces')}/v1/traces")
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer(SERVICE_NAME, __version__)
@@ -115,9 +116,12 @@ class Tracer:
         for request in members.values():
             request.batches.append(span.get_span_context())
 
-    def flush(self) -> None:
-        """Send what is still here, FLUSH_TIMEOUT_MS at most."""
-        self._provider.force_flush(FLUSH_TIMEOUT_MS)
+    def close(self) -> None:
+        """Send what is still here; gives up after CLOSE_TIMEOUT_S, when nobody listens at the endpoint for instance."""
+        # The SDK's own timeout does not end a try to connect.
+        sending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        sending.start()
+        sending.join(CLOSE_TIMEOUT_S)
 
 
 def trace_id(span: Any) -> str:

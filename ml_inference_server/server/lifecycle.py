@@ -86,7 +86,7 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
     async with contextlib.AsyncExitStack() as stack:
         if metrics.tracer is not None:
             log.info("traces go to %s", settings.metrics.otlp_endpoint)
-            stack.push_async_callback(asyncio.to_thread, metrics.tracer.flush)
+            stack.push_async_callback(asyncio.to_thread, metrics.tracer.close)
         grpc_server = await start_grpc(settings.server, NativeServicer(state, metrics, shell))
         stack.push_async_callback(grpc_server.server.stop, None)
         http_port = await sidecar.start()
