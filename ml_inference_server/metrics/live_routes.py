@@ -60,7 +60,7 @@ class LiveRoutes:
 
     async def _post_benchmark(self, request: web.Request) -> web.Response:
         peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-        if not peer or not _is_loopback(peer[0]) or "Origin" in request.headers:
+        if not peer or not is_loopback(peer[0]) or "Origin" in request.headers:
             raise web.HTTPForbidden
         if request.content_type != "application/json":
             raise web.HTTPUnsupportedMediaType
@@ -86,7 +86,8 @@ async def _read_at_most(request: web.Request, limit: int) -> bytes:
     return body
 
 
-def _is_loopback(peer: str) -> bool:
+def is_loopback(peer: str) -> bool:
+    """Whether an address is this machine's own, an IPv4 one inside IPv6 included."""
     address = ipaddress.ip_address(peer.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
