@@ -32,12 +32,11 @@ WORDS = ("what", "is", "a", "cell", "and", "why", "does", "it", "have", "a", "me
 
 @dataclass
 class Server:
-    """A server process. `watched`: a page listens to it and a Prometheus scrapes it each second while it is loaded."""
+    """A server process."""
 
     process: psutil.Popen
     grpc_port: int
     http_port: int
-    watched: bool
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Turn:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="metrics_overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of turns (default 20)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn (default 2)")
+    parser.add_argument("--rounds", type=int, default=200, help="pairs of turns (default 200)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn (default 0.5)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight (default 16)")
     parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
     parser.add_argument("--control", action="store_true", help="both servers without metrics: shows the noise")
@@ -80,11 +79,11 @@ def start(folder: Path, name: str, overrides: Sequence[str], *, enabled: bool) -
             raise SystemExit(f"the server did not start (exit code {process.wait()})")
         time.sleep(0.05)
     told = json.loads(ready_file.read_text(encoding="utf-8"))
-    return Server(process, told["grpc_port"], told["http_port"], watched=enabled)
+    return Server(process, told["grpc_port"], told["http_port"])
 
 
 async def watch(server: Server) -> None:
-    """What an open page and a Prometheus do."""
+    """What an open page and a Prometheus that scrapes each second do, until it is cancelled."""
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.http_port}") as session:
 
         async def scrape() -> None:
@@ -102,7 +101,6 @@ async def watch(server: Server) -> None:
 async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> Turn:
     """Closed loop: as soon as a request is answered, the next one is sent."""
     request = pb.EmbedRequest(texts=[" ".join(WORDS[: 4 + i % 10]) for i in range(texts)])
-    watching = asyncio.create_task(watch(server)) if server.watched else None
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = rpc.InferenceServiceStub(channel)
         await stub.Embed(request)
@@ -117,16 +115,12 @@ async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> 
 
         await asyncio.gather(*(call() for _ in range(concurrency)))
         took_s, after = time.monotonic() - began, server.process.cpu_times()
-    if watching is not None:
-        if watching.done():
-            watching.result()
-            raise RuntimeError("the page's stream ended by itself")
-        watching.cancel()
     return Turn(answered / took_s, (after.user + after.system - cpu.user - cpu.system) / answered)
 
 
 async def measure(first: Server, second: Server, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
     """(turn of `first`, turn of `second`) for each round; a first round warms up and is left out."""
+    watching = None if arguments.control else asyncio.create_task(watch(first))
     rounds = []
     for number in range(arguments.rounds + 1):
         turns = {}
@@ -138,6 +132,8 @@ async def measure(first: Server, second: Server, arguments: argparse.Namespace) 
             print(
                 f"round {number:3}: {pair[0].requests_per_s:8.1f} {pair[1].requests_per_s:8.1f} requests/s", flush=True
             )
+    if watching is not None:
+        watching.cancel()
     return rounds
 
 
@@ -149,7 +145,9 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def report(rounds: Sequence[tuple[Turn, Turn]], names: tuple[str, str]) -> None:
-    print(f"\n{names[0]} against {names[1]}, {len(rounds)} rounds, median [95 % interval]:")
+    cpu_us = 1e6 * statistics.median(b.cpu_s for _, b in rounds)
+    print(f"\na request costs the server {cpu_us:.0f} us of CPU without metrics")
+    print(f"{names[0]} against {names[1]}, {len(rounds)} rounds, median [95 % interval]:")
     for title, ratios in (
         ("throughput", [a.requests_per_s / b.requests_per_s for a, b in rounds]),
         ("server CPU per request", [a.cpu_s / b.cpu_s for a, b in rounds]),

@@ -5,9 +5,11 @@ lines never change, so they are prepared once. Tests hold the result to the libr
 scrapes it. The library still decides which form an Accept header asks for.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.exposition import choose_encoder
 
 from ml_inference_server.metrics.table import TABLE, Row
@@ -19,18 +21,20 @@ class Histogram:
     __slots__ = ("bounds", "counts", "exemplars", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
+        self.bounds = np.array(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
         # For each bucket the latest (labels, value, time) that was told with its request.
         self.exemplars: list[tuple[str, float, float] | None] = [None] * len(self.counts)
 
-    def observe(self, value: float) -> int:
-        """The index of the bucket that `value` fell into."""
-        bucket = bisect_left(self.bounds, value)
-        self.counts[bucket] += 1
-        self.total += value
-        return bucket
+    def observe_many(self, values: NDArray[Any]) -> list[int]:
+        """The index of the bucket that each value fell into."""
+        buckets = np.searchsorted(self.bounds, values)
+        for bucket, count in enumerate(np.bincount(buckets, minlength=len(self.counts)).tolist()):
+            self.counts[bucket] += count
+        self.total += float(values.sum())
+        found: list[int] = buckets.tolist()
+        return found
 
 
 class Series:

@@ -1,21 +1,25 @@
 """Every figure of the server: written by the hot path, read by the dashboard, Prometheus and GetMetrics.
 
-All methods belong to one thread, the event loop's. Writing costs a few dictionary operations; whatever is dearer
-happens when somebody reads.
+All methods belong to one thread, the event loop's. The hot path only notes down; what it noted is counted many at a
+time, once a second or when somebody reads.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ml_inference_server.metrics.exposition import Series
+from ml_inference_server.metrics.fold import Batch, Request, fold_batches, fold_requests, fold_tokenized
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
-from ml_inference_server.metrics.table import CODES, METHODS, REASONS, STAGES
+from ml_inference_server.metrics.table import METHODS
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.window import SlidingWindow, Slot
 
-_STAGE_SUMS = tuple(f"stage_{stage}_ns" for stage in STAGES)
+MOST_NOTED = 8192
+"""Requests, or batches, that are noted before they are counted."""
 
 
 class Metrics:
@@ -38,23 +42,13 @@ class Metrics:
         self._batches_in_flight: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
-        numbers, histograms = self._series.numbers, self._series.histograms
-        self._requests = numbers["mlis_requests_total"]
-        self._errors = numbers["mlis_request_errors_total"]
-        self._in_flight = numbers["mlis_in_flight_requests"]
-        self._texts = numbers["mlis_texts_total"]
-        self._pairs = numbers["mlis_pairs_total"]
-        self._truncated = numbers["mlis_truncated_texts_total"]
-        self._batches = numbers["mlis_batches_total"]
-        self._durations = histograms["mlis_request_duration_seconds"]
-        self._stages = tuple(histograms["mlis_request_stage_seconds"][(stage,)] for stage in STAGES)
-        self._tokenize = histograms["mlis_tokenize_duration_seconds"][()]
-        self._queue_wait = histograms["mlis_queue_wait_seconds"][()]
-        self._batch_texts = histograms["mlis_batch_texts"][()]
-        self._batch_tokens = histograms["mlis_batch_tokens"][()]
-        self._text_tokens = histograms["mlis_text_tokens"][()]
-        self._compute = histograms["mlis_batch_compute_seconds"][()]
-        self._loop_lag = histograms["mlis_event_loop_lag_seconds"][()]
+        self._in_flight = self._series.numbers["mlis_in_flight_requests"]
+        self._loop_lag = self._series.histograms["mlis_event_loop_lag_seconds"][()]
+        # Noted by the hot path, of the current slot only; `_settle` counts them.
+        self._requests: list[Request] = []
+        self._tokenized: list[tuple[int, int, float]] = []
+        self._batches: list[Batch] = []
+        self._slot_ends_s = self._window.current_ends_s
 
     def request_started(self, method: str) -> None:
         if self.enabled:
@@ -69,54 +63,29 @@ class Metrics:
         texts: int = 0,
         pairs: int = 0,
         truncated: int = 0,
-        stages_s: Sequence[float] = (),
+        stamps: Sequence[float] = (),
         reason: str = "",
-        exemplar: str = "",
+        request_id: str = "",
+        trace_id: str = "",
     ) -> None:
         """Call once for each `request_started`, whatever the outcome.
 
         code: a gRPC status name, any other counts as UNKNOWN. texts, pairs, truncated: how many were answered, and how
-        many of the texts were cut. stages_s: the time in each of STAGES; with status OK only. reason: of an error; one
-        that the table does not know counts as other. exemplar: labels that lead to this request, `request_id="..."`.
+        many of the texts were cut. stamps: when each of STAGES began, and the last one ended; empty for a request that
+        was not answered. reason: of an error; one that the table does not know counts as other. The ids lead from a
+        bucket of the histogram to this request.
         """
         if not self.enabled:
             return
-        method = method if method in METHODS else "other"
-        code = code if code in CODES else "UNKNOWN"
-        ok = code == "OK"
-        now_s = self._clock()
-        sums = (slot := self._window.at(now_s)).sums
-        self._in_flight[(method,)] -= 1
-        self._requests[method, code] += 1
-        durations = self._durations[method, "ok" if ok else "error"]
-        bucket = durations.observe(seconds)
-        if exemplar:
-            durations.exemplars[bucket] = (exemplar, seconds, time.time())
-        sums["requests"] += 1
-        if not ok:
-            reason = reason if reason in REASONS else "other"
-            self._errors[(reason,)] += 1
-            sums["errors"] += 1
-            sums[f"reason_{reason}"] += 1
-            return
-        self._texts[(method,)] += texts
-        self._pairs[(method,)] += pairs
-        self._truncated[()] += truncated
-        sums["texts"] += texts
-        sums["pairs"] += pairs
-        sums["truncated"] += truncated
-        slot.times["latency"].add(seconds)
-        for histogram, name, stage_s in zip(self._stages, _STAGE_SUMS, stages_s, strict=False):
-            histogram.observe(stage_s)
-            sums[name] += int(stage_s * 1e9)
+        self._in_flight[(method if method in METHODS else "other",)] -= 1
+        self._open_slot()
+        noted = (method, code, seconds, texts, pairs, truncated, stamps, reason, request_id, trace_id)
+        self._requests.append(Request._make(noted))
 
     def tokenized(self, texts: int, tokens: int, seconds: float) -> None:
         """The texts of one request were turned into `tokens` tokens in `seconds`."""
-        if not self.enabled:
-            return
-        self._series.numbers["mlis_tokenized_texts_total"][()] += texts
-        self._series.numbers["mlis_tokenized_tokens_total"][()] += tokens
-        self._tokenize.observe(seconds)
+        if self.enabled:
+            self._tokenized.append((texts, tokens, seconds))
 
     def batch_finished(
         self,
@@ -133,31 +102,32 @@ class Metrics:
         """padded_tokens: rows times length, so that padding is `padded_tokens - tokens`. queue_s: one wait per text.
 
         lengths: the tokens of each text. A batch that raised (not ok) counts as such and nowhere else: its texts come
-        back in later batches. KeyError for a `closed_by` that the table does not know.
+        back in later batches. closed_by: one of CLOSED_BY.
         """
-        if not self.enabled:
-            return
-        self._batches[closed_by, "ok" if ok else "error"] += 1
-        if not ok:
-            return
-        self._series.numbers["mlis_tokens_total"][()] += tokens
-        self._series.numbers["mlis_padding_tokens_total"][()] += padded_tokens - tokens
-        sums = self._window.at(self._clock()).sums
-        sums["batch_texts", self._batch_texts.observe(texts)] += 1
-        self._batch_tokens.observe(padded_tokens)
-        self._compute.observe(compute_s)
-        for waited_s in queue_s:
-            self._queue_wait.observe(waited_s)
-        for length in lengths:
-            sums["text_tokens", self._text_tokens.observe(length)] += 1
-        sums["batches"] += 1
-        sums[f"closed_by_{closed_by}"] += 1
-        sums["batch_texts"] += texts
-        sums["tokens"] += tokens
-        sums["padded_tokens"] += padded_tokens
-        sums["queue_ns"] += round(sum(queue_s) * 1e9)
-        sums["queued_texts"] += len(queue_s)
-        sums["compute_ns"] += round(compute_s * 1e9)
+        if self.enabled:
+            self._open_slot()
+            self._batches.append(Batch(texts, tokens, padded_tokens, queue_s, compute_s, closed_by, ok, lengths))
+
+    def _open_slot(self) -> None:
+        """Before something is noted: what was noted in an earlier slot, or piles up, is counted."""
+        now_s = self._clock()
+        if now_s >= self._slot_ends_s or len(self._requests) >= MOST_NOTED or len(self._batches) >= MOST_NOTED:
+            self._settle(now_s)
+
+    def _settle(self, now_s: float) -> None:
+        """Count what was noted, into the slot that it belongs to, then go to the slot of `now_s`."""
+        slot = self._window.current
+        if self._requests:
+            requests, self._requests = self._requests, []
+            fold_requests(requests, self._series, slot)
+        if self._tokenized:
+            tokenized, self._tokenized = self._tokenized, []
+            fold_tokenized(tokenized, self._series)
+        if self._batches:
+            batches, self._batches = self._batches, []
+            fold_batches(batches, self._series, slot)
+        self._window.at(now_s)
+        self._slot_ends_s = self._window.current_ends_s
 
     def watch(
         self,
@@ -176,8 +146,9 @@ class Metrics:
     def observe_loop_lag(self, seconds: float) -> None:
         """How late the event loop ran a callback that was due."""
         if self.enabled:
-            self._loop_lag.observe(seconds)
-            self._window.at(self._clock()).times["loop_lag"].add(seconds)
+            self._open_slot()
+            self._loop_lag.observe_many(np.array([seconds]))
+            self._window.current.times["loop_lag"].add(seconds)
 
     def sample_system(self) -> SystemFigures:
         """CPU and memory, looked at once a second at most; called every second, they always cover the last one."""
@@ -185,11 +156,14 @@ class Metrics:
 
     def take_closed(self) -> tuple[Slot, float]:
         """What was recorded in the slots that closed since the last call, and how many seconds they cover."""
-        return self._window.take_closed(self._clock())
+        now_s = self._clock()
+        self._settle(now_s)
+        return self._window.take_closed(now_s)
 
     def snapshot(self) -> dict[str, Any]:
         """The JSON of GET /metrics, as docs/metrics.md describes it."""
         now_s = self._clock()
+        self._settle(now_s)
         return {
             **snapshot(self._window.view(now_s), self._window.covered_s(now_s), self.gauges()),
             "totals": totals(self._series.numbers),
@@ -211,6 +185,7 @@ class Metrics:
 
     def prometheus(self, accept: str) -> tuple[bytes, str]:
         """Body and content type: OpenMetrics where the Accept header names it, else Prometheus text."""
+        self._settle(self._clock())
         now, numbers = self.gauges(), self._series.numbers
         for name, value in (
             ("mlis_queue_texts", now.queue_texts),

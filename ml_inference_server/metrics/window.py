@@ -6,7 +6,10 @@ of the window. Everything inside is an integer: adding and taking out cancel exa
 """
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
+
+import numpy as np
+from numpy.typing import NDArray
 
 RELATIVE_ERROR = 0.01
 """A percentile differs from the exact nearest-rank one by at most this share of it (above a microsecond)."""
@@ -36,6 +39,17 @@ class Distribution:
             return
         self._total_ns += round(seconds * _NS)
         self._buckets[math.ceil(math.log(seconds / SMALLEST_S) / _LOG_GROWTH)] += 1
+
+    def add_many(self, seconds: NDArray[np.float64]) -> None:
+        long = seconds[seconds >= SMALLEST_S]
+        self.count += len(seconds)
+        if len(long) < len(seconds):
+            self._buckets[-1] += len(seconds) - len(long)
+        if len(long):
+            self._total_ns += int(np.rint(long * _NS).astype(np.int64).sum())
+            places = np.ceil(np.log(long / SMALLEST_S) / _LOG_GROWTH).astype(np.int64)
+            for place, count in Counter(places.tolist()).items():
+                self._buckets[place] += count
 
     def merge(self, other: "Distribution", sign: int = 1) -> None:
         """Add what `other` holds, or with sign -1 take it out again."""
@@ -109,6 +123,16 @@ class SlidingWindow:
         if index > self._index:
             self._advance(index)
         return self._current
+
+    @property
+    def current(self) -> Slot:
+        """The slot that the latest `at` gave."""
+        return self._current
+
+    @property
+    def current_ends_s(self) -> float:
+        """From then on `at` gives another slot."""
+        return self._start_s + (self._index + 1) * self._slot_s
 
     def view(self, now_s: float) -> Slot:
         """A copy of everything inside the window."""

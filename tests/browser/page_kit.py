@@ -69,9 +69,9 @@ class Server:
     def answer(self, method: str, code: str = "OK", *, times: int = 1, seconds: float = 0.02, **answered: int) -> None:
         for _ in range(times):
             self.metrics.request_started(method)
-            stages_s = [seconds * share for share in (0.01, 0.04, 0.2, 0.7, 0.03, 0.02)] if code == "OK" else []
+            stamps = [seconds * share for share in (0, 0.01, 0.05, 0.25, 0.95, 0.98, 1)] if code == "OK" else []
             reason = "" if code == "OK" else "QUEUE_FULL"
-            self.metrics.request_finished(method, code, seconds, stages_s=stages_s, reason=reason, **answered)
+            self.metrics.request_finished(method, code, seconds, stamps=stamps, reason=reason, **answered)
 
     def batch(self, texts: int = 24) -> None:
         self.metrics.batch_finished(

@@ -49,6 +49,7 @@ async def test_the_stream_tells_each_tick_what_metrics_tells(server: Server, cli
     async with client.get("/api/v1/stream") as response:
         assert response.content_type == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
         stream = events(response)
         first = await anext(stream)
         assert first["figures"]["totals"]["pairs"] == 0

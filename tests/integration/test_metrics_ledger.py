@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from ml_inference_server.metrics.table import REASONS, STAGES
+from ml_inference_server.metrics.table import CLOSED_BY, REASONS, STAGES
 from ml_inference_server.metrics.window import RELATIVE_ERROR
 from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.server.batching import ClosedBy
 from tests.conftest import FakeServer, fake_server, refusal
 
 SIZES = (1, 2, 3, 5, 8)
@@ -131,3 +132,7 @@ def test_every_reason_in_the_readme_is_one_of_the_table() -> None:
     named = {word for row in table.splitlines()[2:] for word in re.findall(r"`([A-Z_]+)`", row.split("|")[2])}
     assert len(named) > 10
     assert named <= set(REASONS)
+
+
+def test_every_way_to_close_a_batch_is_one_of_the_table() -> None:
+    assert [reason.value for reason in ClosedBy] == list(CLOSED_BY)

@@ -20,7 +20,7 @@ def healthy() -> dict[str, Any]:
     now[0] = 30.0
     for _ in range(200):
         metrics.request_started("Embed")
-        metrics.request_finished("Embed", "OK", 0.06, texts=4, stages_s=(0.001, 0.004, 0.01, 0.04, 0.004, 0.001))
+        metrics.request_finished("Embed", "OK", 0.06, texts=4, stamps=(0.0, 0.001, 0.005, 0.015, 0.055, 0.059, 0.06))
         metrics.batch_finished(
             texts=4, tokens=95, padded_tokens=100, queue_s=[0.01] * 4, compute_s=0.04, closed_by="idle", ok=True,
             lengths=[25, 25, 25, 20],

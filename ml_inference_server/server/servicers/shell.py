@@ -159,11 +159,8 @@ class Shell:
                 timing.gathered_at,
                 ended_at,
             )
-        stages_s = [end - begin for begin, end in itertools.pairwise(stamps)]
         texts, pairs, truncated = (reply.texts, reply.pairs, reply.truncated) if reply is not None else (0, 0, 0)
-        exemplar = f'request_id="{trace.request_id}"'
-        if trace.span is not None:
-            exemplar += f',trace_id="{trace_id(trace.span)}"'
+        traced = trace_id(trace.span) if trace.span is not None else ""
         self._metrics.request_finished(
             method,
             code,
@@ -171,9 +168,10 @@ class Shell:
             texts=texts,
             pairs=pairs,
             truncated=truncated,
-            stages_s=stages_s,
+            stamps=stamps,
             reason=reason,
-            exemplar=exemplar,
+            request_id=trace.request_id,
+            trace_id=traced,
         )
         if trace.span is not None and self._metrics.tracer is not None:
             self._metrics.tracer.end_request(trace, code, stamps[:-1], ended_at, texts=texts, pairs=pairs)
@@ -187,10 +185,11 @@ class Shell:
                 "texts": texts,
                 "pairs": pairs,
                 "truncated": truncated,
-                **{f"{stage}_ms": round(1e3 * s, 3) for stage, s in zip(STAGES, stages_s, strict=False)},
             }
-            if trace.span is not None:
-                fields["trace_id"] = trace_id(trace.span)
+            for stage, begin, end in zip(STAGES, stamps, stamps[1:], strict=False):
+                fields[f"{stage}_ms"] = round(1e3 * (end - begin), 3)
+            if traced:
+                fields["trace_id"] = traced
             log_event(log, logging.DEBUG, "request", fields)
 
     def _call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
