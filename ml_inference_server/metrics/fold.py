@@ -1,140 +1,120 @@
 """From what the hot path noted down to counters, histograms and the window: many at a time, which costs a tenth.
 
-What is folded at once belongs to one slot of the window.
+The hot path notes into flat lists, WIDTH values for each request or batch, in the order of the names below. So nothing
+that the garbage collector has to visit is kept: no tuple, no list. What is folded at once belongs to one slot.
 """
 
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import chain
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ml_inference_server.metrics.exposition import Series
 from ml_inference_server.metrics.table import CODES, METHODS, REASONS, STAGES
 from ml_inference_server.metrics.window import Slot
 
+REQUEST = ("method", "code", "seconds", "texts", "pairs", "truncated", "reason", "request_id", "trace_id")
+NO_STAMPS = (0.0,) * (len(STAGES) + 1)
+"""Of a request that was not answered. Behind the names of REQUEST stand as many stamps."""
+REQUEST_WIDTH = len(REQUEST) + len(NO_STAMPS)
 
-class Request(NamedTuple):
-    """One that ended; see `Metrics.request_finished`."""
-
-    method: str
-    code: str
-    seconds: float
-    texts: int
-    pairs: int
-    truncated: int
-    stamps: Sequence[float]
-    reason: str
-    request_id: str
-    trace_id: str
+BATCH = ("texts", "tokens", "padded_tokens", "compute_s", "closed_by")
+BATCH_WIDTH = len(BATCH)
 
 
-class Batch(NamedTuple):
-    """One that the model ended; see `Metrics.batch_finished`."""
-
-    texts: int
-    tokens: int
-    padded_tokens: int
-    queue_s: Sequence[float]
-    compute_s: float
-    closed_by: str
-    ok: bool
-    lengths: Sequence[int]
-
-
-def fold_requests(requests: Sequence[Request], series: Series, slot: Slot) -> None:
-    sums, numbers = slot.sums, series.numbers
-    counts: Counter[tuple[str, str]] = Counter()
-    by_outcome: defaultdict[tuple[str, str], list[Request]] = defaultdict(list)
-    for request in requests:
-        method = request.method if request.method in METHODS else "other"
-        code = request.code if request.code in CODES else "UNKNOWN"
-        counts[method, code] += 1
-        by_outcome[method, "ok" if code == "OK" else "error"].append(request)
-    for labels, count in counts.items():
-        numbers["mlis_requests_total"][labels] += count
-    sums["requests"] += len(requests)
-    for (method, outcome), members in by_outcome.items():
-        _observe_durations(members, series, (method, outcome))
-        if outcome == "error":
-            _count_errors(members, series, slot)
+def fold_requests(noted: Sequence[Any], series: Series, slot: Slot) -> None:
+    columns = {name: noted[place::REQUEST_WIDTH] for place, name in enumerate(REQUEST)}
+    seconds = np.array(columns["seconds"])
+    stamps = np.array([noted[place::REQUEST_WIDTH] for place in range(len(REQUEST), REQUEST_WIDTH)])
+    numbers, sums = series.numbers, slot.sums
+    sums["requests"] += len(seconds)
+    members: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, labels in enumerate(zip(columns["method"], columns["code"], strict=True)):
+        members[labels].append(index)
+    for (given_method, given_code), indexes in members.items():
+        method = given_method if given_method in METHODS else "other"
+        code = given_code if given_code in CODES else "UNKNOWN"
+        numbers["mlis_requests_total"][method, code] += len(indexes)
+        _observe_durations(columns, seconds, indexes, series, (method, "ok" if code == "OK" else "error"))
+        if code != "OK":
+            _count_errors([columns["reason"][index] for index in indexes], series, slot)
             continue
-        texts, pairs, truncated = (sum(column) for column in zip(*(member[3:6] for member in members), strict=True))
-        numbers["mlis_texts_total"][(method,)] += texts
-        numbers["mlis_pairs_total"][(method,)] += pairs
-        numbers["mlis_truncated_texts_total"][()] += truncated
-        sums["texts"] += texts
-        sums["pairs"] += pairs
-        sums["truncated"] += truncated
-        slot.times["latency"].add_many(np.array([member.seconds for member in members]))
-        staged = [member.stamps for member in members if member.stamps]
-        if staged:
-            _observe_stages(np.diff(np.array(staged), axis=1), series, slot)
+        for name, series_name, of_method in (
+            ("texts", "mlis_texts_total", True),
+            ("pairs", "mlis_pairs_total", True),
+            ("truncated", "mlis_truncated_texts_total", False),
+        ):
+            amount = sum(columns[name][index] for index in indexes)
+            numbers[series_name][(method,) if of_method else ()] += amount
+            sums[name] += amount
+        slot.times["latency"].add_many(seconds[indexes])
+        _observe_stages(np.diff(stamps[:, indexes], axis=0), series, slot)
 
 
-def _observe_durations(members: Sequence[Request], series: Series, labels: tuple[str, str]) -> None:
+def _observe_durations(
+    columns: dict[str, Sequence[Any]],
+    seconds: NDArray[np.float64],
+    indexes: list[int],
+    series: Series,
+    labels: tuple[str, str],
+) -> None:
     histogram = series.histograms["mlis_request_duration_seconds"][labels]
-    buckets = histogram.observe_many(np.array([member.seconds for member in members]))
+    buckets = histogram.observe_many(seconds[indexes])
     now_s = time.time()
-    for bucket, member in dict(zip(buckets, members, strict=True)).items():
-        if member.request_id:
-            name = f'request_id="{member.request_id}"'
-            name += f',trace_id="{member.trace_id}"' if member.trace_id else ""
-            histogram.exemplars[bucket] = (name, member.seconds, now_s)
+    for bucket, index in dict(zip(buckets, indexes, strict=True)).items():  # the latest one of each bucket
+        request_id, trace_id = columns["request_id"][index], columns["trace_id"][index]
+        if request_id:
+            name = f'request_id="{request_id}"' + (f',trace_id="{trace_id}"' if trace_id else "")
+            histogram.exemplars[bucket] = (name, columns["seconds"][index], now_s)
 
 
-def _observe_stages(stages_s: np.ndarray, series: Series, slot: Slot) -> None:
-    """stages_s: (requests, stages)."""
-    totals_ns = np.rint(1e9 * stages_s.sum(axis=0)).astype(np.int64).tolist()
-    for place, stage in enumerate(STAGES):
-        series.histograms["mlis_request_stage_seconds"][(stage,)].observe_many(stages_s[:, place])
-        slot.sums[f"stage_{stage}_ns"] += totals_ns[place]
+def _observe_stages(stages_s: NDArray[np.float64], series: Series, slot: Slot) -> None:
+    """stages_s: (stages, requests)."""
+    stages_s = stages_s[:, stages_s.any(axis=0)]  # without those that brought no stamps
+    if not stages_s.size:
+        return
+    for stage, of_stage_s in zip(STAGES, stages_s, strict=True):
+        series.histograms["mlis_request_stage_seconds"][(stage,)].observe_many(of_stage_s)
+        slot.sums[f"stage_{stage}_ns"] += round(1e9 * float(of_stage_s.sum()))
 
 
-def _count_errors(members: Sequence[Request], series: Series, slot: Slot) -> None:
-    reasons = Counter(member.reason if member.reason in REASONS else "other" for member in members)
-    for reason, count in reasons.items():
+def _count_errors(reasons: Sequence[str], series: Series, slot: Slot) -> None:
+    for reason, count in Counter(reason if reason in REASONS else "other" for reason in reasons).items():
         series.numbers["mlis_request_errors_total"][(reason,)] += count
         slot.sums[f"reason_{reason}"] += count
-    slot.sums["errors"] += len(members)
+    slot.sums["errors"] += len(reasons)
 
 
-def fold_tokenized(noted: Sequence[tuple[int, int, float]], series: Series) -> None:
-    """noted: (texts, tokens, seconds) of each request."""
-    texts, tokens, seconds = zip(*noted, strict=True)
-    series.numbers["mlis_tokenized_texts_total"][()] += sum(texts)
-    series.numbers["mlis_tokenized_tokens_total"][()] += sum(tokens)
+def fold_tokenized(seconds: Sequence[float], series: Series) -> None:
     series.histograms["mlis_tokenize_duration_seconds"][()].observe_many(np.array(seconds))
 
 
-def fold_batches(batches: Sequence[Batch], series: Series, slot: Slot) -> None:
+def fold_batches(
+    noted: Sequence[Any], waits_s: Sequence[float], lengths: Sequence[int], series: Series, slot: Slot
+) -> None:
+    """Batches that the model answered, and of all their texts the waits and the lengths."""
     sums, numbers, histograms = slot.sums, series.numbers, series.histograms
-    for batch in batches:
-        numbers["mlis_batches_total"][batch.closed_by, "ok" if batch.ok else "error"] += 1
-    sound = [batch for batch in batches if batch.ok]
-    if not sound:
-        return
-    texts, tokens, padded_tokens, queue_s, compute_s, closed_by, _, lengths = zip(*sound, strict=True)
-    waits_s = np.fromiter(chain.from_iterable(queue_s), float)
-    numbers["mlis_tokens_total"][()] += sum(tokens)
-    numbers["mlis_padding_tokens_total"][()] += sum(padded_tokens) - sum(tokens)
-    histograms["mlis_batch_tokens"][()].observe_many(np.array(padded_tokens))
-    histograms["mlis_batch_compute_seconds"][()].observe_many(np.array(compute_s))
-    histograms["mlis_queue_wait_seconds"][()].observe_many(waits_s)
-    for name, values in (
-        ("batch_texts", np.array(texts)),
-        ("text_tokens", np.fromiter(chain.from_iterable(lengths), np.int64)),
-    ):
-        for bucket, count in Counter(histograms[f"mlis_{name}"][()].observe_many(values)).items():
+    columns = {name: noted[place::BATCH_WIDTH] for place, name in enumerate(BATCH)}
+    texts, tokens, padded_tokens = (sum(columns[name]) for name in ("texts", "tokens", "padded_tokens"))
+    numbers["mlis_tokens_total"][()] += tokens
+    numbers["mlis_padding_tokens_total"][()] += padded_tokens - tokens
+    histograms["mlis_batch_tokens"][()].observe_many(np.array(columns["padded_tokens"]))
+    histograms["mlis_batch_compute_seconds"][()].observe_many(np.array(columns["compute_s"]))
+    histograms["mlis_queue_wait_seconds"][()].observe_many(np.array(waits_s, float))
+    for name, values in (("batch_texts", columns["texts"]), ("text_tokens", lengths)):
+        buckets = histograms[f"mlis_{name}"][()].observe_many(np.array(values, np.int64))
+        for bucket, count in Counter(buckets).items():
             sums[name, bucket] += count
-    for reason, count in Counter(closed_by).items():
+    for reason, count in Counter(columns["closed_by"]).items():
+        numbers["mlis_batches_total"][reason, "ok"] += count
         sums[f"closed_by_{reason}"] += count
-    sums["batches"] += len(sound)
-    sums["batch_texts"] += sum(texts)
-    sums["tokens"] += sum(tokens)
-    sums["padded_tokens"] += sum(padded_tokens)
-    sums["queue_ns"] += round(waits_s.sum() * 1e9)
+    sums["batches"] += len(columns["texts"])
+    sums["batch_texts"] += texts
+    sums["tokens"] += tokens
+    sums["padded_tokens"] += padded_tokens
+    sums["queue_ns"] += round(sum(waits_s) * 1e9)
     sums["queued_texts"] += len(waits_s)
-    sums["compute_ns"] += round(sum(compute_s) * 1e9)
+    sums["compute_ns"] += round(sum(columns["compute_s"]) * 1e9)

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from ml_inference_server.metrics.exposition import Series
-from ml_inference_server.metrics.fold import Batch, Request, fold_batches, fold_requests, fold_tokenized
+from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_requests, fold_tokenized
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
 from ml_inference_server.metrics.table import METHODS
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.window import SlidingWindow, Slot
 
-MOST_NOTED = 8192
-"""Requests, or batches, that are noted before they are counted."""
+MOST_NOTED = 100_000
+"""Values that are noted before they are counted."""
 
 
 class Metrics:
@@ -44,10 +44,12 @@ class Metrics:
         self._series = Series()
         self._in_flight = self._series.numbers["mlis_in_flight_requests"]
         self._loop_lag = self._series.histograms["mlis_event_loop_lag_seconds"][()]
-        # Noted by the hot path, of the current slot only; `_settle` counts them.
-        self._requests: list[Request] = []
-        self._tokenized: list[tuple[int, int, float]] = []
-        self._batches: list[Batch] = []
+        # Noted by the hot path, of the current slot only; `_settle` counts it.
+        self._requests: list[Any] = []
+        self._tokenize_s: list[float] = []
+        self._batches: list[Any] = []
+        self._waits_s: list[float] = []
+        self._lengths: list[int] = []
         self._slot_ends_s = self._window.current_ends_s
 
     def request_started(self, method: str) -> None:
@@ -79,13 +81,15 @@ class Metrics:
             return
         self._in_flight[(method if method in METHODS else "other",)] -= 1
         self._open_slot()
-        noted = (method, code, seconds, texts, pairs, truncated, stamps, reason, request_id, trace_id)
-        self._requests.append(Request._make(noted))
+        self._requests += (method, code, seconds, texts, pairs, truncated, reason, request_id, trace_id)
+        self._requests += stamps or NO_STAMPS
 
     def tokenized(self, texts: int, tokens: int, seconds: float) -> None:
         """The texts of one request were turned into `tokens` tokens in `seconds`."""
         if self.enabled:
-            self._tokenized.append((texts, tokens, seconds))
+            self._series.numbers["mlis_tokenized_texts_total"][()] += texts
+            self._series.numbers["mlis_tokenized_tokens_total"][()] += tokens
+            self._tokenize_s.append(seconds)
 
     def batch_finished(
         self,
@@ -104,14 +108,20 @@ class Metrics:
         lengths: the tokens of each text. A batch that raised (not ok) counts as such and nowhere else: its texts come
         back in later batches. closed_by: one of CLOSED_BY.
         """
-        if self.enabled:
-            self._open_slot()
-            self._batches.append(Batch(texts, tokens, padded_tokens, queue_s, compute_s, closed_by, ok, lengths))
+        if not self.enabled:
+            return
+        if not ok:
+            self._series.numbers["mlis_batches_total"][closed_by, "error"] += 1
+            return
+        self._open_slot()
+        self._batches += (texts, tokens, padded_tokens, compute_s, closed_by)
+        self._waits_s += queue_s
+        self._lengths += lengths
 
     def _open_slot(self) -> None:
         """Before something is noted: what was noted in an earlier slot, or piles up, is counted."""
         now_s = self._clock()
-        if now_s >= self._slot_ends_s or len(self._requests) >= MOST_NOTED or len(self._batches) >= MOST_NOTED:
+        if now_s >= self._slot_ends_s or len(self._requests) >= MOST_NOTED or len(self._lengths) >= MOST_NOTED:
             self._settle(now_s)
 
     def _settle(self, now_s: float) -> None:
@@ -120,12 +130,13 @@ class Metrics:
         if self._requests:
             requests, self._requests = self._requests, []
             fold_requests(requests, self._series, slot)
-        if self._tokenized:
-            tokenized, self._tokenized = self._tokenized, []
-            fold_tokenized(tokenized, self._series)
+        if self._tokenize_s:
+            tokenize_s, self._tokenize_s = self._tokenize_s, []
+            fold_tokenized(tokenize_s, self._series)
         if self._batches:
-            batches, self._batches = self._batches, []
-            fold_batches(batches, self._series, slot)
+            noted = self._batches, self._waits_s, self._lengths
+            self._batches, self._waits_s, self._lengths = [], [], []
+            fold_batches(*noted, self._series, slot)
         self._window.at(now_s)
         self._slot_ends_s = self._window.current_ends_s
 
