@@ -12,6 +12,7 @@ from ml_inference_server.metrics.window import Slot
 COLUMNS = (
     "time_unix_s",
     "requests_per_s",
+    "answered_per_s",
     "texts_per_s",
     "pairs_per_s",
     "tokens_per_s",
@@ -72,8 +73,9 @@ def _row(slot: Slot, covered_s: float, moments: list[Gauges], time_unix_s: float
     """Rates and percentiles of the slot; of the moments the highest queue and in-flight, and the mean CPU."""
     sums, last = slot.sums, moments[-1]
     latency, lag = times_ms(slot.times["latency"]), times_ms(slot.times["loop_lag"])
-    names = ("requests", "texts", "pairs", "tokens", "errors")
-    rates = [sums[name] / covered_s if covered_s else None for name in names]
+    answered = sums["requests"] - sums["errors"]
+    counts = (sums["requests"], answered, sums["texts"], sums["pairs"], sums["tokens"], sums["errors"])
+    rates = [count / covered_s if covered_s else None for count in counts]
     return json.dumps(
         [
             round(time_unix_s, 1),

@@ -39,6 +39,7 @@ def snapshot(view: Slot, covered_s: float, now: Gauges) -> dict[str, Any]:
         "uptime_s": now.uptime_s,
         "window_s": now.window_s,
         "requests_per_s": sums["requests"] / covered_s,
+        "answered_per_s": (sums["requests"] - sums["errors"]) / covered_s,
         "errors_per_s": sums["errors"] / covered_s,
         "texts_per_s": sums["texts"] / covered_s,
         "pairs_per_s": sums["pairs"] / covered_s,

@@ -119,7 +119,7 @@ async def test_points_of_a_chart_are_read_by_keyboard_and_pointer(browser: Brows
     label = await frame.get_attribute("aria-label") or ""
     assert label.startswith("Throughput, ")
     assert not label.startswith("Throughput, now")
-    assert "requests" in label
+    assert "answered" in label
     await page.keyboard.press("Tab")
     await expect(chart.locator(".hair")).to_have_attribute("hidden", "")
     await frame.hover()

@@ -112,6 +112,7 @@ def test_counts_equal_what_was_fed_and_percentiles_keep_their_error(metrics: Met
     assert (totals["requests"], totals["errors"], totals["texts"], totals["pairs"]) == (4000, errors, texts, pairs)
     assert figures["uptime_s"] == pytest.approx(20)
     assert figures["requests_per_s"] == pytest.approx(4000 / 20)
+    assert figures["answered_per_s"] == pytest.approx((4000 - errors) / 20)
     assert figures["errors_per_s"] == pytest.approx(errors / 20)
     assert figures["texts_per_s"] == pytest.approx(texts / 20)
     assert figures["pairs_per_s"] == pytest.approx(pairs / 20)

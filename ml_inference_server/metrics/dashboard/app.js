@@ -12,7 +12,7 @@ const RANGES = { fine: { span: 300, kept: 300 }, coarse: { span: 3600, kept: 360
 
 const charts = [
   { title: "Throughput", unit: "/s", series: [
-    { column: "requests_per_s", label: "requests" },
+    { column: "answered_per_s", label: "answered" },
     { column: "texts_per_s", label: "texts" },
     { column: "pairs_per_s", label: "pairs" },
   ] },
@@ -92,6 +92,7 @@ function showBatches({ batch, distributions, tokens_per_s: tokensPerS }) {
   setText(byId("mean-length"), number(textsPerS ? tokensPerS / textsPerS : null));
   const closed = showBars(byId("closed-by"), Object.entries(batch.closed_by), { asShare: true });
   setText(byId("closed-note"), closed ? `${number(closed)} batches in the window` : "no batch in the window");
+  byId("padding").hidden = batch.padding_share === null;
   const [useful, waste] = byId("padding").children;
   useful.style.inlineSize = `${100 * (1 - (batch.padding_share ?? 0))}%`;
   waste.style.inlineSize = `${100 * (batch.padding_share ?? 0)}%`;
@@ -146,7 +147,7 @@ function showAnswering(figures, way) {
   document.body.classList.remove("stale");
   showStatus(ready ? "ready" : "waiting", ready ? "ready" : `not ready: ${reason}`);
   setText(byId("feed"), way === "stream" ? "live" : "live, by polling");
-  document.title = `${number(figures.requests_per_s)} requests/s – ML inference server`;
+  document.title = `${number(figures.answered_per_s)} answers/s – ML inference server`;
 }
 
 function showSilent(problem) {
