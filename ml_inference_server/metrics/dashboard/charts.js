@@ -97,7 +97,7 @@ export class Chart {
     this.drawAxes(width, height, ceiling, y, end);
     values.forEach((series, index) => {
       const runs = stretches(rows, series, step, x, y);
-      this.lines[index].setAttribute("d", runs.map((run) => `M${run.join("L")}`).join(""));
+      this.lines[index].setAttribute("d", runs.map(drawn).join(""));
       this.area?.setAttribute("d", runs.map((run) => closed(run, y(0))).join(""));
     });
     const shown = this.cursor === null || !rows.length ? rows.length - 1 : Math.min(this.cursor, rows.length - 1);
@@ -167,6 +167,9 @@ function stretches(rows, values, step, x, y) {
   if (run.length) runs.push(run);
   return runs;
 }
+
+// A point by itself is a line to itself, which round ends turn into a dot.
+const drawn = (run) => `M${run.join("L")}${run.length === 1 ? `L${run[0]}` : ""}`;
 
 function closed(run, floor) {
   const [first, last] = [run[0], run[run.length - 1]].map((point) => point.split(" ")[0]);
