@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ WORDS = ("what", "is", "a", "cell", "and", "why", "does", "it", "have", "a", "me
 class Server:
     """A server process."""
 
-    process: psutil.Popen
+    process: subprocess.Popen[bytes]
     grpc_port: int
     http_port: int
 
@@ -71,7 +72,7 @@ def start(folder: Path, name: str, overrides: Sequence[str], *, enabled: bool) -
     flags = [flag for setting in settings for flag in ("--set", setting)]
     ports = ["--port", "0", "--http-port", "0", "--ready-file", str(ready_file)]
     command = [sys.executable, "-m", "ml_inference_server.main", *ports, "--exit-with-parent", "--log-level", "ERROR"]
-    process = psutil.Popen([*command, *flags])
+    process = subprocess.Popen([*command, *flags])
     give_up_at = time.monotonic() + START_TIMEOUT_S
     while not ready_file.exists():
         if process.poll() is not None or time.monotonic() > give_up_at:
@@ -104,7 +105,8 @@ async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = rpc.InferenceServiceStub(channel)
         await stub.Embed(request)
-        cpu, began = server.process.cpu_times(), time.monotonic()
+        process = psutil.Process(server.process.pid)
+        cpu, began = process.cpu_times(), time.monotonic()
         answered = 0
 
         async def call() -> None:
@@ -114,7 +116,7 @@ async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> 
                 answered += 1
 
         await asyncio.gather(*(call() for _ in range(concurrency)))
-        took_s, after = time.monotonic() - began, server.process.cpu_times()
+        took_s, after = time.monotonic() - began, process.cpu_times()
     return Turn(answered / took_s, (after.user + after.system - cpu.user - cpu.system) / answered)
 
 

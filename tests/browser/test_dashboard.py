@@ -54,7 +54,8 @@ async def test_figures_agree_with_metrics(server: Server, watched: Watched) -> N
         told = await response.json()
     for name in (
         "requests_per_s", "answered_per_s", "texts_per_s", "pairs_per_s", "tokens_per_s", "errors_per_s",
-        "latency_ms.avg", "latency_ms.p50", "latency_ms.p95", "latency_ms.p99", "batch.mean_size", "batch.mean_compute_ms",
+        "latency_ms.avg", "latency_ms.p50", "latency_ms.p95", "latency_ms.p99", "batch.mean_size",
+        "batch.mean_compute_ms",
         "queue.texts", "queue.tokens", "queue.batches_in_flight", "totals.errors", "truncated_texts",
     ):  # fmt: skip
         value: Any = told

@@ -6,7 +6,7 @@ from ml_inference_server.benchmark import metrics_overhead
 def test_two_servers_are_compared_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
     assert metrics_overhead.main(["--rounds", "2", "--seconds", "0.2", "--concurrency", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["round    1", "round    2"]
+    assert [line.split(":")[0] for line in lines[:2]] == ["round   1", "round   2"]
     assert lines[-3] == "metrics and page on against off, 2 rounds, median [95 % interval]:"
     assert [line.split("  ")[1] for line in lines[-2:]] == ["throughput", "server CPU per request"]
 
