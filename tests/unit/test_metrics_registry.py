@@ -12,6 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 import ml_inference_server.metrics
+from ml_inference_server.metrics.history import COLUMNS
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.system import SystemSampler, gpu_figures
 from ml_inference_server.metrics.table import CLOSED_BY, CODES, METHODS, TABLE
@@ -308,3 +309,7 @@ def test_every_json_field_is_documented_and_no_other(metrics: Metrics) -> None:
 def test_every_metric_is_documented_as_it_is() -> None:
     documented = table_rows("Prometheus")
     assert documented == {row.name: [row.kind, row.unit, ", ".join(row.labels), row.help] for row in TABLE}
+
+
+def test_every_column_of_the_history_is_documented() -> None:
+    assert list(table_rows("History")) == list(COLUMNS)
