@@ -12,7 +12,7 @@ from ml_inference_server import __version__
 from ml_inference_server.server.lifecycle import serve
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
-from ml_inference_server.utils.logging import set_up_logging
+from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--exit-with-parent", action="store_true", help="stop when the process that started this one ends"
     )
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument(
+        "--log-format", default="text", choices=LOG_FORMATS, help="text (default), or json: one object a line"
+    )
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="send traces there, such as http://localhost:4318")
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(argv)
 
@@ -60,6 +64,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         "metrics.port": args.http_port,
         "model.device": args.device,
         "model.name": args.model_name,
+        "metrics.otlp_endpoint": args.otlp_endpoint,
     }
     flags = [f"{key}={value}" for key, value in short.items() if value is not None]
     return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
@@ -67,7 +72,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    set_up_logging(args.log_level)
+    set_up_logging(args.log_level, args.log_format)
     try:
         settings = settings_from(args)
         if args.config is not None:

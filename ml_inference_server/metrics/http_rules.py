@@ -1,8 +1,12 @@
-"""What the sidecar's HTTP insists on: security headers, the Host allow-list, which form of /metrics a client wants."""
+"""What the sidecar's HTTP insists on: security headers, the Host allow-list, the form of answers."""
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
+
+from aiohttp import web
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -20,9 +24,10 @@ _HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/?#\s]+))(?::[0-9]{1,5
 _PROMETHEUS_TYPES = ("text/plain", "application/openmetrics-text")
 
 
-def allowed_hosts(bound_host: str, machine_name: str) -> frozenset[str]:
-    """The names under which a browser may come to a server that listens on `bound_host`."""
-    return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", bound_host, machine_name) if name)
+def allowed_hosts(bound_host: str, machine_name: str, *more: str) -> frozenset[str]:
+    """The names under which a browser may come to a server that listens on `bound_host`; `more`: as configured."""
+    names = ("localhost", "127.0.0.1", "::1", bound_host, machine_name, *more)
+    return frozenset(name.lower() for name in names if name)
 
 
 def is_host_allowed(header: str, allowed: Iterable[str], bound_host: str) -> bool:
@@ -73,3 +78,18 @@ def _weight(weights: dict[str, float], kind: str) -> float:
         if media_range in weights:
             return weights[media_range]
     return 0.0
+
+
+def json_answer(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
+    """An answer that nobody may keep. ValueError for NaN and infinity, which JSON does not have."""
+    return web.Response(
+        status=status,
+        text=json.dumps(content, allow_nan=False),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", "Vary": "Accept", **(headers or {})},
+    )
+
+
+def json_error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    """The one form of every error."""
+    return json_answer(status, {"error": {"code": status, "message": message}}, headers)

@@ -2,12 +2,10 @@
 
 import asyncio
 import errno
-import json
 import logging
 import secrets
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,16 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from ml_inference_server.metrics.http_rules import SECURITY_HEADERS, allowed_hosts, is_host_allowed, wants_prometheus
+from ml_inference_server.metrics.http_rules import (
+    SECURITY_HEADERS,
+    allowed_hosts,
+    is_host_allowed,
+    json_answer,
+    json_error,
+    wants_prometheus,
+)
+from ml_inference_server.metrics.live import Live
+from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, LiveRoutes
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
 from ml_inference_server.utils.errors import ConfigError, PortInUse
@@ -25,7 +32,10 @@ DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 STATIC_FILES = {
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),
-    "/sparkline.js": ("sparkline.js", "text/javascript"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("bars", "charts", "feed", "format", "model_card", "theme")
+    },
     "/style.css": ("style.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
@@ -63,14 +73,14 @@ class Sidecar:
         self._server_info = server_info
         self._readiness = readiness
         self._liveness = liveness
-        self._hosts = allowed_hosts(settings.host, socket.gethostname())
+        self._live = Live(metrics, server_info, readiness)
+        self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
             path: ((DASHBOARD_DIR / name).read_bytes(), content_type)
             for path, (name, content_type) in STATIC_FILES.items()
         }
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
-        self._sampler: asyncio.Task[None] | None = None
         self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
 
     async def start(self) -> int:
@@ -82,9 +92,10 @@ class Sidecar:
         app.router.add_get("/info", self._get_info)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/readyz", self._get_readiness)
+        LiveRoutes(self._live).add_to(app.router)
         for path in self._files:
             app.router.add_get(path, self._get_file)
-        app.on_response_prepare.append(_add_security_headers)
+        app.on_response_prepare.append(self._add_headers)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -97,33 +108,22 @@ class Sidecar:
         )
         await self._runner.setup()
         self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
-        self._sampler = asyncio.create_task(self._sample_system())
+        self._live.start()
         port: int = listening.getsockname()[1]
         return port
 
     async def stop(self) -> None:
         """Close the port and every connection; at most SHUTDOWN_TIMEOUT_S for answers under way. Safe to call twice."""
-        listener, runner, sampler = self._listener, self._runner, self._sampler
-        self._listener = self._runner = self._sampler = None
+        listener, runner = self._listener, self._runner
+        self._listener = self._runner = None
         if listener is not None:
             listener.close()
         for timer in self._waiting.values():
             timer.cancel()
         self._waiting.clear()
-        if sampler is not None:
-            sampler.cancel()
-            with suppress(asyncio.CancelledError):
-                await sampler
+        await self._live.stop()
         if runner is not None:
             await runner.cleanup()
-
-    async def _sample_system(self) -> None:
-        try:
-            while True:
-                await asyncio.sleep(1)
-                self._metrics.sample_system()
-        except Exception:
-            log.exception("CPU and memory are no longer sampled every second, only when somebody asks for them")
 
     def _accept(self) -> asyncio.BaseProtocol:
         """A connection begins. aiohttp itself would wait for ever for its first request."""
@@ -145,11 +145,11 @@ class Sidecar:
             return await handler(request)
         except web.HTTPException as error:
             allow = error.headers.get("Allow")
-            return _error(error.status, error.reason, {"Allow": allow} if allow else None)
+            return json_error(error.status, error.reason, {"Allow": allow} if allow else None)
         except Exception:
             request_id = secrets.token_hex(8)
             log.exception("%s %s failed (request %s)", request.method, request.path, request_id)
-            return _error(500, f"internal error, request {request_id}")
+            return json_error(500, f"internal error, request {request_id}")
 
     @web.middleware
     async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -158,19 +158,25 @@ class Sidecar:
             timer.cancel()
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
-            return _error(421, "this server is not known under that Host")
-        if request.body_exists:
-            response = _error(413, "no request here has a body")
+            return json_error(421, "this server is not known under that Host")
+        if request.body_exists and (request.method, request.path) != ("POST", BENCHMARK_PATH):
+            response = json_error(413, "this request has no body")
             response.force_close()
             return response
         return await handler(request)
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(SECURITY_HEADERS)
+        origin = request.headers.get("Origin", "")
+        if request.method in ("GET", "HEAD") and origin in self._settings.cors_origins:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Accept, Origin"
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         accept = ",".join(request.headers.getall("Accept", []))
         if wants_prometheus(accept):
             return self._prometheus(accept)
-        ready, reason = self._readiness()
-        return _json(200, {**self._metrics.snapshot(), "readiness": {"ready": ready, "reason": reason}})
+        return json_answer(200, self._live.figures())
 
     async def _get_prometheus(self, request: web.Request) -> web.Response:
         return self._prometheus(",".join(request.headers.getall("Accept", [])))
@@ -182,15 +188,15 @@ class Sidecar:
         )
 
     async def _get_info(self, _: web.Request) -> web.Response:
-        return _json(200, self._server_info())
+        return json_answer(200, self._server_info())
 
     async def _get_health(self, _: web.Request) -> web.Response:
         alive, reason = self._liveness()
-        return _json(200 if alive else 503, {"alive": alive, "reason": reason})
+        return json_answer(200 if alive else 503, {"alive": alive, "reason": reason})
 
     async def _get_readiness(self, _: web.Request) -> web.Response:
         ready, reason = self._readiness()
-        return _json(200 if ready else 503, {"ready": ready, "reason": reason})
+        return json_answer(200 if ready else 503, {"ready": ready, "reason": reason})
 
     async def _get_file(self, request: web.Request) -> web.Response:
         body, content_type = self._files[request.path]
@@ -204,23 +210,6 @@ class _Refusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def _json(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(
-        status=status,
-        text=json.dumps(content, allow_nan=False),
-        content_type="application/json",
-        headers={"Cache-Control": "no-store", "Vary": "Accept", **(headers or {})},
-    )
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    return _json(status, {"error": {"code": status, "message": message}}, headers)
-
-
-async def _add_security_headers(_: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(SECURITY_HEADERS)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

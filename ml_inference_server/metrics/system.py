@@ -17,6 +17,7 @@ class SystemFigures:
 
     cpu_percent: float  # of this process; 100 is one core kept busy
     machine_cpu_percent: float  # of all cores together, 0..100
+    cpu_count: int  # logical CPUs of the machine
     cpu_seconds: float  # of this process, since it started
     rss_bytes: int
     gpu: dict[str, Any] | None
@@ -30,6 +31,7 @@ class SystemSampler:
         self._sampled_s = now_s - max(time.time() - self._process.create_time(), SAMPLE_EVERY_S)
         self._cpu_seconds = self._machine_busy_s = self._machine_total_s = 0.0
         self._machine_percent = 0.0
+        self._cpu_count = psutil.cpu_count() or 1
         self._figures = self._take(now_s)
 
     def sample(self, now_s: float) -> SystemFigures:
@@ -44,6 +46,7 @@ class SystemSampler:
         return SystemFigures(
             cpu_percent=percent,
             machine_cpu_percent=self._machine_cpu_percent(),
+            cpu_count=self._cpu_count,
             cpu_seconds=cpu_seconds,
             rss_bytes=self._process.memory_info().rss,
             gpu=gpu_figures(sys.modules.get("torch")),

@@ -26,14 +26,62 @@ CODES = (
 )
 CLOSED_BY = ("full", "tokens", "timer", "idle", "single", "retry")
 OUTCOMES = ("ok", "error")
+STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply")
+"""Where the time of an answered request goes, in this order, without a gap: decode, check and admit it; text to token
+ids; wait until the last of its batches starts; the model's time for that one; rows back to the request; build and
+encode the answer."""
+REASONS = (
+    "EMPTY_REQUEST",
+    "EMPTY_TEXT",
+    "TEXT_TOO_LONG",
+    "TOO_MANY_TEXTS",
+    "INVALID_FIELD",
+    "MALFORMED_REQUEST",
+    "WRONG_TASK",
+    "QUEUE_FULL",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+    "MODEL_LOADING",
+    "DRAINING",
+    "BACKEND_ERROR",
+    "NON_FINITE_OUTPUT",
+    "INTERNAL_BUG",
+    "other",
+)
 
-LABEL_VALUES = {"method": METHODS, "code": CODES, "closed_by": CLOSED_BY, "outcome": OUTCOMES}
+LABEL_VALUES = {
+    "method": METHODS,
+    "code": CODES,
+    "closed_by": CLOSED_BY,
+    "outcome": OUTCOMES,
+    "stage": STAGES,
+    "reason": REASONS,
+}
 """Every value that a label can have: whatever arrives, the number of series stays what it is at the start."""
 
-# Ratio 2 from 50 us to 13 s, then a minute: a cached query and a request that waited out its deadline both land inside.
-_SECONDS = (*(50e-6 * 2**step for step in range(19)), 30.0, 60.0)
+# Ratio 2 from 1.6 us to 13 s, then a minute: decoding a query and a request that waited out its deadline both fit.
+_SECONDS = (*(50e-6 * 2**step for step in range(-5, 19)), 30.0, 60.0)
 _TEXTS = tuple(float(2**step) for step in range(11))
 _TOKENS = tuple(float(2**step) for step in range(4, 18))
+_LENGTHS = (
+    4.0,
+    8.0,
+    12.0,
+    16.0,
+    24.0,
+    32.0,
+    48.0,
+    64.0,
+    96.0,
+    128.0,
+    192.0,
+    256.0,
+    384.0,
+    512.0,
+    1024.0,
+    2048.0,
+    8192.0,
+)
 
 
 @dataclass(frozen=True)
@@ -60,11 +108,27 @@ TABLE = (
         "histogram",
         "seconds",
         ("method", "outcome"),
-        "From the decoded request to its answer; outcome is ok for status OK, else error.",
+        "From the received message to its encoded answer; outcome is ok for status OK, else error.",
+        _SECONDS,
+    ),
+    Row("mlis_request_errors_total", "counter", "errors", ("reason",), "Requests that failed, by reason."),
+    Row(
+        "mlis_request_stage_seconds",
+        "histogram",
+        "seconds",
+        ("stage",),
+        "Time that an answered request spent in each stage; the stages follow each other without a gap.",
         _SECONDS,
     ),
     Row("mlis_texts_total", "counter", "texts", ("method",), "Texts in answered Embed and EmbedStream requests."),
     Row("mlis_pairs_total", "counter", "pairs", ("method",), "Pairs scored in answered Score and Rerank requests."),
+    Row(
+        "mlis_truncated_texts_total",
+        "counter",
+        "texts",
+        (),
+        "Texts of answered requests that were cut at the model's limit.",
+    ),
     Row("mlis_tokenized_texts_total", "counter", "texts", (), "Texts turned into tokens."),
     Row("mlis_tokenized_tokens_total", "counter", "tokens", (), "Tokens that the tokenizer made."),
     Row(
@@ -88,11 +152,15 @@ TABLE = (
     Row("mlis_in_flight_batches", "gauge", "batches", (), "Batches that the model works on."),
     Row("mlis_batch_texts", "histogram", "texts", (), "Texts in an answered batch.", _TEXTS),
     Row("mlis_batch_tokens", "histogram", "tokens", (), "Tokens in an answered batch, padding included.", _TOKENS),
+    Row("mlis_text_tokens", "histogram", "tokens", (), "Length of a text in an answered batch.", _LENGTHS),
     Row("mlis_batch_compute_seconds", "histogram", "seconds", (), "The model's time for an answered batch.", _SECONDS),
     Row("mlis_tokens_total", "counter", "tokens", (), "Tokens of texts in answered batches, padding not included."),
     Row("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
     Row(
         "mlis_event_loop_lag_seconds", "histogram", "seconds", (), "How late the event loop ran what was due.", _SECONDS
+    ),
+    Row(
+        "mlis_batch_slots", "gauge", "slots", (), "Batches that the model can work on at a time; 0 before it is loaded."
     ),
     Row("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
     Row("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
@@ -100,3 +168,8 @@ TABLE = (
     Row("process_cpu_seconds_total", "counter", "seconds", (), "CPU time of this process, user and system."),
     Row("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of this process."),
 )
+
+
+def buckets_of(name: str) -> tuple[float, ...]:
+    """The upper bounds of a histogram."""
+    return next(row.buckets for row in TABLE if row.name == name)

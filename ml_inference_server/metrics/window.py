@@ -1,12 +1,15 @@
 """What happened in the last seconds: sums, rates and percentiles. Pure: `now_s` is an argument.
 
-Time is cut into slots (one second; a tenth of a window under ten seconds). A slot is added to a running total when it
-closes and taken out when it leaves the window, so that neither writing nor reading grows with the length of the window.
-Everything inside is an integer: adding and taking out cancel exactly.
+Time is cut into slots (one second; a tenth of one where the window is under ten seconds). A slot is added to a running
+total when it closes and taken out when it leaves the window, so that neither writing nor reading grows with the length
+of the window. Everything inside is an integer: adding and taking out cancel exactly.
 """
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
+
+import numpy as np
+from numpy.typing import NDArray
 
 RELATIVE_ERROR = 0.01
 """A percentile differs from the exact nearest-rank one by at most this share of it (above a microsecond)."""
@@ -36,6 +39,17 @@ class Distribution:
             return
         self._total_ns += round(seconds * _NS)
         self._buckets[math.ceil(math.log(seconds / SMALLEST_S) / _LOG_GROWTH)] += 1
+
+    def add_many(self, seconds: NDArray[np.float64]) -> None:
+        long = seconds[seconds >= SMALLEST_S]
+        self.count += len(seconds)
+        if len(long) < len(seconds):
+            self._buckets[-1] += len(seconds) - len(long)
+        if len(long):
+            self._total_ns += int(np.rint(long * _NS).astype(np.int64).sum())
+            places = np.ceil(np.log(long / SMALLEST_S) / _LOG_GROWTH).astype(np.int64)
+            for place, count in Counter(places.tolist()).items():
+                self._buckets[place] += count
 
     def merge(self, other: "Distribution", sign: int = 1) -> None:
         """Add what `other` holds, or with sign -1 take it out again."""
@@ -74,12 +88,12 @@ def _middle_s(bucket: int) -> float:
 
 
 class Slot:
-    """What one stretch of time holds: named integer sums and named distributions."""
+    """What one stretch of time holds: named integer sums (a pair names a bucket) and named distributions."""
 
     __slots__ = ("sums", "times")
 
     def __init__(self) -> None:
-        self.sums: defaultdict[str, int] = defaultdict(int)
+        self.sums: defaultdict[str | tuple[str, int], int] = defaultdict(int)
         self.times: defaultdict[str, Distribution] = defaultdict(Distribution)
 
     def merge(self, other: "Slot", sign: int = 1) -> None:
@@ -94,12 +108,14 @@ class SlidingWindow:
 
     def __init__(self, window_s: float, start_s: float) -> None:
         self._start_s = start_s
-        self._slot_s = min(1.0, window_s / 10)
+        self._slot_s = 1.0 if window_s >= 10 else 0.1
         self._slots_kept = round(window_s / self._slot_s)
         self._index = 0
         self._current = Slot()
         self._closed: deque[tuple[int, Slot]] = deque()
         self._total = Slot()  # of _closed
+        self._untaken = Slot()  # closed since the last take_closed
+        self._taken_index = 0
 
     def at(self, now_s: float) -> Slot:
         """The slot to write into. A `now_s` before an earlier one counts as that one."""
@@ -108,6 +124,16 @@ class SlidingWindow:
             self._advance(index)
         return self._current
 
+    @property
+    def current(self) -> Slot:
+        """The slot that the latest `at` gave."""
+        return self._current
+
+    @property
+    def current_ends_s(self) -> float:
+        """From then on `at` gives another slot."""
+        return self._start_s + (self._index + 1) * self._slot_s
+
     def view(self, now_s: float) -> Slot:
         """A copy of everything inside the window."""
         current = self.at(now_s)
@@ -115,6 +141,13 @@ class SlidingWindow:
         whole.merge(self._total)
         whole.merge(current)
         return whole
+
+    def take_closed(self, now_s: float) -> tuple[Slot, float]:
+        """What closed since the last call, and how many seconds that covers: each slot is handed out once."""
+        self.at(now_s)
+        taken, covered_s = self._untaken, (self._index - self._taken_index) * self._slot_s
+        self._untaken, self._taken_index = Slot(), self._index
+        return taken, covered_s
 
     def covered_s(self, now_s: float) -> float:
         """How long a view at `now_s` looks back; never 0, never more than the window.
@@ -128,6 +161,7 @@ class SlidingWindow:
     def _advance(self, index: int) -> None:
         self._closed.append((self._index, self._current))
         self._total.merge(self._current)
+        self._untaken.merge(self._current)
         self._index = index
         self._current = Slot()
         oldest = index - self._slots_kept

@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable
 
-from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.grpc_server import GrpcServer
 from ml_inference_server.server.state import MAX_FAILURES_IN_A_ROW, ServerState
 from ml_inference_server.utils.errors import ServiceError
@@ -16,14 +15,12 @@ _INTERVAL_S = 0.5
 _PROBE_EVERY = 10  # intervals
 
 
-async def watch_health(state: ServerState, grpc_server: GrpcServer, metrics: Metrics) -> None:
-    """Runs until cancelled. Also samples how late the event loop wakes."""
+async def watch_health(state: ServerState, grpc_server: GrpcServer) -> None:
+    """Runs until cancelled."""
     loop = asyncio.get_running_loop()
     turn = 0
     while True:
-        due = loop.time() + _INTERVAL_S
         await asyncio.sleep(_INTERVAL_S)
-        metrics.observe_loop_lag(max(0.0, loop.time() - due))
         turn += 1
         ready, why = state.readiness()
         if ready != grpc_server.serving:

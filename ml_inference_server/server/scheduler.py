@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import BackendInfo, Encoded
 from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.tracing import CURRENT, RequestTrace
 from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits
 from ml_inference_server.server.workers import Output, Worker
 from ml_inference_server.utils.config import BatchingSettings
@@ -60,7 +61,9 @@ class Ticket:
     enqueued_at: float = 0.0
     started_at: float = 0.0
     ended_at: float = 0.0
+    last_started_at: float = 0.0  # of the batch that ended_at belongs to
     released: bool = False
+    request: RequestTrace | None = field(default_factory=CURRENT.get)
 
 
 class DynamicBatcher:
@@ -87,6 +90,7 @@ class DynamicBatcher:
             queue_texts=lambda: self._queue.texts,
             queue_tokens=lambda: self._queue.tokens,
             batches_in_flight=lambda: len(self._running),
+            slots=worker.slots,
         )
 
     # Admission
@@ -229,7 +233,7 @@ class DynamicBatcher:
             output = await self._worker.run([item.payload for item in items])
             _check(output, len(items))
         except Exception as error:
-            self._observe(items, closed_by, now, self._loop.time(), ok=False)
+            self._observe(items, closed_by, now, now, self._loop.time(), ok=False)
             if len(items) > 1:
                 log.warning("a batch of %d texts failed (%s): halving it", len(items), type(error).__name__)
                 middle = len(items) // 2
@@ -239,11 +243,13 @@ class DynamicBatcher:
                 await self._execute(items, ClosedBy.RETRY, alone_before=True)
             else:
                 self._failures_in_a_row += 1
-                log.error("the model failed on one text, twice, on its own", exc_info=error)
+                request = items[0].owner.request
+                name = request.request_id if request else "none"
+                log.error("the model failed on one text, twice, on its own (request %s)", name, exc_info=error)
                 _settle_failure(items[0], BackendFailure("the model failed on this input, twice, on its own"))
             return
         self._failures_in_a_row = 0
-        self._observe(items, closed_by, output.started_at, output.ended_at, ok=True)
+        self._observe(items, closed_by, now, output.started_at, output.ended_at, ok=True)
         self._scatter(items, output)
 
     def _scatter(self, items: Sequence[Item], output: Output) -> None:
@@ -260,27 +266,47 @@ class DynamicBatcher:
                     ticket.rows = np.empty((len(ticket.items), *row.shape), np.float32)
                 ticket.rows[item.row] = row
                 ticket.missing -= 1
-                ticket.ended_at = output.ended_at
+                ticket.last_started_at, ticket.ended_at = output.started_at, output.ended_at
                 if not ticket.missing:
                     ticket.future.set_result(ticket.rows)
 
     def _observe(
-        self, items: Sequence[Item], closed_by: ClosedBy, started_at: float, ended_at: float, ok: bool
+        self,
+        items: Sequence[Item],
+        closed_by: ClosedBy,
+        dispatched_at: float,
+        started_at: float,
+        ended_at: float,
+        ok: bool,
     ) -> None:
         batch = Batch(list(items), closed_by)
         compute_s = ended_at - started_at
         if ok and compute_s > 0:
             rate = batch.tokens * self._worker.slots / compute_s
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+        padded_tokens = self._queue.limits.work_tokens(len(items), batch.longest, batch.tokens)
         self._metrics.batch_finished(
             texts=len(items),
             tokens=batch.tokens,
-            padded_tokens=self._queue.limits.work_tokens(len(items), batch.longest, batch.tokens),
+            padded_tokens=padded_tokens,
             queue_s=[started_at - item.enqueued_at for item in items],
             compute_s=compute_s,
             closed_by=closed_by.value,
             ok=ok,
+            lengths=[item.length for item in items],
         )
+        if self._metrics.tracer is not None:
+            self._metrics.tracer.batch(
+                [item.owner.request for item in items],
+                dispatched_at=dispatched_at,
+                started_at=started_at,
+                ended_at=ended_at,
+                ok=ok,
+                texts=len(items),
+                tokens=batch.tokens,
+                padded_tokens=padded_tokens,
+                closed_by=closed_by.value,
+            )
 
     # Health and end
 

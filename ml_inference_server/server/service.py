@@ -1,7 +1,6 @@
 """The use cases: embed, score, rerank. Validates, tokenises, submits, gathers; knows no protocol."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Encoded, TextTokenizer
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.scheduler import DynamicBatcher, Ticket
+from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
@@ -26,12 +25,35 @@ _INVISIBLE = "\u200b\ufeff"
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds; see the message of the same name in inference.proto."""
+    """When a request passed from one stage to the next, on the event loop's clock, in ascending order.
 
-    tokenize_s: float
-    queue_s: float
-    compute_s: float
-    total_s: float
+    The durations are those of the message of the same name in inference.proto. Where the texts travelled in several
+    batches, `dispatched_at` belongs to the first of them and `last_started_at` to the one that ended last.
+    """
+
+    started_at: float
+    admitted_at: float
+    enqueued_at: float
+    dispatched_at: float
+    last_started_at: float
+    computed_at: float
+    gathered_at: float
+
+    @property
+    def tokenize_s(self) -> float:
+        return self.enqueued_at - self.admitted_at
+
+    @property
+    def queue_s(self) -> float:
+        return self.dispatched_at - self.enqueued_at
+
+    @property
+    def compute_s(self) -> float:
+        return self.computed_at - self.dispatched_at
+
+    @property
+    def total_s(self) -> float:
+        return self.gathered_at - self.started_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +167,20 @@ class InferenceService:
         return Answer(answer.values[:, 0], answer.truncated, answer.timing)
 
     async def _rows(self, jobs: Sequence[_Job], deadline: float, truncate: bool) -> Answer:
-        started_at = time.monotonic()
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
         sizes = self._check_texts(jobs)
         # Equal texts of one request are computed once.
         places: dict[tuple[str | None, str], int] = {}
         where = [places.setdefault(job.key, len(places)) for job in jobs]
         ticket = self._batcher.admit(self._estimate_tokens(sizes), deadline)
+        admitted_at = loop.time()
         try:
             if sum(sizes) <= _INLINE_BYTES:
                 encoded = self._encode(list(places))
             else:
-                loop = asyncio.get_running_loop()
                 encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
-            tokenized_at = time.monotonic()
-            self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), tokenized_at - started_at)
+            self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), loop.time() - admitted_at)
             if not truncate:
                 self._refuse_truncated(jobs, where, encoded)
             rows = await self._batcher.compute(ticket, encoded)
@@ -166,7 +188,16 @@ class InferenceService:
             self._batcher.release(ticket)
         truncated = sum(encoded[place].truncated for place in where)
         values = rows if len(places) == len(jobs) else rows[where]
-        return Answer(values, truncated, _timing(ticket, started_at, tokenized_at))
+        timing = Timing(
+            started_at,
+            admitted_at,
+            ticket.enqueued_at,
+            ticket.started_at,
+            ticket.last_started_at,
+            ticket.ended_at,
+            gathered_at=loop.time(),
+        )
+        return Answer(values, truncated, timing)
 
     def _encode(self, keys: Sequence[tuple[str | None, str]]) -> list[Encoded]:
         """Pairs at once, texts with one call for each prompt in use (at most two)."""
@@ -237,15 +268,6 @@ def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> No
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         reason = reasons.pop() if len(reasons) == 1 else "INVALID_FIELD"
         raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", reason=reason, violations=wrong)
-
-
-def _timing(ticket: Ticket, started_at: float, tokenized_at: float) -> Timing:
-    return Timing(
-        tokenize_s=tokenized_at - started_at,
-        queue_s=ticket.started_at - ticket.enqueued_at,
-        compute_s=ticket.ended_at - ticket.started_at,
-        total_s=time.monotonic() - started_at,
-    )
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -136,6 +136,16 @@ class MetricsSettings(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of the dashboard and metrics.")
     port: Port = Field(8080, description="HTTP port of the dashboard and metrics; 0 takes a free one.")
     window_s: int = Field(30, ge=1, le=3600, description="Seconds that the live figures look back.")
+    enabled: bool = Field(True, description="False records nothing: only for measuring what recording costs.")
+    hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,253}$")]] = Field(
+        [], max_length=64, description="Further names (of a proxy, say) under which browsers may come to the dashboard."
+    )
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9._\[\]:-]{1,253}$")]] = Field(
+        [], max_length=64, description="Origins whose pages may read the figures, such as https://status.example."
+    )
+    otlp_endpoint: str = Field(
+        "", description="Where spans of requests and batches are sent, such as http://localhost:4318; empty: nowhere."
+    )
 
 
 class Settings(Section):

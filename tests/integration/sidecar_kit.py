@@ -8,7 +8,9 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
 
 GUARD_S = 10
-DATA_PATHS = ("/metrics", "/metrics/prometheus", "/info", "/healthz", "/readyz")
+DATA_PATHS = (
+    "/metrics", "/metrics/prometheus", "/info", "/healthz", "/readyz", "/api/v1/live", "/api/v1/history",
+)  # fmt: skip
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
 
 

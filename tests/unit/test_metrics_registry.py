@@ -12,6 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 import ml_inference_server.metrics
+from ml_inference_server.metrics.history import COLUMNS
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.system import SystemSampler, gpu_figures
 from ml_inference_server.metrics.table import CLOSED_BY, CODES, METHODS, TABLE
@@ -74,10 +75,13 @@ def test_nothing_happened_yet(metrics: Metrics) -> None:
         "per_s": 0,
         "padding_share": None,
         "mean_compute_ms": None,
+        "mean_padding_ms": None,
         "mean_queue_ms": None,
+        "busy_share": None,
         "closed_by": dict.fromkeys(CLOSED_BY, 0),
     }
-    assert figures["queue"] == {"texts": 0, "tokens": 0, "batches_in_flight": 0}
+    assert figures["stages_ms"] is None
+    assert figures["queue"] == {"texts": 0, "tokens": 0, "batches_in_flight": 0, "batch_slots": 0}
     assert figures["in_flight"] == dict.fromkeys(METHODS, 0)
     assert figures["totals"]["requests"] == 0
     assert figures["rss_bytes"] > 0
@@ -109,6 +113,7 @@ def test_counts_equal_what_was_fed_and_percentiles_keep_their_error(metrics: Met
     assert (totals["requests"], totals["errors"], totals["texts"], totals["pairs"]) == (4000, errors, texts, pairs)
     assert figures["uptime_s"] == pytest.approx(20)
     assert figures["requests_per_s"] == pytest.approx(4000 / 20)
+    assert figures["answered_per_s"] == pytest.approx((4000 - errors) / 20)
     assert figures["errors_per_s"] == pytest.approx(errors / 20)
     assert figures["texts_per_s"] == pytest.approx(texts / 20)
     assert figures["pairs_per_s"] == pytest.approx(pairs / 20)
@@ -159,7 +164,9 @@ def test_batches(metrics: Metrics, clock: Clock) -> None:
         "per_s": pytest.approx(0.2),
         "padding_share": 20 / 400,
         "mean_compute_ms": pytest.approx(30),
+        "mean_padding_ms": pytest.approx(1.5),
         "mean_queue_ms": pytest.approx(1),
+        "busy_share": None,
         "closed_by": dict.fromkeys(CLOSED_BY, 0) | {"idle": 1, "tokens": 1},
     }
     totals = figures["totals"]
@@ -186,7 +193,12 @@ def test_gauges_follow_what_is_watched(metrics: Metrics) -> None:
     metrics.request_started("Rerank")
     metrics.request_started("Rerank")
     metrics.request_finished("Rerank", "OK", 0.1, pairs=1)
-    assert metrics.snapshot()["queue"] == {"texts": 5, "tokens": 70, "batches_in_flight": 2}
+    assert metrics.snapshot()["queue"] == {
+        "texts": 5,
+        "tokens": 70,
+        "batches_in_flight": 2,
+        "batch_slots": 1,
+    }
     queue.texts = 0
     lines = series(metrics)
     assert (lines["mlis_queue_texts", ()], lines["mlis_queue_tokens", ()]) == (0, 70)
@@ -280,7 +292,7 @@ def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
     found = set()
     for name, value in tree.items():
         found.add(prefix + name)
-        if isinstance(value, dict) and name != "by_method_and_code":
+        if isinstance(value, dict) and name not in ("by_method_and_code", "errors_by_reason"):
             found |= paths(value, f"{prefix}{name}.")
     return found
 
@@ -288,11 +300,16 @@ def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
 def test_every_json_field_is_documented_and_no_other(metrics: Metrics) -> None:
     answer(metrics, "Embed", "OK", 0.01)
     metrics.observe_loop_lag(0.001)
-    of_others = {"readiness", "readiness.ready", "readiness.reason"}  # added by the HTTP route
+    of_routes = {"readiness", "readiness.ready", "readiness.reason", "hints", "benchmark"}
+    of_benchmarks = {f"benchmark.{name}" for name in ("name", "row", "rows", "label", "done", "eta_s")}
     of_gpus = {f"gpu.{name}" for name in ("kind", "name", "memory_bytes", "reserved_bytes", "total_bytes")}
-    assert set(table_rows("JSON")) == paths(metrics.snapshot()) | of_others | of_gpus
+    assert set(table_rows("JSON")) == paths(metrics.snapshot()) | of_routes | of_benchmarks | of_gpus
 
 
 def test_every_metric_is_documented_as_it_is() -> None:
     documented = table_rows("Prometheus")
     assert documented == {row.name: [row.kind, row.unit, ", ".join(row.labels), row.help] for row in TABLE}
+
+
+def test_every_column_of_the_history_is_documented() -> None:
+    assert list(table_rows("History")) == list(COLUMNS)

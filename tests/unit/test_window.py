@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,20 @@ def test_the_mean_is_exact_to_the_nanosecond(values: list[float]) -> None:
         distribution.add(value)
     assert distribution.count == len(values)
     assert distribution.mean_s == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
+
+
+@given(st.lists(st.floats(min_value=0.0, max_value=3600.0), max_size=300))
+def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
+    one_by_one, at_once = Distribution(), Distribution()
+    for value in values:
+        one_by_one.add(value)
+    at_once.add_many(np.array(values))
+    assert (at_once.count, at_once.mean_s) == (one_by_one.count, pytest.approx(one_by_one.mean_s, abs=1e-9))
+    found = at_once.percentiles_s(0.5, 1.0)
+    # The two logarithms may round a value on a bucket's edge to either side.
+    assert found == (
+        one_by_one.percentiles_s(0.5, 1.0) and pytest.approx(one_by_one.percentiles_s(0.5, 1.0), rel=0.021)
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.0, 9e-7, -0.5])

@@ -60,13 +60,13 @@ class NativeServicer:
             timing=_timing(answer.timing),
             truncated=answer.truncated,
         )
-        return Reply(message, texts=count)
+        return Reply(message, texts=count, truncated=answer.truncated, timing=answer.timing)
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> Reply:
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
         answer = await self._state.require_service().score(pairs, call.deadline, truncate=_truncate(request))
         message = pb.ScoreResponse(scores=answer.values, timing=_timing(answer.timing), truncated=answer.truncated)
-        return Reply(message, pairs=len(pairs))
+        return Reply(message, pairs=len(pairs), truncated=answer.truncated, timing=answer.timing)
 
     async def rerank(self, request: pb.RerankRequest, call: Call) -> Reply:
         ranking = await self._state.require_service().rerank(
@@ -77,7 +77,7 @@ class NativeServicer:
             timing=_timing(ranking.timing),
             truncated=ranking.truncated,
         )
-        return Reply(message, pairs=len(request.documents))
+        return Reply(message, pairs=len(request.documents), truncated=ranking.truncated, timing=ranking.timing)
 
     async def embed_stream(
         self, messages: AsyncIterator[pb.EmbedStreamRequest], write: Callable[[Message], Awaitable[None]], call: Call
