@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if sys.platform != "win32":
+    import uvloop
+
 from ml_inference_server import __version__
 from ml_inference_server.server.lifecycle import serve
 from ml_inference_server.utils.config import Settings, load_settings
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from(args)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
-        return asyncio.run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
+        run = asyncio.run if sys.platform == "win32" else uvloop.run
+        return run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

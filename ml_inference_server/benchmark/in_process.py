@@ -54,6 +54,7 @@ async def time_in_process(
                 "texts_per_s": float(found["texts_per_s"]),
                 "lowest": float(found["lowest"]),
                 "highest": float(found["highest"]),
+                "roofline_texts_per_s": found["roofline_texts_per_s"],
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             return {"error": f"{_MODULE} gave no figures: {type(error).__name__}: {error}"}

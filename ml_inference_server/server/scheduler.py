@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,11 @@ class Ticket:
     request: RequestTrace | None = field(default_factory=CURRENT.get)
 
 
+class _Running(NamedTuple):
+    since: float
+    tokens: int
+
+
 class DynamicBatcher:
     """Takes requests of one or more texts and answers each exactly once: with its rows, or with one error."""
 
@@ -77,7 +83,7 @@ class DynamicBatcher:
         self._free_slots = worker.slots
         self._loop = asyncio.get_running_loop()
         self._tickets: set[Ticket] = set()
-        self._running: dict[asyncio.Task[None], float] = {}
+        self._running: dict[asyncio.Task[None], _Running] = {}
         self._reserved_tokens = 0
         self._pump_handle: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
@@ -181,7 +187,8 @@ class DynamicBatcher:
             self._window = None
         while self._free_slots:
             try:
-                chosen = self._queue.next_batch(self._loop.time())
+                smallest = min((each.tokens for each in self._running.values()), default=None)
+                chosen = self._queue.next_batch(self._loop.time(), smallest)
             except Exception:
                 # A bug in the policy must not leave anybody waiting.
                 log.exception("the batching policy failed; every waiting request is answered with an error")
@@ -198,7 +205,7 @@ class DynamicBatcher:
                 return
             self._free_slots -= 1
             task = self._loop.create_task(self._run(chosen))
-            self._running[task] = self._loop.time()
+            self._running[task] = _Running(self._loop.time(), chosen.tokens)
             task.add_done_callback(self._slot_free)
 
     def _slot_free(self, task: asyncio.Task[None]) -> None:
@@ -321,7 +328,7 @@ class DynamicBatcher:
 
     def oldest_batch_s(self) -> float:
         """How long the longest-running batch has been in flight; 0 when none is."""
-        return self._loop.time() - min(self._running.values()) if self._running else 0.0
+        return max((self._loop.time() - each.since for each in self._running.values()), default=0.0)
 
     def refuse_new(self) -> None:
         """From now on `admit` raises Unavailable; what was accepted goes on."""

@@ -12,7 +12,7 @@ from ml_inference_server.benchmark.dataset import Workload
 from ml_inference_server.benchmark.in_process import time_in_process
 
 PAIRS = Workload("pairs", (("one", "first\tpassage"), ("one", "second")))
-FIGURES = {"title": "t", "texts_per_s": 100.0, "lowest": 90, "highest": 110}
+FIGURES = {"title": "t", "texts_per_s": 100.0, "lowest": 90, "highest": 110, "roofline_texts_per_s": None}
 
 
 async def timed(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float = 30) -> dict[str, Any]:

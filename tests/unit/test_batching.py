@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits
+from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Item, Limits
 
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
 
@@ -43,6 +43,37 @@ def test_one_waiting_text_is_served_at_once() -> None:
     queue.add(request(7))
     assert take(queue).closed_by is ClosedBy.IDLE
     assert (queue.texts, queue.tokens) == (0, 0)
+
+
+COMPANY = replace(LIMITS, overhead_tokens=64, max_batch_tokens=2048, max_batch_size=32)
+
+
+def test_little_work_waits_for_a_small_batch_that_runs_but_not_for_long() -> None:
+    queue = BatchQueue(COMPANY)
+    queue.add(request(10, 10, now=5.0))
+    assert queue.next_batch(5.0, 60) == 5.0 + COMPANY_WAIT_S
+    assert isinstance(queue.next_batch(5.0 + COMPANY_WAIT_S, 60), Batch)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "why"),
+    [
+        ([10], None, "nothing runs"),
+        ([10], 1500, "what runs will take long"),
+        ([90, 90, 90], 60, "there is work enough for a stream of its own"),
+        ([1] * 32, 60, "the batch is full"),
+    ],
+)
+def test_a_free_stream_is_used_at_once_where(waiting: list[int], running: int | None, why: str) -> None:
+    queue = BatchQueue(COMPANY)
+    queue.add(request(*waiting))
+    assert isinstance(queue.next_batch(0.0, running), Batch), why
+
+
+def test_without_batching_nothing_waits_for_company() -> None:
+    queue = BatchQueue(replace(COMPANY, enabled=False))
+    queue.add(request(10))
+    assert isinstance(queue.next_batch(0.0, 60), Batch)
 
 
 def test_item_budget() -> None:
