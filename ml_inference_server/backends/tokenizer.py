@@ -30,6 +30,8 @@ class FastTokenizer:
         self.pad_id = pad_id
         self.prompts = prompts
         self._uses_prefix = side == "right"
+        # Most tokenizers give a single text the segment 0 throughout; then there is nothing to read off each answer.
+        self._has_segments = any(self._whole.encode_batch_fast(["a"])[0].type_ids)
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         """One Encoded for each text, cut at max_tokens. Prompt "" is the default; KeyError for an unknown one."""
@@ -37,13 +39,13 @@ class FastTokenizer:
         full = [prompt + text for text in texts] if prompt else list(texts)
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
         short = [self._prefix(text, limit) if len(text) > limit else text for text in full]
-        return [_encoded(encoding) for encoding in self._cut.encode_batch_fast(short)]
+        return [_encoded(each, self._has_segments) for each in self._cut.encode_batch_fast(short)]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
         short = [tuple(self._prefix(text, limit) if len(text) > limit else text for text in pair) for pair in pairs]
-        return [_encoded(encoding) for encoding in self._cut.encode_batch_fast(short)]
+        return [_encoded(each, True) for each in self._cut.encode_batch_fast(short)]
 
     def _prefix(self, text: str, limit: int) -> str:
         """The start of `text` where that gives the same tokens up to max_tokens, else all of it."""
@@ -54,6 +56,9 @@ class FastTokenizer:
         return prefix if len(self._whole.encode_batch_fast([prefix])[0].ids) >= enough else text
 
 
-def _encoded(encoding: Any) -> Encoded:
+def _encoded(encoding: Any, has_segments: bool) -> Encoded:
+    ids, truncated = np.array(encoding.ids, np.int32), bool(encoding.overflowing)
+    if not has_segments:
+        return Encoded(ids, None, truncated)
     types = np.array(encoding.type_ids, np.int32)
-    return Encoded(np.array(encoding.ids, np.int32), types if types.any() else None, bool(encoding.overflowing))
+    return Encoded(ids, types if types.any() else None, truncated)

@@ -2,8 +2,9 @@
 
     python -m ml_inference_server.benchmark.metrics_overhead
 
-Short turns, in an order that alternates, so that whatever else the machine does meets both alike. With --control both
-servers are without them: what it then shows is the noise. Whatever follows --set goes to both servers.
+Short turns, in an order that alternates, so that whatever else the machine does meets both alike. Two processes of one
+program differ by some percent, too: so the pair is started anew for each block, and the interval is over the blocks.
+With --control both servers are without metrics: what it then shows is the noise. Whatever follows --set goes to both.
 """
 
 import argparse
@@ -50,7 +51,8 @@ class Turn:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="metrics_overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=200, help="pairs of turns (default 200)")
+    parser.add_argument("--blocks", type=int, default=12, help="pairs of servers, one after the other (default 12)")
+    parser.add_argument("--rounds", type=int, default=16, help="pairs of turns in a block (default 16)")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn (default 0.5)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight (default 16)")
     parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
@@ -128,15 +130,24 @@ async def measure(first: Server, second: Server, arguments: argparse.Namespace) 
         turns = {}
         for server in (first, second) if number % 2 else (second, first):
             turns[id(server)] = await turn(server, arguments.seconds, arguments.concurrency, arguments.texts)
-        pair = turns[id(first)], turns[id(second)]
         if number:
-            rounds.append(pair)
-            print(
-                f"round {number:3}: {pair[0].requests_per_s:8.1f} {pair[1].requests_per_s:8.1f} requests/s", flush=True
-            )
+            rounds.append((turns[id(first)], turns[id(second)]))
     if watching is not None:
         watching.cancel()
     return rounds
+
+
+def block(number: int, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
+    """The rounds of one pair of servers, (with metrics, without) each; which of them is started first alternates."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers = {}
+        for measured in (True, False) if number % 2 else (False, True):
+            enabled = measured and not arguments.control
+            server = start(Path(folder), f"server-{measured}", arguments.overrides, enabled=enabled)
+            stack.callback(server.process.wait)
+            stack.callback(server.process.terminate)
+            servers[measured] = server
+        return asyncio.run(measure(servers[True], servers[False], arguments))
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -146,13 +157,13 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), medians[50], medians[1949]
 
 
-def report(rounds: Sequence[tuple[Turn, Turn]], names: tuple[str, str]) -> None:
-    cpu_us = 1e6 * statistics.median(b.cpu_s for _, b in rounds)
+def report(blocks: Sequence[Sequence[tuple[Turn, Turn]]], names: tuple[str, str]) -> None:
+    cpu_us = 1e6 * statistics.median(b.cpu_s for rounds in blocks for _, b in rounds)
     print(f"\na request costs the server {cpu_us:.0f} us of CPU without metrics")
-    print(f"{names[0]} against {names[1]}, {len(rounds)} rounds, median [95 % interval]:")
+    print(f"{names[0]} against {names[1]}, {len(blocks)} pairs of servers, median [95 % interval]:")
     for title, ratios in (
-        ("throughput", [a.requests_per_s / b.requests_per_s for a, b in rounds]),
-        ("server CPU per request", [a.cpu_s / b.cpu_s for a, b in rounds]),
+        ("throughput", [statistics.median(a.requests_per_s / b.requests_per_s for a, b in each) for each in blocks]),
+        ("server CPU per request", [statistics.median(a.cpu_s / b.cpu_s for a, b in each) for each in blocks]),
     ):
         middle, low, high = interval(ratios)
         print(f"  {title:24} {100 * (middle - 1):+.2f} % [{100 * (low - 1):+.2f}, {100 * (high - 1):+.2f}]")
@@ -161,14 +172,12 @@ def report(rounds: Sequence[tuple[Turn, Turn]], names: tuple[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     names = ("off", "off (control)") if arguments.control else ("metrics and page on", "off")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = []
-        for name, enabled in (("first", not arguments.control), ("second", False)):
-            server = start(Path(folder), name, arguments.overrides, enabled=enabled)
-            stack.callback(server.process.wait)
-            stack.callback(server.process.terminate)
-            servers.append(server)
-        report(asyncio.run(measure(servers[0], servers[1], arguments)), names)
+    blocks = []
+    for number in range(arguments.blocks):
+        blocks.append(block(number, arguments))
+        ratio = statistics.median(a.requests_per_s / b.requests_per_s for a, b in blocks[-1])
+        print(f"block {number + 1:2} of {arguments.blocks}: throughput {100 * (ratio - 1):+.1f} %", flush=True)
+    report(blocks, names)
     return 0
 
 

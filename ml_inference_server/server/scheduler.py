@@ -165,15 +165,16 @@ class DynamicBatcher:
         ticket.items = [Item(ticket, row, text.length, now, text) for row, text in enumerate(texts)]
         self._queue.add(ticket.items)
         self._pump_soon()
-        # asyncio.wait, and not the future itself: a CancelledError that reaches us here can then only mean that the
-        # caller has left, and a future that somebody else cancelled is seen as such.
-        await asyncio.wait({ticket.future}, timeout=max(0.0, ticket.deadline - now))
-        if not ticket.future.done():
-            where = "while the request ran" if ticket.started_at else "in the queue"
-            raise DeadlinePassed(f"the deadline passed {where}; nothing more is computed for it")
-        if ticket.future.cancelled():
-            raise Unavailable("the server is shutting down; the request was not finished")
-        return ticket.future.result()
+        timer = self._loop.call_at(ticket.deadline, _expire, ticket)
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # the caller has left
+            raise Unavailable("the server is shutting down; the request was not finished") from None
+        finally:
+            timer.cancel()
 
     def _pump_soon(self) -> None:
         """All texts that arrive in one turn of the event loop are there before the first batch is chosen."""
@@ -351,6 +352,11 @@ class DynamicBatcher:
         for ticket in list(self._tickets):
             _fail(ticket, Unavailable("the server is shutting down; the request was not finished"))
         self._worker.close()
+
+
+def _expire(ticket: Ticket) -> None:
+    where = "while the request ran" if ticket.started_at else "in the queue"
+    _fail(ticket, DeadlinePassed(f"the deadline passed {where}; nothing more is computed for it"))
 
 
 def _is_wanted(item: Item, now: float) -> bool:

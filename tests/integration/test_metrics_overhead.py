@@ -4,10 +4,10 @@ from ml_inference_server.benchmark import metrics_overhead
 
 
 def test_two_servers_are_compared_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert metrics_overhead.main(["--rounds", "2", "--seconds", "0.2", "--concurrency", "2"]) == 0
+    assert metrics_overhead.main(["--blocks", "2", "--rounds", "1", "--seconds", "0.2", "--concurrency", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["round   1", "round   2"]
-    assert lines[-3] == "metrics and page on against off, 2 rounds, median [95 % interval]:"
+    assert [line.split(":")[0] for line in lines[:2]] == ["block  1 of 2", "block  2 of 2"]
+    assert lines[-3] == "metrics and page on against off, 2 pairs of servers, median [95 % interval]:"
     assert [line.split("  ")[1] for line in lines[-2:]] == ["throughput", "server CPU per request"]
 
 
@@ -20,4 +20,4 @@ def test_the_interval_is_that_of_the_median() -> None:
 
 def test_a_server_that_cannot_start_ends_the_program() -> None:
     with pytest.raises(SystemExit, match="did not start"):
-        metrics_overhead.main(["--rounds", "1", "--set", "model.backend=onxx"])
+        metrics_overhead.main(["--blocks", "1", "--set", "model.backend=onxx"])
