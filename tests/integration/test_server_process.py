@@ -100,11 +100,11 @@ def test_ctrl_c_finishes_the_work_and_exits_130(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     async def check() -> None:
-        with server_process(tmp_path, "--model-name", "fake:base_ms=20000") as server:
+        with server_process(tmp_path, "--set", "server.enable_test_faults=true") as server:
             port = server.ready()["grpc_port"]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 stub = rpc.InferenceServiceStub(channel)
-                call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["slow"])))
+                call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["!slow:20000"])))
                 await until_busy(server.ready()["http_port"])
                 server.signal(signal.SIGINT)
                 await health_is(channel, NOT_SERVING)
@@ -171,11 +171,11 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, clie
 
 def test_a_drain_that_takes_too_long_answers_the_rest_and_exits_5(tmp_path: Path) -> None:
     async def check() -> None:
-        slow = ("--model-name", "fake:base_ms=20000", "--set", "server.drain_timeout_ms=100")
+        slow = ("--set", "server.enable_test_faults=true", "--set", "server.drain_timeout_ms=100")
         with server_process(tmp_path, *slow) as server:
             ports = server.ready()
             async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
-                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["slow"]))
+                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["!slow:20000"]))
                 pending = asyncio.ensure_future(call)
                 await until_busy(ports["http_port"])
                 server.signal(signal.SIGTERM)
@@ -191,11 +191,11 @@ def test_a_drain_that_takes_too_long_answers_the_rest_and_exits_5(tmp_path: Path
 
 def test_a_hanging_batch_turns_health_and_readiness(tmp_path: Path) -> None:
     async def check() -> None:
-        hang = ("--model-name", "fake:base_ms=3000", "--set", "server.hang_timeout_ms=100")
+        hang = ("--set", "server.enable_test_faults=true", "--set", "server.hang_timeout_ms=100")
         with server_process(tmp_path, *hang) as server:
             port = server.ready()["grpc_port"]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["slow"]))
+                call = rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["!slow:2000"]))
                 await health_is(channel, NOT_SERVING)
                 assert not call.done()
                 await call
