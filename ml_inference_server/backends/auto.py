@@ -167,7 +167,9 @@ def candidates(model: ModelSettings) -> Candidates:
                 else:
                     able[name] = settings
     if not model.compile:
-        for name, settings in [each for each in able.items() if each[1].backend == "pytorch"]:
+        for name, settings in list(able.items()):
+            if settings.backend != "pytorch" or settings.device != "cpu" or settings.precision not in ("none", "bf16"):
+                continue
             compiled = settings.model_copy(update={"compile": True, "allow_fallback": False})
             try:
                 resolve(compiled)

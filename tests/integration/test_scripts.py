@@ -24,7 +24,7 @@ def echoing(tmp_path: Path) -> Path:
 def development(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A copy with the real requirements and tool settings, and this test's own environment active."""
     copy = make_copy(tmp_path, (ROOT / "requirements.txt").read_text())
-    for name in ("requirements-dev.txt", "pyproject.toml"):
+    for name in ("requirements-dev.txt", "pyproject.toml", ".clang-format"):
         shutil.copy(ROOT / name, copy / name)
     shutil.rmtree(copy / "ml_inference_server" / "benchmark")
     (copy / "ml_inference_server" / "main.py").write_text('"""Nothing to do."""\n')
