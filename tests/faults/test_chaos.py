@@ -73,12 +73,13 @@ async def test_every_caller_gets_its_own_answer_or_one_clear_error(seed: int) ->
     async with fake_server(
         model={"name": "fake:base_ms=1"},
         server={"enable_test_faults": True},
-        batching={"max_queue_requests": 190, "max_queue_tokens": 60_000},
+        batching={"max_queue_requests": 150, "max_queue_tokens": 60_000},
     ) as server:
         batcher = server.state.batcher
         assert batcher is not None
         await server.stub.Embed(pb.EmbedRequest(texts=["start the threads"] * 2))
-        await asyncio.gather(*(server.stub.Embed(pb.EmbedRequest(texts=[f"{i}"])) for i in range(50)))
+        # Long enough to be tokenised in a thread.
+        await asyncio.gather(*(server.stub.Embed(pb.EmbedRequest(texts=[f"{i} " * 800])) for i in range(50)))
         tasks_before, threads_before = len(asyncio.all_tasks()), thread_names()
         plans = iter([plan(rng, number) for number in range(CALLS)])
         ends: Counter[tuple[str, str]] = Counter()
