@@ -73,7 +73,7 @@ async def test_every_caller_gets_its_own_answer_or_one_clear_error(seed: int) ->
     async with fake_server(
         model={"name": "fake:base_ms=1"},
         server={"enable_test_faults": True},
-        batching={"max_queue_requests": 150, "max_queue_tokens": 60_000},
+        batching={"max_queue_requests": 60, "max_queue_tokens": 60_000},
     ) as server:
         batcher = server.state.batcher
         assert batcher is not None
