@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _HINTS: Mapping[Quantization, str] = {"none": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_INTEGERS = ("i8", "u8")
 # Of the sample that ships with the project, never of what is scored later.
 _CALIBRATION_ROWS = 300
 
@@ -63,8 +65,9 @@ class OpenVinoBackend:
 
     def _describe(self, file: Path) -> BackendInfo:
         executed = self.compiled.get_runtime_model().get_ops()
-        integer = sum(_runtime_precision(op) in ("i8", "u8") for op in executed if _is_matrix_product(op))
-        precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        precisions = Counter(_runtime_precision(op) for op in executed if _is_matrix_product(op))
+        integer = sum(precisions[name] for name in _INTEGERS)
+        (precision, _), *_ = precisions.most_common(1)
         streams = int(self.compiled.get_property("NUM_STREAMS"))
         return BackendInfo(
             backend="openvino",
