@@ -86,7 +86,7 @@ class Bench:
         load.client_cpu_ms.append(1e3 * left.cpu_s / max(1, found["texts"]))
         live = await self._live()
         load.stages_ms = live.get("stages_ms") or {}
-        load.loop_lag_ms = (live.get("event_loop_lag_ms") or {}).get("p99")
+        load.loop_lag_ms = (live.get("loop_lag_ms") or {}).get("p99")
 
     async def idle_p50_ms(self) -> float:
         """Median latency of single queries, one at a time."""
