@@ -61,7 +61,9 @@ class PackedModule(torch.nn.Module):
     def __init__(self, loaded: LoadedModel, task: str) -> None:
         """task: embedding or cross_encoder."""
         super().__init__()
-        self.uses_amx = load_operators()
+        # The condition of packed_attention.cpp: the label must say what runs.
+        dim = loaded.base.config.hidden_size // loaded.base.config.num_attention_heads
+        self.uses_amx = load_operators() and loaded.base.dtype == torch.bfloat16 and dim % 32 == 0
         _check_architecture(loaded.base)
         self.first_position = _first_position(loaded.base)
         self._takes_segments = loaded.takes_token_type_ids
