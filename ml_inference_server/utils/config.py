@@ -54,8 +54,8 @@ class ModelSettings(Section):
         None,
         ge=0,
         le=1,
-        description="Least mean cosine to FP32 at load; unset: 0.97 for int8, 0.99 for a cross-encoder in fp16 or bf16, "
-        "0.9999 for the rest.",
+        description="Least mean cosine to FP32 at load; unset: 0.97 for int8, 0.99 for a cross-encoder in fp16 or "
+        "bf16, 0.9999 for the rest.",
     )
     compile: bool = Field(
         False,
