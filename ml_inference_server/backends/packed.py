@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,6 +66,7 @@ class PackedModule(torch.nn.Module):
         dim = loaded.base.config.hidden_size // loaded.base.config.num_attention_heads
         self.uses_amx = load_operators() and loaded.base.dtype == torch.bfloat16 and dim % 32 == 0
         _check_architecture(loaded.base)
+        self.uses_own_layers = self.uses_amx and _use_own_layers(loaded.base)
         self.first_position = _first_position(loaded.base)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
@@ -73,6 +75,9 @@ class PackedModule(torch.nn.Module):
         self._is_embedding = task == "embedding"
         if self._is_embedding:
             self._after = torch.nn.ModuleList(list(loaded.module.model)[1:])  # type: ignore[arg-type]
+            if getattr(self._after[0], "pooling_mode", None) in ("mean", ("mean",)):
+                self._after[0] = PackedMean()
+                self._hidden.pads = False
         else:
             self._classifier: Any = loaded.transformer
             setattr(loaded.transformer, str(loaded.transformer.base_model_prefix), self._hidden)
@@ -94,19 +99,93 @@ class PackedModule(torch.nn.Module):
             return logits
         # Pooling and what follows stay in FP32, as in the padded model.
         hidden = self._hidden(**packed).last_hidden_state.float()
-        features: dict[str, Any] = {"token_embeddings": hidden, "attention_mask": mask}
+        features: dict[str, Any] = {"token_embeddings": hidden, "attention_mask": mask, "starts": starts}
         for module in self._after:
             features = module(features)
         rows: torch.Tensor = features["sentence_embedding"]
         return rows
 
 
+# Layers whose computation native/encoder_layer.cpp holds, as transformers names them.
+_BERT_LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer"}
+
+
+class EncoderLayer(torch.nn.Module):
+    """A layer of BERT or its kin in BF16 as one operator of our own, in place of transformers' module."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, joined = layer.attention.self, layer.attention.output
+        self.heads = int(attention.num_attention_heads)
+        self.eps = float(joined.LayerNorm.eps)
+        matrices = [attention.query, attention.key, attention.value, joined.dense]
+        matrices += [layer.intermediate.dense, layer.output.dense]
+        norms = [joined.LayerNorm, layer.output.LayerNorm]
+        self.matrices = torch.nn.ParameterList([_fixed(_tiles(each.weight)) for each in matrices])
+        self.biases = torch.nn.ParameterList([_fixed(each.bias.detach().float()) for each in matrices])
+        self.norms = torch.nn.ParameterList([_fixed(p.detach().float()) for n in norms for p in (n.weight, n.bias)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, *_: Any, packed_starts: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mlis.encoder_layer(
+            hidden_states[0], packed_starts, list(self.matrices), list(self.biases), list(self.norms), self.heads,
+            self.eps,
+        )  # fmt: skip
+        return out.unsqueeze(0)
+
+
+def _tiles(weight: torch.Tensor) -> torch.Tensor:
+    """As native/linear.h reads it: by 32 outputs, 32 inputs, 16 outputs, pair of inputs, output, one of the pair."""
+    outputs, inputs = weight.shape
+    tiles = weight.detach().to(torch.bfloat16).view(outputs // 32, 2, 16, inputs // 32, 16, 2)
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def _fixed(values: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+def _use_own_layers(base: Any) -> bool:
+    """Put an EncoderLayer in the place of each layer, where the architecture is BERT's and all sizes allow it."""
+    encoder = getattr(base, "encoder", None)
+    layers = getattr(encoder, "layer", None)
+    if not layers or not all(_is_bert_layer(layer) for layer in layers):
+        return False
+    encoder.layer = torch.nn.ModuleList([EncoderLayer(layer) for layer in layers])  # type: ignore[union-attr]
+    return True
+
+
+def _is_bert_layer(layer: Any) -> bool:
+    if type(layer).__name__ not in _BERT_LAYERS or layer.is_decoder:
+        return False
+    activation = layer.intermediate.intermediate_act_fn
+    exact_gelu = isinstance(activation, GELUActivation) and activation.act is torch.nn.functional.gelu
+    return exact_gelu and all(size % 32 == 0 for size in layer.intermediate.dense.weight.shape)
+
+
+class PackedMean(torch.nn.Module):
+    """The mean of each text's tokens; sentence-transformers' Pooling does the same with padded rows, in more time."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        tokens = features["token_embeddings"]
+        places = torch.arange(tokens.shape[0], device=tokens.device)
+        means = torch.nn.functional.embedding_bag(
+            places, tokens, features["starts"], mode="mean", include_last_offset=True
+        )
+        return {**features, "sentence_embedding": means}
+
+
 class _Unpacked(torch.nn.Module):
-    """Runs the base model on packed tokens and gives its hidden states padded, (texts, longest, width)."""
+    """Runs the base model on packed tokens and gives its hidden states padded, (texts, longest, width).
+
+    Without `pads` it gives them as they are, (tokens, width).
+    """
 
     def __init__(self, base: Any) -> None:
         super().__init__()
         self._base = base
+        self.pads = True
 
     def forward(
         self,
@@ -119,7 +198,10 @@ class _Unpacked(torch.nn.Module):
     ) -> BaseModelOutputWithPooling:
         segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._base(input_ids=input_ids, position_ids=position_ids, packed_starts=starts, **segments)
-        hidden = out.last_hidden_state[0][gather]
+        hidden = out.last_hidden_state[0]
+        if not self.pads:
+            return BaseModelOutputWithPooling(hidden)
+        hidden = hidden[gather]
         pooler = getattr(self._base, "pooler", None)
         return BaseModelOutputWithPooling(hidden, None if pooler is None else pooler(hidden))
 

@@ -1,4 +1,4 @@
-"""The project's own operators in C++, built once for this machine: torch.ops.mlis.packed_attention."""
+"""The project's own operators in C++, built once for this machine: torch.ops.mlis.packed_attention, encoder_layer."""
 
 import logging
 import os
@@ -14,7 +14,9 @@ from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("packed_attention.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "packed_attention.cpp", _FOLDER / "encoder_layer.cpp")
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
 _LIMIT_S = 600
 
@@ -29,7 +31,7 @@ def compiler() -> str | None:
 
 @cache
 def load_operators() -> bool:
-    """Build (or read from the cache) and register the operators; whether attention runs in AMX tiles.
+    """Build (or read from the cache) and register the operators; whether they run in AMX tiles.
 
     ModelError if they cannot be built.
     """
@@ -42,7 +44,7 @@ def load_operators() -> bool:
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
     command = [found, *_FLAGS, *(["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"])]
     key = {
-        "source": SOURCE.read_text(encoding="utf-8"),
+        "sources": [file.read_text(encoding="utf-8") for file in (*_SOURCES, *_HEADERS)],
         "torch": torch.__version__,
         "compiler": version[:1],
         "command": command,
@@ -50,11 +52,12 @@ def load_operators() -> bool:
     }
 
     def make(folder: Path) -> None:
-        log.info("building the attention operator with %s (once; later starts read the cache)", found)
+        log.info("building the operators with %s (once; later starts read the cache)", found)
         includes = [part for path in include_paths() for part in ("-isystem", path)]
         libraries = [f"-L{path}" for path in library_paths()]
+        sources = [str(file) for file in _SOURCES]
         built = subprocess.run(
-            [*command, *includes, str(SOURCE), *libraries, "-ltorch_cpu", "-lc10", "-o", str(folder / "operators.so")],
+            [*command, *includes, *sources, *libraries, "-ltorch_cpu", "-lc10", "-o", str(folder / "operators.so")],
             capture_output=True,
             text=True,
             check=False,
@@ -62,13 +65,17 @@ def load_operators() -> bool:
         )
         if built.returncode:
             error = next((line for line in built.stderr.splitlines() if "error" in line), built.stderr[-200:])
-            raise ModelError(f"{found} cannot build {SOURCE.name} ({error.strip()}): set model.compile: false")
+            raise ModelError(f"{found} cannot build the operators ({error.strip()}): set model.compile: false")
 
     torch.ops.load_library(str(cached("operators", key, make) / "operators.so"))  # type: ignore[no-untyped-call]
 
     @torch.library.register_fake("mlis::packed_attention")
     def _shape(q, k, v, starts, scale, causal):  # type: ignore[no-untyped-def]
         return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("mlis::encoder_layer")
+    def _layer_shape(x, starts, matrices, biases, norms, heads, eps):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
 
     return bool(torch.ops.mlis.uses_amx())
 
