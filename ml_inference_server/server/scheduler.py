@@ -67,9 +67,6 @@ class Ticket:
     request: RequestTrace | None = field(default_factory=CURRENT.get)
 
 
-_Answer = tuple[asyncio.Future[NDArray[np.float32]], NDArray[np.float32]]
-
-
 class _Running(NamedTuple):
     since: float
     tokens: int
@@ -197,8 +194,6 @@ class DynamicBatcher:
                 # A bug in the policy must not leave anybody waiting.
                 log.exception("the batching policy failed; every waiting request is answered with an error")
                 for ticket in list(self._tickets):
-                    if not ticket.missing:
-                        continue  # it has its answer, or has not queued yet
                     _fail(ticket, ServiceError("internal error in the batcher"))
                     for item in ticket.items:
                         item.waiting = False
@@ -212,18 +207,14 @@ class DynamicBatcher:
             self._free_slots -= 1
             task = self._loop.create_task(self._run(chosen))
             self._running[task] = _Running(self._loop.time(), chosen.tokens)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._slot_free)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _slot_free(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._free_slots += 1
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
-        self._free_slot(task)
-
-    def _free_slot(self, task: asyncio.Task[None] | None) -> None:
-        """Start the next batch in the place of `task`'s; a second call for the same task does nothing."""
-        if task is not None and self._running.pop(task, None) is not None:
-            self._free_slots += 1
-            self._pump()
+        self._pump()
 
     async def _run(self, batch: Batch) -> None:
         try:
@@ -266,17 +257,11 @@ class DynamicBatcher:
                 _settle_failure(items[0], BackendFailure("the model failed on this input, twice, on its own"))
             return
         self._failures_in_a_row = 0
-        complete = self._scatter(items, output)
-        if closed_by is not ClosedBy.RETRY:
-            # The engine gets its next batch first: it need not wait until all these callers have been answered.
-            self._free_slot(asyncio.current_task())
-        for future, rows in complete:
-            future.set_result(rows)
         self._observe(items, closed_by, now, output.started_at, output.ended_at, ok=True)
+        self._scatter(items, output)
 
-    def _scatter(self, items: Sequence[Item], output: Output) -> list[_Answer]:
-        """Give each text its row; the answers of the requests that now have all of theirs."""
-        complete: list[_Answer] = []
+    def _scatter(self, items: Sequence[Item], output: Output) -> None:
+        """Give each text its row, and each request its answer once it has all of them."""
         rows = np.asarray(output.rows, np.float32)
         finite = np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
         for item, row, is_finite in zip(items, rows, finite, strict=True):
@@ -291,8 +276,7 @@ class DynamicBatcher:
                 ticket.missing -= 1
                 ticket.last_started_at, ticket.ended_at = output.started_at, output.ended_at
                 if not ticket.missing:
-                    complete.append((ticket.future, ticket.rows))
-        return complete
+                    ticket.future.set_result(ticket.rows)
 
     def _observe(
         self,
