@@ -5,11 +5,21 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 if sys.platform != "win32":
     import uvloop
+
+    class _EventLoop(uvloop.Loop):
+        """uvloop's own clock has steps of a millisecond and stands still within a turn: no base for measurements."""
+
+        def time(self) -> float:
+            return time.monotonic()
+
+else:
+    _EventLoop = asyncio.ProactorEventLoop
 
 from ml_inference_server import __version__
 from ml_inference_server.server.lifecycle import serve
@@ -80,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from(args)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
-        run = asyncio.run if sys.platform == "win32" else uvloop.run
-        return run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
+        with asyncio.Runner(loop_factory=_EventLoop) as runner:
+            return runner.run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -54,7 +54,7 @@ class CompiledModel:
         with torch.inference_mode():
             expected = loaded.module(torch.from_numpy(probe.input_ids), torch.from_numpy(probe.attention_mask))
         self._module = PackedModule(loaded, task).eval()
-        self.attention = "AMX attention" if self._module.uses_amx else "attention text by text"
+        self.attention = self._module.attention
         _use_cache(loaded.files.weights_sha256, threads)
         torch._dynamo.config.cache_size_limit = 64
         self._graph = torch.compile(self._module, dynamic=True)

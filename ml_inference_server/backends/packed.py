@@ -64,9 +64,10 @@ class PackedModule(torch.nn.Module):
         super().__init__()
         # The condition of packed_attention.cpp: the label must say what runs.
         dim = loaded.base.config.hidden_size // loaded.base.config.num_attention_heads
-        self.uses_amx = load_operators() and loaded.base.dtype == torch.bfloat16 and dim % 32 == 0
+        uses_amx = load_operators() and loaded.base.dtype == torch.bfloat16 and dim % 32 == 0
         _check_architecture(loaded.base)
-        self.uses_own_layers = self.uses_amx and _use_own_layers(loaded.base)
+        uses_own_layers = uses_amx and _use_own_layers(loaded.base)
+        self.attention = "AMX layers" if uses_own_layers else "AMX attention" if uses_amx else "attention text by text"
         self.first_position = _first_position(loaded.base)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -18,7 +19,7 @@ from transformers import (
     RobertaModel,
 )
 
-from ml_inference_server.backends import create_backend, native
+from ml_inference_server.backends import create_backend, native, packed
 from ml_inference_server.backends.base import Backend, Encoded, collate
 from ml_inference_server.backends.resolve import resolve, title
 from ml_inference_server.backends.start import start_backend
@@ -79,6 +80,43 @@ def test_bf16_attention_of_heads_of_any_tile_width(dim: int, tmp_path: Path) -> 
 
 
 @needs_compiler
+@pytest.mark.parametrize(("width", "heads", "inner"), [(64, 2, 96), (128, 2, 512), (384, 12, 1536)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_bert_layer_in_tiles_gives_what_transformers_gives(width: int, heads: int, inner: int, threads: int) -> None:
+    """For texts around the tiles' sizes, more rows than are kept in the cache, and places that belong to no text."""
+    if not native.load_operators():
+        pytest.skip("no AMX")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=inner, num_hidden_layers=1)
+    layer = BertModel(config).encoder.layer[0].eval()
+    for parameter in layer.parameters():
+        parameter.data = (parameter + 0.1 * torch.randn_like(parameter)).bfloat16().float()
+    tiled = packed.EncoderLayer(layer)
+    for lengths in [[1], [16, 17], [31, 33, 2], [200, 5, 256]]:
+        starts = torch.tensor([0, *np.cumsum(lengths)])
+        x = torch.randn(1, sum(lengths) + 7, width).bfloat16()
+        with torch.inference_mode():
+            got = tiled(x, None, packed_starts=starts)[0].float()
+            assert got.isfinite().all()
+            for first, end in itertools.pairwise(starts):
+                expected = layer(x[:, first:end].float())[0]
+                torch.testing.assert_close(got[first:end], expected, atol=0.06, rtol=0.02)
+                alike = torch.nn.functional.cosine_similarity(got[first:end], expected)
+                assert alike.min() > 0.9999
+
+
+@needs_compiler
+def test_only_layers_of_the_exact_kind_run_in_tiles() -> None:
+    kinds = {"gelu": True, "gelu_new": False, "relu": False}
+    for activation, expected in kinds.items():
+        config = BertConfig(hidden_act=activation, num_hidden_layers=1, **SHAPE)
+        assert packed._is_bert_layer(BertModel(config).encoder.layer[0]) is expected
+    decoder = BertConfig(is_decoder=True, num_hidden_layers=1, **SHAPE)
+    assert not packed._is_bert_layer(BertModel(decoder).encoder.layer[0])
+
+
+@needs_compiler
 def test_a_cross_encoder_scores_with_its_segments(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=1, num_labels=1, **SHAPE)
@@ -113,8 +151,6 @@ def test_an_architecture_that_cannot_run_packed_is_refused(kind: str, tmp_path: 
 
 @needs_compiler
 def test_answers_other_than_the_uncompiled_models_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ml_inference_server.backends import packed
-
     monkeypatch.setattr(packed, "_first_position", lambda base: 3)  # as for an architecture that counts otherwise
     assert "otherwise than the uncompiled one" in refused(tiny, "pytorch", compile=True)
 
@@ -125,6 +161,13 @@ def test_the_label_says_compiled_and_what_runs(tiny: Path) -> None:
     assert (started.info.compiled, started.info.padding_free) == (True, True)
     assert started.info.execution_provider.endswith("compiled, attention text by text")  # FP32 has no tiles
     assert "pytorch fp32 compiled on cpu" in title(started.resolution, started.info)
+
+
+@needs_compiler
+def test_the_label_of_bf16_says_what_runs_in_tiles(tiny: Path) -> None:
+    info = start(tiny, "pytorch", compile=True, quantized=True, quantization="bf16").info
+    runs = "AMX layers" if native.load_operators() else "attention text by text"
+    assert info.execution_provider.endswith(f"compiled, {runs}")
 
 
 @needs_compiler

@@ -18,8 +18,8 @@ inline bool amx_granted() {
   return granted;
 }
 
-constexpr int kRows = 16;        // rows of a tile
-constexpr int kTile = 16 * 32;   // BF16 values of a tile
+constexpr int kRows = 16;       // rows of a tile
+constexpr int kTile = 16 * 32;  // BF16 values of a tile
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

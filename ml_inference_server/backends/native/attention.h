@@ -58,8 +58,8 @@ struct Scratch {
   std::vector<float> scores, out;
 };
 
-inline void one_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, int64_t length, int64_t stride,
-              int64_t dim, float scale, bool causal, Scratch& s) {
+inline void one_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, int64_t length,
+                     int64_t stride, int64_t dim, float scale, bool causal, Scratch& s) {
   const int64_t key_blocks = (length + 15) / 16, key_steps = (length + 31) / 32, wide = key_steps * 32;
   const int64_t dim_steps = dim / 32, dim_blocks = dim / 16;
   s.keys.resize(key_steps * 2 * dim_steps * 512);

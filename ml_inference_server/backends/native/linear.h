@@ -115,9 +115,8 @@ void multiply(const uint16_t* x_tiles, const Matrix& matrix, uint16_t* to, int64
 // The same for all outputs, by all threads.
 template <bool kInner>
 void multiply_all(const uint16_t* x_tiles, const Matrix& matrix, uint16_t* to, int64_t rows) {
-  at::parallel_for(0, matrix.out / kBlock, 1, [&](int64_t first, int64_t last) {
-    multiply<kInner>(x_tiles, matrix, to, rows, first, last);
-  });
+  at::parallel_for(0, matrix.out / kBlock, 1,
+                   [&](int64_t first, int64_t last) { multiply<kInner>(x_tiles, matrix, to, rows, first, last); });
 }
 
 }  // namespace mlis
