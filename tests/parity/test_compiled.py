@@ -164,8 +164,15 @@ def test_the_label_says_compiled_and_what_runs(tiny: Path) -> None:
 
 
 @needs_compiler
-def test_the_label_of_bf16_says_what_runs_in_tiles(tiny: Path) -> None:
-    info = start(tiny, "pytorch", compile=True, quantized=True, quantization="bf16").info
+def test_bf16_serves_in_tiles_and_its_label_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {**SHAPE, "hidden_size": 64}  # two heads as wide as a tile
+    folder = save(BertModel(BertConfig(num_hidden_layers=2, **shape)), tmp_path)
+    plain, compiled = both(folder, quantized=True, quantization="bf16")
+    for lengths in MIXES:
+        alike = (rows_of(plain, lengths) * rows_of(compiled, lengths)).sum(axis=1)
+        assert alike.min() > 0.9995
+    info = compiled.info
     runs = "AMX layers" if native.load_operators() else "attention text by text"
     assert info.execution_provider.endswith(f"compiled, {runs}")
 
