@@ -24,7 +24,11 @@ def save(transformer: PreTrainedModel, folder: Path) -> Path:
     """A whole sentence-transformers model round `transformer`: mean pooling and normalisation."""
     transformer.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(find_model(ModelSettings().name).folder).save_pretrained(folder / "base")
-    parts = [modules.Transformer(str(folder / "base"), max_seq_length=48), modules.Pooling(WIDTH), modules.Normalize()]
+    parts = [
+        modules.Transformer(str(folder / "base"), max_seq_length=48),
+        modules.Pooling(transformer.config.hidden_size),
+        modules.Normalize(),
+    ]
     SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder / "model"))
     return folder / "model"
 
