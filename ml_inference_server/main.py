@@ -12,6 +12,16 @@ from pathlib import Path
 if sys.platform != "win32":
     import uvloop
 
+from ml_inference_server import __version__
+from ml_inference_server.server.lifecycle import serve
+from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
+from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
+
+log = logging.getLogger(__name__)
+
+if sys.platform != "win32":
+
     class _EventLoop(uvloop.Loop):
         """uvloop's own clock has steps of a millisecond and stands still within a turn: no base for measurements."""
 
@@ -20,14 +30,6 @@ if sys.platform != "win32":
 
 else:
     _EventLoop = asyncio.ProactorEventLoop
-
-from ml_inference_server import __version__
-from ml_inference_server.server.lifecycle import serve
-from ml_inference_server.utils.config import Settings, load_settings
-from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
-from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
-
-log = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
