@@ -22,7 +22,8 @@ class Conditions:
         self._clock_mhz = _clock_mhz()
 
     def end(self, client_cpu_s: float) -> dict[str, Any]:
-        """steal_share, others_share: of all CPU time of the machine, 0..1; None where the system does not tell.
+        """steal_share, others_share: of all CPU time of the machine, 0..1; None where the system does not tell, and
+        for what lasted less than a tick of its CPU clock (10 ms on Linux).
 
         client_cpu_s: what the benchmark itself used in between.
         """

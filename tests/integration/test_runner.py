@@ -26,13 +26,16 @@ from tests.integration.benchmark_kit import ROOT, SCRIPTED, python, write_pairs
 # The end of a process that was told to end; far above what it takes, so that only a real orphan reaches it.
 END_TIMEOUT_S = 60
 
+# A row of it lasts several ticks of the kernel's CPU clock (10 ms); of less, nothing can be said about other programs.
+MODEL = "fake:base_ms=40"
+
 
 def write_experiment(folder: Path, name: str = "trial", *, requests: int = 4, repeats: int = 1, more: str = "") -> Path:
     pairs = write_pairs(folder / "pairs.tsv")
     path = folder / f"{name}.yaml"
     path.write_text(
         f"name: {name}\n"
-        f"model: {{backend: fake}}\n"
+        f"model: {{backend: fake, name: '{MODEL}'}}\n"
         f"experiment: {{batch_sizes: [1, 2], concurrency_levels: [2], benchmark_requests: {requests},"
         f" warmup_iterations: 1, repeats: {repeats}, dataset: {pairs}}}\n{more}"
     )
