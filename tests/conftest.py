@@ -15,7 +15,7 @@ import pytest
 
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.resolve import resolve
-from ml_inference_server.backends.start import Started
+from ml_inference_server.backends.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
@@ -23,6 +23,7 @@ from ml_inference_server.server.lifecycle import attach
 from ml_inference_server.server.servicers.native import NativeServicer
 from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
 
 P = ParamSpec("P")
@@ -107,7 +108,10 @@ async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     resolution = resolve(settings.model)
     backend = FakeBackend(resolution.model)
     backend.load_model()
-    attach(state, Started(resolution, backend, backend.info), metrics)
+    described = Described(resolution=resolution, info=backend.info, tokenizer=backend.tokenizer)
+    if settings.server.enable_test_faults:
+        backend.enable_faults()
+    attach(state, described, ThreadWorker(backend), metrics)
     await grpc_server.set_serving(True)
     channel = grpc.aio.insecure_channel(
         f"127.0.0.1:{grpc_server.port}", options=[("grpc.max_receive_message_length", 64 << 20)]

@@ -27,9 +27,12 @@ from ml_inference_server.backends.compare import grouped_batches
 from ml_inference_server.backends.model_files import architecture_of, find_model
 from ml_inference_server.backends.resolve import title
 from ml_inference_server.backends.start import start_backend
+from ml_inference_server.utils.child import has_huge_pages, huge_pages_for_children
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import ConfigError, StartError
 from ml_inference_server.utils.logging import set_up_logging
+
+_MODULE = "ml_inference_server.backends.ceiling"
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,8 @@ class Ceiling:
 
 def measure(settings: Settings, texts: Sequence[str], seconds: float) -> Ceiling:
     """Load the backend of `settings` and time it on `texts`. ModelError where it is not fit to run."""
-    started = start_backend(settings.model, lambda phase: log.info("%s", phase))
+    model = settings.model.model_copy(update={"process_per_stream": False})
+    started = start_backend(model, lambda phase: log.info("%s", phase))
     backend, info = started.backend, started.info
     if info.task == "cross_encoder":
         rows = backend.tokenizer.encode_pairs([(texts[0], text) for text in texts])
@@ -227,9 +231,7 @@ def report(found: Ceiling) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ml_inference_server.backends.ceiling", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", type=Path, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("--variant", default="", metavar="NAME", help="one of the experiment's variants")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -245,6 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.seconds > 0:
             raise ConfigError(f"--seconds {args.seconds}: expected more than 0")
         settings = load_settings(args.experiment, overrides=args.overrides, variant=args.variant)
+        if settings.model.process_per_stream and not has_huge_pages():
+            # As the server's processes have them: what is compared must differ in nothing else.
+            with huge_pages_for_children():
+                os.execv(sys.executable, [sys.executable, "-m", _MODULE, *(argv or sys.argv[1:])])  # noqa: S606
         found = measure(settings, read_texts(args.texts, args.workload)[:_MAX_TEXTS], args.seconds)
         if args.json is not None:
             args.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@ text that holds one of FAULTS makes its batch misbehave.
 """
 
 import hashlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ _START, _END = 1, 2
 _FIRST_WORD = 1000
 
 # Fault word -> token id. A word may carry a number behind a colon (!slow:50), which becomes the next token.
-FAULTS = {"!raise": 10, "!raise-once": 11, "!nan": 12, "!short": 13, "!slow": 14, "!inf": 15}
+FAULTS = {"!raise": 10, "!raise-once": 11, "!nan": 12, "!short": 13, "!slow": 14, "!inf": 15, "!crash": 16}
 
 
 def _word_id(word: str) -> int:
@@ -146,6 +148,8 @@ class FakeBackend:
         for i, row in enumerate(rows):
             if FAULTS["!slow"] in row:
                 time.sleep((row[row.index(FAULTS["!slow"]) + 1] - _FIRST_WORD) / 1000)
+            if FAULTS["!crash"] in row:
+                os.kill(os.getpid(), signal.SIGKILL)
             if FAULTS["!raise"] in row:
                 raise RuntimeError("fault word !raise")
             if FAULTS["!raise-once"] in row and row not in self._raised:

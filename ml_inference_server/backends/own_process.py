@@ -1,13 +1,11 @@
 """One piece of work in a process of its own: its crash, its memory and its thread settings end with it."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError, StartError
 
@@ -42,20 +40,11 @@ def in_own_process(work: Callable[[ModelSettings], T], model: ModelSettings, lim
 
 
 def _child(connection: Connection, work: Callable[[ModelSettings], Any], model: ModelSettings) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_child()
     try:
         connection.send((True, work(model)))
     except Exception as error:
         connection.send((False, one_line(error)))
-
-
-def _end_with_parent() -> None:
-    """The server may end without a farewell; nobody waits for the answer then."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def one_line(error: Exception) -> str:

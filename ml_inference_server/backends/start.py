@@ -6,21 +6,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ml_inference_server.backends import auto, create_backend, parity
-from ml_inference_server.backends.base import Backend, BackendInfo
+from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
 from ml_inference_server.backends.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """`info` is the backend's own, with the measured parity. `auto_choice`: what auto chose and why; else empty."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A started model as the server knows it; can be sent from one process to another.
+
+    `info` is the backend's own, with the measured parity. `auto_choice`: what auto chose and why; else empty.
+    """
 
     resolution: Resolution
-    backend: Backend
     info: BackendInfo
+    tokenizer: TextTokenizer
     auto_choice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Described):
+    """With the backend itself."""
+
+    backend: Backend
+
+    def described(self) -> Described:
+        return Described(
+            resolution=self.resolution, info=self.info, tokenizer=self.tokenizer, auto_choice=self.auto_choice
+        )
 
 
 def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started:
@@ -36,14 +51,25 @@ def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started
     for sentence in resolution.warnings:
         log.warning("%s", sentence)
     phase("loading the model")
-    backend = create_backend(resolution.model)
-    backend.load_model()
-    resolution.check(backend.info)
-    backend.warmup(lambda done, total: phase(f"warming up {done}/{total}"))
+    backend = load_resolved(resolution, lambda done, total: phase(f"warming up {done}/{total}"))
     phase("checking the parity to FP32")
     measured = parity.measure(backend, resolution.model)
     parity.check(measured, resolution.model)
     info = backend.info
+    if model.process_per_stream:
+        info = dataclasses.replace(info, concurrency=resolution.model.streams)
     if measured is not None:
         info = dataclasses.replace(info, parity_mean=measured.mean, parity_min=measured.least)
-    return Started(resolution, backend, info, auto_choice)
+    return Started(
+        resolution=resolution, backend=backend, info=info, tokenizer=backend.tokenizer, auto_choice=auto_choice
+    )
+
+
+def load_resolved(resolution: Resolution, progress: Progress) -> Backend:
+    """A loaded, warm backend that runs what was resolved; where each stream has a process, one stream of it."""
+    model = resolution.model
+    backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
+    backend.load_model()
+    resolution.check(backend.info)
+    backend.warmup(progress)
+    return backend

@@ -16,7 +16,7 @@ class Conditions:
 
     def __init__(self, server_pid: int | None) -> None:
         self._server_pid = server_pid
-        self._server_cpu_s = _cpu_s(server_pid)
+        self._server_cpu_s = process_cpu_s(server_pid)
         self._times = psutil.cpu_times()
         self._throttled = _throttle_count()
         self._clock_mhz = _clock_mhz()
@@ -27,7 +27,7 @@ class Conditions:
 
         client_cpu_s: what the benchmark itself used in between.
         """
-        server_cpu_s = _cpu_s(self._server_pid)
+        server_cpu_s = process_cpu_s(self._server_pid)
         ours_cpu_s = None
         if server_cpu_s is not None and self._server_cpu_s is not None:
             ours_cpu_s = client_cpu_s + server_cpu_s - self._server_cpu_s
@@ -67,7 +67,7 @@ def trouble(conditions: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     return found
 
 
-def _cpu_s(pid: int | None) -> float | None:
+def process_cpu_s(pid: int | None) -> float | None:
     """What a process and its children have used so far; None where it cannot be told."""
     if not pid:
         return None

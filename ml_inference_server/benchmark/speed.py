@@ -20,10 +20,10 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import psutil
 from tqdm import tqdm
 
 from ml_inference_server.benchmark.channel import Target
+from ml_inference_server.benchmark.conditions import process_cpu_s
 from ml_inference_server.benchmark.dataset import Dataset, Kind, load_dataset
 from ml_inference_server.benchmark.drive import Driver, Left, Share
 from ml_inference_server.benchmark.in_process import time_in_process
@@ -69,16 +69,16 @@ class Bench:
     def __init__(self, target: Target, ports: dict[str, int], dataset: Dataset, seconds: float) -> None:
         self._target = target
         self._url = f"http://{LOOPBACK}:{ports['http_port']}/metrics"
-        self._process = psutil.Process(ports["pid"])
+        self._pid = ports["pid"]
         self._dataset = dataset
         self._seconds = seconds
 
     async def closed(self, load: Load) -> None:
         """One repeat of `load`, after a warm-up of its own."""
         await self._drive(load, concurrency=load.concurrency, duration_s=_WARMUP_S)
-        cpu_s = sum(self._process.cpu_times()[:2])
+        cpu_s = process_cpu_s(self._pid)
         left = await self._drive(load, concurrency=load.concurrency, duration_s=self._seconds)
-        cpu_s = sum(self._process.cpu_times()[:2]) - cpu_s
+        cpu_s = (process_cpu_s(self._pid) or 0.0) - (cpu_s or 0.0)
         found = figures(left.records, batch_size=load.batch_size, scores=False, is_open=False)
         load.errors += sum(found["errors"].values()) + found["unfinished"]
         load.texts_per_s.append(found["texts_per_s"])

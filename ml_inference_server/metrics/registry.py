@@ -40,6 +40,7 @@ class Metrics:
         self._queue_texts: Callable[[], int] = int
         self._queue_tokens: Callable[[], int] = int
         self._batches_in_flight: Callable[[], int] = int
+        self._restarts: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
         self._in_flight = self._series.numbers["mlis_in_flight_requests"]
@@ -147,12 +148,19 @@ class Metrics:
         queue_tokens: Callable[[], int],
         batches_in_flight: Callable[[], int],
         slots: int = 1,
+        pids: Callable[[], Sequence[int]] = tuple,
+        restarts: Callable[[], int] = int,
     ) -> None:
-        """Where to look up the queue when somebody asks; until then it is empty. slots: batches at a time."""
+        """Where to look up the queue when somebody asks; until then it is empty. slots: batches at a time.
+
+        pids: of the processes that the model runs in, besides this one; restarts: how many were started anew.
+        """
         self._queue_texts = queue_texts
         self._queue_tokens = queue_tokens
         self._batches_in_flight = batches_in_flight
         self._slots = slots
+        self._system.pids = pids
+        self._restarts = restarts
 
     def observe_loop_lag(self, seconds: float) -> None:
         """How late the event loop ran a callback that was due."""
@@ -203,6 +211,7 @@ class Metrics:
             ("mlis_queue_tokens", now.queue_tokens),
             ("mlis_in_flight_batches", now.batches_in_flight),
             ("mlis_batch_slots", now.slots),
+            ("mlis_engine_restarts_total", self._restarts()),
             ("mlis_uptime_seconds", now.uptime_s),
             ("mlis_gpu_memory_bytes", now.system.gpu["memory_bytes"] if now.system.gpu else 0),
             ("process_cpu_seconds_total", now.system.cpu_seconds),

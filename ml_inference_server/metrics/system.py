@@ -1,7 +1,9 @@
-"""What this process and the machine use: CPU, memory, GPU memory."""
+"""What the server's processes and the machine use: CPU, memory, GPU memory."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +17,25 @@ class SystemFigures:
     """One sample. CPU figures cover the time since the sample before; in the first one, since the process (or the
     machine) started."""
 
-    cpu_percent: float  # of this process; 100 is one core kept busy
+    cpu_percent: float  # of the server's processes; 100 is one core kept busy
     machine_cpu_percent: float  # of all cores together, 0..100
     cpu_count: int  # logical CPUs of the machine
-    cpu_seconds: float  # of this process, since it started
-    rss_bytes: int
+    cpu_seconds: float  # of the server's processes, since they started
+    rss_bytes: int  # of the server's processes
     gpu: dict[str, Any] | None
 
 
 class SystemSampler:
-    """Takes a sample when the last one is older than SAMPLE_EVERY_S, and repeats the last one otherwise."""
+    """Takes a sample when the last one is older than SAMPLE_EVERY_S, and repeats the last one otherwise.
+
+    `pids` tells which processes, besides this one, belong to the server now.
+    """
 
     def __init__(self, now_s: float) -> None:
+        self.pids: Callable[[], Sequence[int]] = tuple
         self._process = psutil.Process()
+        self._others: dict[int, psutil.Process] = {}
+        self._others_cpu_s: dict[int, float] = {}  # also of those that have ended: a counter must not fall
         self._sampled_s = now_s - max(time.time() - self._process.create_time(), SAMPLE_EVERY_S)
         self._cpu_seconds = self._machine_busy_s = self._machine_total_s = 0.0
         self._machine_percent = 0.0
@@ -40,7 +48,8 @@ class SystemSampler:
         return self._figures
 
     def _take(self, now_s: float) -> SystemFigures:
-        cpu_seconds = time.process_time()
+        others_rss_bytes = self._look_at_others()
+        cpu_seconds = time.process_time() + sum(self._others_cpu_s.values())
         percent = 100 * (cpu_seconds - self._cpu_seconds) / (now_s - self._sampled_s)
         self._sampled_s, self._cpu_seconds = now_s, cpu_seconds
         return SystemFigures(
@@ -48,9 +57,19 @@ class SystemSampler:
             machine_cpu_percent=self._machine_cpu_percent(),
             cpu_count=self._cpu_count,
             cpu_seconds=cpu_seconds,
-            rss_bytes=self._process.memory_info().rss,
+            rss_bytes=self._process.memory_info().rss + others_rss_bytes,
             gpu=gpu_figures(sys.modules.get("torch")),
         )
+
+    def _look_at_others(self) -> int:
+        """Notes their CPU time; their resident memory in bytes."""
+        rss_bytes = 0
+        for pid in self.pids():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                process = self._others.setdefault(pid, psutil.Process(pid))
+                self._others_cpu_s[pid] = sum(process.cpu_times()[:2])
+                rss_bytes += process.memory_info().rss
+        return rss_bytes
 
     def _machine_cpu_percent(self) -> float:
         times = psutil.cpu_times()

@@ -162,11 +162,18 @@ TABLE = (
     Row(
         "mlis_batch_slots", "gauge", "slots", (), "Batches that the model can work on at a time; 0 before it is loaded."
     ),
+    Row(
+        "mlis_engine_restarts_total",
+        "counter",
+        "restarts",
+        (),
+        "Processes of the model that ended and were started anew (model.process_per_stream).",
+    ),
     Row("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
     Row("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
     # The last two carry the names that every Prometheus client library gives them.
-    Row("process_cpu_seconds_total", "counter", "seconds", (), "CPU time of this process, user and system."),
-    Row("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of this process."),
+    Row("process_cpu_seconds_total", "counter", "seconds", (), "CPU time of the server's processes, user and system."),
+    Row("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of the server's processes."),
 )
 
 

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_inference_server.backends.resolve import title
-from ml_inference_server.backends.start import Started, start_backend
+from ml_inference_server.backends.start import Described, start_backend
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.health import watch_health, watch_parent
+from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
 from ml_inference_server.server.servicers.native import NativeServicer
 from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.server.workers import ThreadWorker
+from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, ConfigError
 
@@ -117,49 +118,64 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
 
 
 async def _load(state: ServerState, metrics: Metrics, signals: StopSignals) -> bool:
-    """Resolve, load, warm up, in a thread; False if the process was told to stop before that was done."""
-
-    loading = _in_daemon_thread(
-        lambda: start_backend(state.settings.model, lambda phase: setattr(state, "phase", phase))
-    )
+    """Resolve, load, warm up; False if the process was told to stop before that was done."""
+    loading = asyncio.create_task(load(state))
     stopped = asyncio.create_task(signals.asked.wait())
     waiting: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
         log.warning("told to stop while the model was loading")
+        loading.cancel()
+        await asyncio.wait([loading])
         return False
-    started = loading.result()
-    attach(state, started, metrics)
-    info = started.info
-    log.info("running %s", title(started.resolution, info))
+    described, worker = loading.result()
+    attach(state, described, worker, metrics)
+    info = described.info
+    log.info("running %s", title(described.resolution, info))
     if info.parity_mean is not None and info.parity_min is not None:
         log.info("parity to FP32: mean %.5f, lowest %.5f", info.parity_mean, info.parity_min)
     log.info(
-        "weights %s (%s), source: %s; %d streams of %d threads",
+        "weights %s (%s), source: %s; %d streams of %d threads%s",
         info.weights_file or "none",
         info.weights_sha256[:12] or "-",
         info.source,
         info.concurrency,
         info.threads,
+        ", each in a process of its own" if state.settings.model.process_per_stream else "",
     )
     return True
 
 
-def attach(state: ServerState, started: Started, metrics: Metrics) -> None:
-    """Put a loaded, warm backend behind the batcher and the service. ConfigError where settings and model disagree."""
-    settings, info, backend = state.settings, started.info, started.backend
+async def load(state: ServerState) -> tuple[Described, Worker]:
+    """A loaded, warm model and the worker that runs it: processes of its own or threads of this one."""
+    model = state.settings.model
+    faults = state.settings.server.enable_test_faults  # Settings allow this with the fake backend only
+
+    def phase(text: str) -> None:
+        state.phase = text
+
+    if model.process_per_stream:
+        worker = ProcessWorker(hang_timeout_s=state.settings.server.hang_timeout_ms / 1000, faults=faults)
+        return await worker.start(model, phase), worker
+    started = await _in_daemon_thread(lambda: start_backend(model, phase))
+    if faults:
+        started.backend.enable_faults()  # type: ignore[attr-defined]
+    return started, ThreadWorker(started.backend)
+
+
+def attach(state: ServerState, described: Described, worker: Worker, metrics: Metrics) -> None:
+    """Put a loaded, warm model behind the batcher and the service. ConfigError where settings and model disagree."""
+    settings, info = state.settings, described.info
     if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
         raise ConfigError(
             f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
             f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
         )
-    if settings.server.enable_test_faults:
-        backend.enable_faults()  # type: ignore[attr-defined] # Settings allow this with the fake backend only
     limits = batch_limits(settings.batching, info)
-    state.resolution, state.info, state.auto_choice = started.resolution, info, started.auto_choice
-    state.batcher = DynamicBatcher(ThreadWorker(backend), limits, settings.batching, metrics)
-    state.service = InferenceService(backend.tokenizer, info.task, state.batcher, settings.server, metrics)
+    state.resolution, state.info, state.auto_choice = described.resolution, info, described.auto_choice
+    state.batcher = DynamicBatcher(worker, limits, settings.batching, metrics)
+    state.service = InferenceService(described.tokenizer, info.task, state.batcher, settings.server, metrics)
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

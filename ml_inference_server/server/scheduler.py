@@ -97,6 +97,8 @@ class DynamicBatcher:
             queue_tokens=lambda: self._queue.tokens,
             batches_in_flight=lambda: len(self._running),
             slots=worker.slots,
+            pids=lambda: worker.pids,
+            restarts=lambda: worker.restarts,
         )
 
     # Admission
@@ -326,6 +328,11 @@ class DynamicBatcher:
     def failures_in_a_row(self) -> int:
         """Texts that failed alone since the last batch that succeeded."""
         return self._failures_in_a_row
+
+    @property
+    def trouble(self) -> str:
+        """Why no batch can run now; empty if one can."""
+        return self._worker.trouble
 
     def oldest_batch_s(self) -> float:
         """How long the longest-running batch has been in flight; 0 when none is."""

@@ -47,6 +47,8 @@ class ServerState:
         running_s = self.batcher.oldest_batch_s()
         if running_s * 1000 > self.settings.server.hang_timeout_ms:
             return False, f"a batch has been running for {running_s:.0f} s"
+        if self.batcher.trouble:
+            return False, self.batcher.trouble
         if self.batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             return False, f"the last {self.batcher.failures_in_a_row} texts failed in the model"
         return True, "ready"

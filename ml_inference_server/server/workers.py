@@ -28,6 +28,21 @@ class Worker(Protocol):
     @property
     def slots(self) -> int: ...
 
+    @property
+    def pids(self) -> Sequence[int]:
+        """Processes besides the server's own that belong to it now."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often one of them had to be started anew."""
+        ...
+
+    @property
+    def trouble(self) -> str:
+        """Why no batch can run now; empty if one can."""
+        ...
+
     async def run(self, rows: Sequence[Encoded]) -> Output:
         """Run one batch; raises whatever the backend raised."""
         ...
@@ -37,6 +52,10 @@ class Worker(Protocol):
 
 class ThreadWorker:
     """Runs a loaded backend in `backend.info.concurrency` threads of this process."""
+
+    pids: Sequence[int] = ()
+    restarts = 0
+    trouble = ""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

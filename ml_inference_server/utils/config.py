@@ -67,6 +67,11 @@ class ModelSettings(Section):
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads for one batch; 0: the CPUs divided by `streams`.")
     streams: int = Field(0, ge=0, le=64, description="Batches in flight; 0: one per CPU up to 2 on cpu, 1 elsewhere.")
+    process_per_stream: bool = Field(
+        False,
+        description="Run each stream in a process of its own: Python's lock does not come between model and requests, "
+        "and a batch that crashes or hangs costs that process, which is started anew. Each holds the model once.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
@@ -131,7 +136,11 @@ class ServerSettings(Section):
         0, ge=0, le=600_000, description="How long to go on accepting after SIGTERM while health says NOT_SERVING."
     )
     hang_timeout_ms: int = Field(
-        60_000, ge=100, le=86_400_000, description="A batch that runs longer turns health to NOT_SERVING."
+        60_000,
+        ge=100,
+        le=86_400_000,
+        description="A batch that runs longer turns health to NOT_SERVING; with `model.process_per_stream` its process "
+        "is ended and started anew.",
     )
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 

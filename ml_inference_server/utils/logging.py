@@ -22,6 +22,13 @@ _NOISY = (
     "asyncio",
 )
 
+_chosen: list[tuple[str, LogFormat]] = [("INFO", "text")]
+
+
+def logging_choice() -> tuple[str, LogFormat]:
+    """What `set_up_logging` was last called with: for processes that this one starts."""
+    return _chosen[0]
+
 
 def set_up_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
     """`level` is a name of the logging module. Third-party chatter below WARNING is shown at DEBUG only.
@@ -29,6 +36,7 @@ def set_up_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
     log_format: text for people, json for one object a line: time (UTC), level, logger, message, the fields of
     `log_event`, and the traceback as `exception`.
     """
+    _chosen[0] = level, log_format
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -18,6 +18,7 @@ from ml_inference_server.server.lifecycle import attach
 from ml_inference_server.server.servicers.native import NativeServicer
 from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
 from tests.integration.server_process import ROOT
@@ -60,7 +61,7 @@ async def test_the_example_serves_its_answers_over_grpc() -> None:
         own.server, NativeServicer(state, metrics, Shell(metrics, default_timeout_s=60, prefix="test"))
     )
     started = start_backend(own.model, lambda phase: None)
-    attach(state, started, metrics)
+    attach(state, started, ThreadWorker(started.backend), metrics)
     await grpc_server.set_serving(True)
     texts = ["bread", "the price of bread in the town", "a river"]
     try:

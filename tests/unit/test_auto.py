@@ -12,10 +12,11 @@ from ml_inference_server.backends import resolve as resolve_module
 from ml_inference_server.backends.auto import Candidates, Measured, candidates, choose, probe
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.resolve import resolve, title
-from ml_inference_server.backends.start import Started, start_backend
+from ml_inference_server.backends.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.lifecycle import attach
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils import config
 from ml_inference_server.utils.config import ModelSettings, Quantization, Settings
 from ml_inference_server.utils.errors import ConfigError, ModelError
@@ -280,8 +281,13 @@ async def test_server_info_tells_the_choice_and_is_silent_without_one(server) ->
     assert server.state.as_dict()["auto_choice"] == ""
     state = ServerState(Settings.model_validate({"model": wish().model_dump()}))
     assert (state.requested()["backend"], state.requested()["quantization"]) == ("auto", "auto")
-    started = Started(server.state.resolution, server.backend, server.state.info, "auto chose x")
-    attach(state, started, Metrics(window_s=30))
+    described = Described(
+        resolution=server.state.resolution,
+        info=server.state.info,
+        tokenizer=server.backend.tokenizer,
+        auto_choice="auto chose x",
+    )
+    attach(state, described, ThreadWorker(server.backend), Metrics(window_s=30))
     assert state.as_dict()["auto_choice"] == "auto chose x"
     state.batcher.close()
     state.service.close()

@@ -32,6 +32,10 @@ HOUR = 3600.0
 class StubWorker:
     """A worker without threads: a text's row is its first token id. Holds batches while `gate` is closed."""
 
+    pids: Sequence[int] = ()
+    restarts = 0
+    trouble = ""
+
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
         self.gate = asyncio.Event()

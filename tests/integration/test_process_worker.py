@@ -1,0 +1,200 @@
+"""The engine in processes of its own: real processes round the fake backend, which crash, hang, raise and refuse."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import psutil
+import pytest
+
+from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.fake import fake_embedding, fake_logit
+from ml_inference_server.backends.start import Described
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.system import SystemSampler
+from ml_inference_server.server.lifecycle import attach
+from ml_inference_server.server.process_worker import EngineDied, ProcessWorker, pack_texts, unpack_texts
+from ml_inference_server.server.state import ServerState
+from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.errors import BackendFailure, ModelError
+from tests.conftest import until
+
+
+def settings(**model: object) -> Settings:
+    return Settings.model_validate(
+        {
+            "model": {"backend": "fake", "streams": 1, "process_per_stream": True, **model},
+            "server": {"enable_test_faults": True, "hang_timeout_ms": 400},
+        }
+    )
+
+
+@asynccontextmanager
+async def started(**model: object) -> AsyncIterator[tuple[Described, ProcessWorker]]:
+    asked = settings(**model)
+    worker = ProcessWorker(hang_timeout_s=asked.server.hang_timeout_ms / 1000, faults=True)
+    described = await worker.start(asked.model, lambda text: None)
+    try:
+        yield described, worker
+    finally:
+        worker.close()
+        await until(lambda: not worker.pids and not worker._engines)
+
+
+def encode(described: Described, texts: Sequence[str]) -> list[Encoded]:
+    return described.tokenizer.encode(texts)
+
+
+def expected(texts: Sequence[str]) -> np.ndarray:
+    return np.stack([fake_embedding(text) for text in texts])
+
+
+@pytest.mark.parametrize("segments", [[None, None], [None, [0, 1]], [[0, 0, 1], [1, 1]]])
+def test_texts_travel_unchanged(segments: list[list[int] | None]) -> None:
+    texts = [
+        Encoded(np.array(ids, np.int32), None if types is None else np.array(types, np.int32))
+        for ids, types in zip([[5, 6, 7], [8, 9]], segments, strict=True)
+    ]
+    got = unpack_texts(pack_texts(texts))
+    assert [list(text.ids) for text in got] == [[5, 6, 7], [8, 9]]
+    for text, types in zip(got, segments, strict=True):
+        if any(segments):
+            assert text.type_ids is not None
+            assert list(text.type_ids) == (types or [0] * text.length)
+        else:
+            assert text.type_ids is None
+
+
+async def test_each_stream_is_a_process_and_all_answer_right() -> None:
+    async with started(streams=2) as (described, worker):
+        assert (worker.slots, described.info.concurrency) == (2, 2)
+        assert len(set(worker.pids)) == 2
+        assert os.getpid() not in worker.pids
+        batches = [[f"text {i} {j}" for j in range(i + 1)] for i in range(8)]
+        outputs = await asyncio.gather(*(worker.run(encode(described, texts)) for texts in batches))
+        for texts, output in zip(batches, outputs, strict=True):
+            np.testing.assert_array_equal(output.rows, expected(texts))
+            assert output.started_at <= output.ended_at <= asyncio.get_running_loop().time()
+
+
+async def test_pairs_of_a_cross_encoder_keep_their_segments() -> None:
+    async with started(task="cross_encoder") as (described, worker):
+        output = await worker.run(described.tokenizer.encode_pairs([("a b", "c"), ("d", "e f g")]))
+        assert output.rows[:, 0].tolist() == [fake_logit("a b", "c"), fake_logit("d", "e f g")]
+
+
+async def test_a_batch_that_raises_costs_no_process() -> None:
+    async with started() as (described, worker):
+        before = list(worker.pids)
+        with pytest.raises(RuntimeError, match="RuntimeError: fault word !raise"):
+            await worker.run(encode(described, ["!raise"]))
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+        assert worker.pids == before
+        assert worker.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("!crash", "signal SIGKILL"), ("!slow:60000", r"a batch ran for 0.4 s .*hang_timeout_ms")]
+)
+async def test_a_crash_or_a_hang_costs_its_process_and_a_new_one_answers(text: str, message: str) -> None:
+    async with started() as (described, worker):
+        before = list(worker.pids)
+        with pytest.raises(EngineDied, match=message):
+            await worker.run(encode(described, [text]))
+        # Waits until the new process is there.
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+        assert set(worker.pids).isdisjoint(before)
+        assert (worker.restarts, worker.trouble) == (1, "")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_an_idle_process_that_is_killed_is_noticed_and_one_that_is_stopped_is_ended_as_a_hang(
+    how: signal.Signals,
+) -> None:
+    async with started() as (described, worker):
+        os.kill(worker.pids[0], how)
+        if how is signal.SIGKILL:
+            await until(lambda: worker.restarts == 1)  # with no batch to find out
+            assert "started anew" in worker.trouble
+        else:
+            with pytest.raises(EngineDied, match="a batch ran for"):
+                await worker.run(encode(described, ["fine"]))
+        await worker.run(encode(described, ["fine"]))
+        assert (worker.restarts, worker.trouble) == (1, "")
+
+
+async def test_signals_for_the_whole_group_leave_the_processes_to_the_server() -> None:
+    async with started() as (described, worker):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pids[0], each)
+        await worker.run(encode(described, ["fine"]))
+        assert worker.restarts == 0
+
+
+async def test_a_caller_that_leaves_does_not_get_the_next_ones_answer_mixed_up() -> None:
+    async with started() as (described, worker):
+        left = asyncio.create_task(worker.run(encode(described, ["!slow:300 gone"])))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.wait([left])
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+
+
+async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_leaves_nothing() -> None:
+    worker = ProcessWorker(hang_timeout_s=1, faults=False)
+    with pytest.raises(ModelError, match="expected fake:base_ms=NUMBER") as caught:
+        await worker.start(settings(name="fake:nonsense").model, lambda text: None)
+    assert caught.value.exit_code == 3
+    await until(lambda: not psutil.Process().children() or not worker._engines)
+    assert not worker.pids
+
+
+async def test_neighbours_of_a_text_that_crashes_the_engine_are_answered() -> None:
+    async with started(streams=2) as (described, worker):
+        asked = settings(streams=2)
+        state, metrics = ServerState(asked), Metrics(window_s=30)
+        attach(state, described, worker, metrics)
+        service = state.require_service()
+        deadline = asyncio.get_running_loop().time() + 60
+        texts = ["one", "two", "!crash", "three"]
+        outcomes = await asyncio.gather(*(service.embed([text], deadline) for text in texts), return_exceptions=True)
+        for text, outcome in zip(texts, outcomes, strict=True):
+            if text == "!crash":
+                assert isinstance(outcome, BackendFailure)
+            else:
+                np.testing.assert_array_equal(outcome.values, expected([text]))
+        await until(lambda: state.readiness()[0])
+        assert worker.restarts >= 2  # in the batch, or alone; and once more alone
+        assert f"mlis_engine_restarts_total {worker.restarts}\n" in metrics.prometheus("")[0].decode()
+        service.close()
+
+
+async def test_memory_and_cpu_time_count_the_processes_and_the_cpu_time_never_falls() -> None:
+    async with started() as (described, worker):
+        sampler = SystemSampler(now_s=0)
+        sampler.pids = lambda: worker.pids
+        await worker.run(encode(described, ["fine"]))
+        (pid,) = worker.pids
+        engine = psutil.Process(pid)
+        with_engine = sampler.sample(now_s=10)
+        assert with_engine.rss_bytes > engine.memory_info().rss + psutil.Process().memory_info().rss / 2
+        used_s = sum(engine.cpu_times()[:2])
+        assert used_s > 0
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: pid not in worker.pids)
+        assert sampler.sample(now_s=20).cpu_seconds >= with_engine.cpu_seconds >= used_s
+
+
+async def test_health_says_so_while_no_process_runs() -> None:
+    async with started() as (described, worker):
+        state = ServerState(settings())
+        attach(state, described, worker, Metrics(window_s=30))
+        assert state.readiness() == (True, "ready")
+        os.kill(worker.pids[0], signal.SIGKILL)
+        await until(lambda: not state.readiness()[0])
+        assert state.readiness()[1] == "no process of the engine runs; it is being started anew"
+        await until(lambda: state.readiness()[0])
+        state.require_service().close()
