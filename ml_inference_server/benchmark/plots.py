@@ -29,6 +29,42 @@ class Point(NamedTuple):
     is_best: bool
 
 
+class Panel(NamedTuple):
+    """Curves over one logarithmic axis; each point as (median, lowest, highest) of its repeats."""
+
+    title: str
+    x_label: str
+    y_label: str
+    xs: Sequence[float]
+    curves: Mapping[str, Sequence[tuple[float, float, float]]]
+    log_y: bool = False
+
+
+def of_panels(panels: Sequence[Panel], columns: int, title: str) -> bytes:
+    """The panels line by line."""
+
+    def draw(canvas: Any, _pyplot: Any) -> None:
+        canvas.suptitle(title[:140])
+        for place, panel in enumerate(panels, 1):
+            axes = canvas.add_subplot(math.ceil(len(panels) / columns), columns, place)
+            for number, (name, points) in enumerate(panel.curves.items()):
+                middle, low, high = np.array(points).T
+                axes.errorbar(panel.xs, middle, [middle - low, high - middle], label=name, capsize=3, **_look(number))
+            axes.set_xscale("log")
+            axes.set_xticks(panel.xs, [f"{x:.3g}" for x in panel.xs])
+            axes.minorticks_off()
+            if panel.log_y:
+                axes.set_yscale("log")
+                _plain_numbers(axes.yaxis)
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            axes.title.set_fontsize(9)
+            axes.legend(fontsize=7)
+
+    return _svg(draw, 4.6 * columns, 3.6 * math.ceil(len(panels) / columns) + 0.3, title)
+
+
 def _svg(draw: Callable[[Any, Any], None], width: float, height: float, description: str) -> bytes:
     import matplotlib
 
