@@ -14,9 +14,10 @@ docs/batching.md holds the measurements behind this choice.
 Company: while a small batch is running, a second stream is not opened for little work. What waits joins the next batch
 instead, which ends sooner than two small ones that share the processor would; and never waits long for it.
 
-Turns: a text's tag is the queue's virtual time at its arrival plus the tokens of its own request in front of it
-(start-time fair queueing, Goyal et al. 1996). A request of one text thus does not wait for the end of one of a
-thousand.
+Turns: first come, first served, in portions of at most a batch. A later portion of a request is tagged as if it had
+arrived when another batch's worth of tokens had (after start-time fair queueing, Goyal et al. 1996). So a request of
+one text does not wait for the end of one of a thousand, which does go on however many small ones come; and requests
+that fit into a batch are not served all at the same time, each of them slowly.
 """
 
 import bisect
@@ -107,15 +108,20 @@ class BatchQueue:
 
     def add(self, items: Sequence[Item]) -> None:
         """Queue the texts of one request, in their order."""
-        tag = self._virtual_time if self.limits.enabled else 0.0  # equal tags: arrival order
-        for item in items:
+        limits, ahead = self.limits, 0
+        for position, item in enumerate(items):
             self._seq += 1
-            item.seq, item.tag, item.waiting = self._seq, tag, True
-            tag += item.length * self.limits.enabled
+            item.seq, item.waiting = self._seq, True
+            if limits.enabled:  # else equal tags: arrival order
+                portion = max(ahead // limits.max_batch_tokens, position // limits.max_batch_size)
+                # One more, so that who comes next goes before a second portion.
+                item.tag = self._virtual_time + portion * (limits.max_batch_tokens + 1)
+            ahead += item.length
             heapq.heappush(self._turns, (item.tag, item.seq, item))
             bisect.insort(self._by_length, item, key=_length_key)
             self.texts += 1
             self.tokens += item.length
+        self._virtual_time += min(ahead, limits.max_batch_tokens)
 
     def remove(self, items: Sequence[Item]) -> None:
         """Forget those of `items` that still wait (their caller has left, or their deadline has passed)."""

@@ -33,6 +33,9 @@ from ml_inference_server.utils.errors import (
 log = logging.getLogger(__name__)
 
 _MIN_RETRY_MS, _MAX_RETRY_MS = 20, 5000
+# A request is taken in only if the work in front of it should be done within this share of its time. Under overload all
+# that is computed would else be answers that come a moment too late (docs/batching.md).
+_TIME_FOR_THE_QUEUE = 0.8
 
 
 def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
@@ -107,12 +110,14 @@ class DynamicBatcher:
         """Reserve room for a request of about `tokens` tokens, all or nothing, before any work is done for it.
 
         The caller must `release` the ticket, whatever happens. Raises Unavailable while draining, InvalidRequest if the
-        request could never fit, Overloaded with a hint if it does not fit now, DeadlinePassed if it is late already.
+        request could never fit, Overloaded with a hint if it does not fit now or would wait for most of its time,
+        DeadlinePassed if it is late already.
         """
         settings = self._settings
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
-        if deadline <= self._loop.time():
+        now = self._loop.time()
+        if deadline <= now:
             raise DeadlinePassed("the deadline had passed before the request was admitted")
         if tokens > settings.max_queue_tokens:
             raise InvalidRequest(
@@ -123,17 +128,24 @@ class DynamicBatcher:
             raise self._overloaded(f"{settings.max_queue_requests} requests")
         if self._reserved_tokens + tokens > settings.max_queue_tokens:
             raise self._overloaded(f"{settings.max_queue_tokens} tokens")
+        wait_s = self._reserved_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        if wait_s > _TIME_FOR_THE_QUEUE * (deadline - now):
+            raise self._overloaded(
+                f"the wait is about {wait_s:.1f} s, the request has {deadline - now:.1f} s",
+                wait_s - _TIME_FOR_THE_QUEUE * (deadline - now),
+            )
         ticket = Ticket(tokens, deadline, self._loop.create_future())
         self._reserved_tokens += tokens
         self._tickets.add(ticket)
         self._empty.clear()
         return ticket
 
-    def _overloaded(self, limit: str) -> Overloaded:
-        """The hint is the time to work off a fifth of the queue at the measured rate, jittered by a quarter."""
-        excess = max(self._reserved_tokens - 0.8 * self._settings.max_queue_tokens, 0.2 * self._reserved_tokens)
-        wait_ms = 1000 * excess / self._tokens_per_s if self._tokens_per_s else 1000.0
-        wait_ms *= random.uniform(0.75, 1.25)  # noqa: S311 - spreads retries, guards nothing
+    def _overloaded(self, limit: str, wait_s: float | None = None) -> Overloaded:
+        """The hint is `wait_s`, or what a fifth of the queue takes at the measured rate; jittered by a quarter."""
+        if wait_s is None:
+            excess = max(self._reserved_tokens - 0.8 * self._settings.max_queue_tokens, 0.2 * self._reserved_tokens)
+            wait_s = excess / self._tokens_per_s if self._tokens_per_s else 1.0
+        wait_ms = 1000 * wait_s * random.uniform(0.75, 1.25)  # noqa: S311 - spreads retries, guards nothing
         hint = int(min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS))
         return Overloaded(f"the queue is full ({limit}); retry in {hint} ms", retry_after_ms=hint)
 

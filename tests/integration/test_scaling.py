@@ -12,9 +12,8 @@ from ml_inference_server.benchmark.scaling import Point, Sweep, report, texts_of
 def test_all_sweeps_are_measured_and_plotted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, values in (
-        ("_IN_FLIGHT", (1, 4)), ("_PER_CALL", (1, 128)), ("_TOKENS", (8, 32)), ("_LOADS", (0.5, 2.0)), ("_WARMUP_S", 0.1)
-    ):  # fmt: skip
+    points = {"_IN_FLIGHT": (1, 4), "_PER_CALL": (1, 128), "_TOKENS": (8, 32), "_LOADS": (0.5, 2.0)}
+    for name, values in points.items():
         monkeypatch.setattr(scaling, name, values)
     experiment = tmp_path / "fake.yaml"
     experiment.write_text("name: trial\nmodel: {backend: fake, name: 'fake:base_ms=2,per_token_us=20', streams: 1}\n")

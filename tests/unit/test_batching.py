@@ -177,6 +177,27 @@ def test_a_single_text_does_not_wait_for_the_end_of_a_request_of_a_thousand() ->
     assert served_after <= 1
 
 
+def test_a_request_of_a_thousand_goes_on_under_an_endless_stream_of_single_texts() -> None:
+    queue = BatchQueue(replace(LIMITS, length_grouping=False))
+    large = request(*[20] * 1000)
+    queue.add(large)
+    for _ in range(100):
+        queue.add(request(25))
+        queue.add(request(25))
+        queue.add(request(25))
+        queue.add(request(25))
+        take(queue)
+    assert sum(not item.waiting for item in large) >= 50 * 4  # half of the batches
+
+
+def test_requests_that_fit_into_a_batch_are_served_one_after_the_other() -> None:
+    queue = BatchQueue(replace(LIMITS, length_grouping=False))
+    requests = [request(25, 25, 25, 25) for _ in range(3)]
+    for each in requests:
+        queue.add(each)
+    assert [batch.items for batch in drain(queue)] == requests
+
+
 @pytest.mark.parametrize("rare", [1, 30, 100])
 def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None:
     queue = BatchQueue(LIMITS)

@@ -44,12 +44,15 @@ class StubWorker:
         self.transform: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
         self.raises: Callable[[list[int]], bool] = lambda ids: POISON in ids
         self.closed = False
+        self.takes_s = 0.0
 
     async def run(self, rows: Sequence[Encoded]) -> Output:
         ids = [int(row.ids[0]) for row in rows]
         self.batches.append(ids)
         now = asyncio.get_running_loop().time()
         await self.gate.wait()
+        if self.takes_s:
+            await asyncio.sleep(self.takes_s)  # on the test's virtual clock
         if self.raises(ids):
             raise RuntimeError("the model raised")
         return Output(self.transform(np.array([[i] for i in ids], np.float32)), now, asyncio.get_running_loop().time())
@@ -270,6 +273,27 @@ async def test_a_request_that_could_never_fit_is_told_so_and_not_to_come_back() 
     rig = Rig(max_queue_tokens=300)
     with pytest.raises(InvalidRequest, match="split it"):
         rig.batcher.admit(301, HOUR * 2)
+
+
+@virtual_time
+async def test_a_request_that_would_wait_for_most_of_its_time_is_refused_at_once_and_one_with_more_time_is_not() -> (
+    None
+):
+    rig = Rig(max_batch_size=1)
+    loop = asyncio.get_running_loop()
+    rig.worker.takes_s = 3.0  # for three tokens: one token a second
+    assert await rig.call(1) == [1.0]
+    running, waiting = rig.call(2), rig.call(3, 4)
+    await turns()
+    with pytest.raises(Overloaded, match=r"the wait is about 6.0 s, the request has 7.0 s") as caught:
+        await rig.call(5, timeout_s=7)
+    assert caught.value.retry_after_ms == pytest.approx(1000 * (6 - 0.8 * 7), rel=0.26)
+    patient = rig.call(6, timeout_s=20)
+    began = loop.time()
+    assert await asyncio.gather(running, waiting, patient) == [[2.0], [3.0, 4.0], [6.0]]
+    assert loop.time() - began == pytest.approx(12)
+    assert await rig.call(7, timeout_s=3.1) == [7.0]  # nobody waits: there is nothing to refuse it for
+    rig.assert_at_rest()
 
 
 @virtual_time
