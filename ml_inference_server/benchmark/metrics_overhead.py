@@ -1,16 +1,17 @@
-"""What metrics and an open page cost: two servers, one with them and one without, loaded in turn.
+"""What metrics and an open page cost: one server, loaded in turns with them and without.
 
     python -m ml_inference_server.benchmark.metrics_overhead
 
-Short turns, in an order that alternates, so that whatever else the machine does meets both alike. Two processes of one
-program differ by some percent, too: so the pair is started anew for each block, and the interval is over the blocks.
-With --control both servers are without metrics: what it then shows is the noise. Whatever follows --set goes to both.
+Two processes of one program differ by some percent, so one process does both: a signal switches its recording on and
+off. Short turns in an order that alternates, so that whatever else the machine does meets both alike; the server is
+started anew for each block. With --control nothing is ever recorded: what it then shows is the noise.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,21 @@ from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 
 START_TIMEOUT_S = 300.0
+# The server as it is, but for a signal that switches the recording: no request is in flight when it comes.
+SERVER = """
+import signal, sys
+from ml_inference_server import main
+from ml_inference_server.server import lifecycle
+made = []
+def keep(*args, make=lifecycle.Metrics, **kwargs):
+    made.append(make(*args, **kwargs))
+    return made[-1]
+def switch(*_):
+    made[0].enabled = not made[0].enabled
+lifecycle.Metrics = keep
+signal.signal(signal.SIGUSR1, switch)
+sys.exit(main.main(sys.argv[1:]))
+"""
 WORDS = ("what", "is", "a", "cell", "and", "why", "does", "it", "have", "a", "membrane", "that", "lets", "water")
 
 
@@ -39,6 +55,7 @@ class Server:
     process: subprocess.Popen[bytes]
     grpc_port: int
     http_port: int
+    recording: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,29 +68,29 @@ class Turn:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="metrics_overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=12, help="pairs of servers, one after the other (default 12)")
-    parser.add_argument("--rounds", type=int, default=16, help="pairs of turns in a block (default 16)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn (default 0.5)")
+    parser.add_argument("--blocks", type=int, default=4, help="servers, one after the other (default 4)")
+    parser.add_argument("--rounds", type=int, default=40, help="pairs of turns in a block (default 40)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight (default 16)")
     parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
-    parser.add_argument("--control", action="store_true", help="both servers without metrics: shows the noise")
+    parser.add_argument("--control", action="store_true", help="both turns without metrics: shows the noise")
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of both servers; unset: model.backend=fake, a model that costs nothing: the worst case",
+        help="a setting of the server; unset: model.backend=fake, a model that costs nothing: the worst case",
     )
     return parser.parse_args(argv)
 
 
-def start(folder: Path, name: str, overrides: Sequence[str], *, enabled: bool) -> Server:
-    ready_file = folder / f"{name}.json"
-    settings = [*(overrides or ["model.backend=fake"]), f"metrics.enabled={str(enabled).lower()}"]
+def start(folder: Path, overrides: Sequence[str]) -> Server:
+    ready_file = folder / "ready.json"
+    settings = [*(overrides or ["model.backend=fake"]), "metrics.enabled=false"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
     ports = ["--port", "0", "--http-port", "0", "--ready-file", str(ready_file)]
-    command = [sys.executable, "-m", "ml_inference_server.main", *ports, "--exit-with-parent", "--log-level", "ERROR"]
+    command = [sys.executable, "-c", SERVER, *ports, "--exit-with-parent", "--log-level", "ERROR"]
     process = subprocess.Popen([*command, *flags])
     give_up_at = time.monotonic() + START_TIMEOUT_S
     while not ready_file.exists():
@@ -85,17 +102,32 @@ def start(folder: Path, name: str, overrides: Sequence[str], *, enabled: bool) -
     return Server(process, told["grpc_port"], told["http_port"])
 
 
-async def watch(server: Server) -> None:
-    """What an open page and a Prometheus that scrapes each second do, until it is cancelled."""
+async def switch(server: Server, recording: bool) -> None:
+    """The server itself says whether it records."""
+    if server.recording != recording:
+        server.process.send_signal(signal.SIGUSR1)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{server.http_port}") as session:
+        while server.recording != recording:
+            async with session.get("/metrics") as answer:
+                server.recording = (await answer.json())["recording"]
+
+
+async def watch(server: Server, opened: asyncio.Event) -> None:
+    """What an open page and a Prometheus that scrapes each second do, until it is cancelled.
+
+    `opened` is set once the page is there, with its hour of history, and the first scrape is done.
+    """
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.http_port}") as session:
 
         async def scrape() -> None:
             while True:
                 async with session.get("/metrics/prometheus") as answer:
                     await answer.read()
+                opened.set()
                 await asyncio.sleep(1)
 
         async with asyncio.TaskGroup() as group, session.get("/api/v1/stream") as stream:
+            await stream.content.readany()
             group.create_task(scrape())
             async for _ in stream.content:
                 pass
@@ -122,32 +154,34 @@ async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> 
     return Turn(answered / took_s, (after.user + after.system - cpu.user - cpu.system) / answered)
 
 
-async def measure(first: Server, second: Server, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
-    """(turn of `first`, turn of `second`) for each round; a first round warms up and is left out."""
-    watching = None if arguments.control else asyncio.create_task(watch(first))
+async def measure(server: Server, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
+    """(turn with metrics and page, turn without) for each round; a first round warms up and is left out."""
     rounds = []
     for number in range(arguments.rounds + 1):
         turns = {}
-        for server in (first, second) if number % 2 else (second, first):
-            turns[id(server)] = await turn(server, arguments.seconds, arguments.concurrency, arguments.texts)
+        for on in (True, False) if number % 2 else (False, True):
+            recording = on and not arguments.control
+            await switch(server, recording)
+            opened = asyncio.Event()
+            watching = asyncio.create_task(watch(server, opened)) if recording else None
+            if watching is not None:
+                await opened.wait()
+            turns[on] = await turn(server, arguments.seconds, arguments.concurrency, arguments.texts)
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
         if number:
-            rounds.append((turns[id(first)], turns[id(second)]))
-    if watching is not None:
-        watching.cancel()
+            rounds.append((turns[True], turns[False]))
     return rounds
 
 
-def block(number: int, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
-    """The rounds of one pair of servers, (with metrics, without) each; which of them is started first alternates."""
+def block(arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
+    """The rounds of one server."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {}
-        for measured in (True, False) if number % 2 else (False, True):
-            enabled = measured and not arguments.control
-            server = start(Path(folder), f"server-{measured}", arguments.overrides, enabled=enabled)
-            stack.callback(server.process.wait)
-            stack.callback(server.process.terminate)
-            servers[measured] = server
-        return asyncio.run(measure(servers[True], servers[False], arguments))
+        server = start(Path(folder), arguments.overrides)
+        stack.callback(server.process.wait)
+        stack.callback(server.process.terminate)
+        return asyncio.run(measure(server, arguments))
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -158,12 +192,13 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def report(blocks: Sequence[Sequence[tuple[Turn, Turn]]], names: tuple[str, str]) -> None:
-    cpu_us = 1e6 * statistics.median(b.cpu_s for rounds in blocks for _, b in rounds)
+    rounds = [each for block in blocks for each in block]
+    cpu_us = 1e6 * statistics.median(b.cpu_s for _, b in rounds)
     print(f"\na request costs the server {cpu_us:.0f} us of CPU without metrics")
-    print(f"{names[0]} against {names[1]}, {len(blocks)} pairs of servers, median [95 % interval]:")
+    print(f"{names[0]} against {names[1]}, {len(rounds)} pairs of turns, median [95 % interval]:")
     for title, ratios in (
-        ("throughput", [statistics.median(a.requests_per_s / b.requests_per_s for a, b in each) for each in blocks]),
-        ("server CPU per request", [statistics.median(a.cpu_s / b.cpu_s for a, b in each) for each in blocks]),
+        ("throughput", [a.requests_per_s / b.requests_per_s for a, b in rounds]),
+        ("server CPU per request", [a.cpu_s / b.cpu_s for a, b in rounds]),
     ):
         middle, low, high = interval(ratios)
         print(f"  {title:24} {100 * (middle - 1):+.2f} % [{100 * (low - 1):+.2f}, {100 * (high - 1):+.2f}]")
@@ -174,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("off", "off (control)") if arguments.control else ("metrics and page on", "off")
     blocks = []
     for number in range(arguments.blocks):
-        blocks.append(block(number, arguments))
+        blocks.append(block(arguments))
         ratio = statistics.median(a.requests_per_s / b.requests_per_s for a, b in blocks[-1])
         print(f"block {number + 1:2} of {arguments.blocks}: throughput {100 * (ratio - 1):+.1f} %", flush=True)
     report(blocks, names)

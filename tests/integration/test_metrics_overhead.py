@@ -3,11 +3,11 @@ import pytest
 from ml_inference_server.benchmark import metrics_overhead
 
 
-def test_two_servers_are_compared_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert metrics_overhead.main(["--blocks", "2", "--rounds", "1", "--seconds", "0.2", "--concurrency", "2"]) == 0
+def test_one_server_is_compared_with_itself_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert metrics_overhead.main(["--blocks", "2", "--rounds", "2", "--seconds", "0.2", "--concurrency", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["block  1 of 2", "block  2 of 2"]
-    assert lines[-3] == "metrics and page on against off, 2 pairs of servers, median [95 % interval]:"
+    assert lines[-3] == "metrics and page on against off, 4 pairs of turns, median [95 % interval]:"
     assert [line.split("  ")[1] for line in lines[-2:]] == ["throughput", "server CPU per request"]
 
 
