@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 # glibc's malloc then asks for huge pages. A batch reads all weights; with pages of 4 KiB the processor spends a few
 # percent of its time on looking up where they lie (docs/performance.md). Other C libraries do not read this.
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
@@ -35,6 +37,8 @@ def begin_child() -> None:
     """Leave Ctrl-C and SIGTERM, which may go to the whole group, to the parent; end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Else libraries make one that is shared between processes, which is reported as leaked once this one is killed.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
