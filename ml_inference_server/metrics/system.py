@@ -48,9 +48,9 @@ class SystemSampler:
         return self._figures
 
     def _take(self, now_s: float) -> SystemFigures:
-        others_rss_bytes = self._look_at_others()
+        others_rss_bytes, earlier_cpu_s = self._look_at_others()
         cpu_seconds = time.process_time() + sum(self._others_cpu_s.values())
-        percent = 100 * (cpu_seconds - self._cpu_seconds) / (now_s - self._sampled_s)
+        percent = 100 * (cpu_seconds - earlier_cpu_s - self._cpu_seconds) / (now_s - self._sampled_s)
         self._sampled_s, self._cpu_seconds = now_s, cpu_seconds
         return SystemFigures(
             cpu_percent=percent,
@@ -61,15 +61,17 @@ class SystemSampler:
             gpu=gpu_figures(sys.modules.get("torch")),
         )
 
-    def _look_at_others(self) -> int:
-        """Notes their CPU time; their resident memory in bytes."""
-        rss_bytes = 0
+    def _look_at_others(self) -> tuple[int, float]:
+        """Notes their CPU time; their resident memory, and what those seen for the first time had computed before."""
+        rss_bytes, earlier_cpu_s = 0, 0.0
         for pid in self.pids():
             with contextlib.suppress(psutil.Error):  # it has just ended
                 process = self._others.setdefault(pid, psutil.Process(pid))
-                self._others_cpu_s[pid] = sum(process.cpu_times()[:2])
+                cpu_s = sum(process.cpu_times()[:2])
+                earlier_cpu_s += 0.0 if pid in self._others_cpu_s else cpu_s
+                self._others_cpu_s[pid] = cpu_s
                 rss_bytes += process.memory_info().rss
-        return rss_bytes
+        return rss_bytes, earlier_cpu_s
 
     def _machine_cpu_percent(self) -> float:
         times = psutil.cpu_times()
