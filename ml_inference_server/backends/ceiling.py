@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.model.process_per_stream and not has_huge_pages():
             # As the server's processes have them: what is compared must differ in nothing else.
             with huge_pages_for_children():
-                os.execv(sys.executable, [sys.executable, "-m", _MODULE, *(argv or sys.argv[1:])])  # noqa: S606
+                os.execv(sys.executable, [sys.executable, "-m", _MODULE, *(sys.argv[1:] if argv is None else argv)])  # noqa: S606
         found = measure(settings, read_texts(args.texts, args.workload)[:_MAX_TEXTS], args.seconds)
         if args.json is not None:
             args.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")

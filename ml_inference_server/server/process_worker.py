@@ -205,14 +205,15 @@ class _Engine:
         return Output(rows, started_at, ended_at)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+        # ValueError: what came is no frame of ours. Whatever ends the reading ends the process, which is then replaced.
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError, ValueError):
             while True:
-                kind, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
-                payload = await reader.readexactly(length)
-                if kind == _Kind.PHASE:
+                number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
+                kind, payload = _Kind(number), await reader.readexactly(length)
+                if kind is _Kind.PHASE:
                     self._phase(payload.decode())
                 elif self._answer is not None and not self._answer.done():
-                    self._answer.set_result((_Kind(kind), payload))
+                    self._answer.set_result((kind, payload))
         self.kill()
         await asyncio.to_thread(self._process.join)
         if self._answer is not None and not self._answer.done():

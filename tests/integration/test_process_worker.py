@@ -1,6 +1,7 @@
 """The engine in processes of its own: real processes round the fake backend, which crash, hang, raise and refuse."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -148,8 +149,15 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_l
     with pytest.raises(ModelError, match="expected fake:base_ms=NUMBER") as caught:
         await worker.start(settings(name="fake:nonsense").model, lambda text: None)
     assert caught.value.exit_code == 3
-    await until(lambda: not psutil.Process().children() or not worker._engines)
-    assert not worker.pids
+    await until(lambda: not multiprocessing.active_children())
+
+
+async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
+    async with started() as (described, worker):
+        (engine,) = worker._engines
+        engine._writer.transport.get_protocol().data_received(b"\xff" + bytes(8))  # a kind that is none, no payload
+        await until(lambda: worker.restarts == 1)
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
 
 
 async def test_neighbours_of_a_text_that_crashes_the_engine_are_answered() -> None:
