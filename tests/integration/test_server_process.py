@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -202,6 +203,21 @@ def test_a_hanging_batch_turns_health_and_readiness(tmp_path: Path) -> None:
                 await health_is(channel, health_pb2.HealthCheckResponse.SERVING)
 
     asyncio.run(check())
+
+
+def test_an_engine_that_is_killed_is_replaced_and_the_server_goes_on(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--set", "model.process_per_stream=true", "--set", "model.streams=1") as server:
+        ports = server.ready()
+        children = psutil.Process(ports["pid"]).children()
+        (engine,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        with grpc.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+            stub = rpc.InferenceServiceStub(channel)
+            before = stub.Embed(pb.EmbedRequest(texts=["a"]))
+            engine.kill()
+            # Sent while there is none: it waits for the new one.
+            assert stub.Embed(pb.EmbedRequest(texts=["a"])).embeddings == before.embeddings
+        server.signal(signal.SIGTERM)
+        assert server.end()[0] == 0
 
 
 def test_a_model_that_always_fails_turns_health_until_a_probe_succeeds(tmp_path: Path) -> None:
