@@ -88,8 +88,17 @@ def _count_errors(reasons: Sequence[str], series: Series, slot: Slot) -> None:
     slot.sums["errors"] += len(reasons)
 
 
-def fold_tokenized(seconds: Sequence[float], series: Series) -> None:
-    series.histograms["mlis_tokenize_duration_seconds"][()].observe_many(np.array(seconds))
+def fold_tokenized(noted: Sequence[float], series: Series) -> None:
+    """Texts, tokens and seconds of each request."""
+    texts, tokens, seconds = np.array(noted).reshape(-1, 3).T
+    series.numbers["mlis_tokenized_texts_total"][()] += int(texts.sum())
+    series.numbers["mlis_tokenized_tokens_total"][()] += int(tokens.sum())
+    series.histograms["mlis_tokenize_duration_seconds"][()].observe_many(seconds)
+
+
+def fold_loop_lags(seconds: Sequence[float], series: Series, slot: Slot) -> None:
+    series.histograms["mlis_event_loop_lag_seconds"][()].observe_many(np.array(seconds))
+    slot.times["loop_lag"].add_many(np.array(seconds))
 
 
 def fold_batches(

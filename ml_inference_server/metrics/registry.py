@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from ml_inference_server.metrics.exposition import Series
-from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_requests, fold_tokenized
+from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_loop_lags, fold_requests, fold_tokenized
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
 from ml_inference_server.metrics.table import METHODS
@@ -44,10 +42,10 @@ class Metrics:
         self._slots = 0
         self._series = Series()
         self._in_flight = self._series.numbers["mlis_in_flight_requests"]
-        self._loop_lag = self._series.histograms["mlis_event_loop_lag_seconds"][()]
         # Noted by the hot path, of the current slot only; `_settle` counts it.
         self._requests: list[Any] = []
-        self._tokenize_s: list[float] = []
+        self._tokenized: list[float] = []
+        self._loop_lags_s: list[float] = []
         self._batches: list[Any] = []
         self._waits_s: list[float] = []
         self._lengths: list[int] = []
@@ -88,9 +86,7 @@ class Metrics:
     def tokenized(self, texts: int, tokens: int, seconds: float) -> None:
         """The texts of one request were turned into `tokens` tokens in `seconds`."""
         if self.enabled:
-            self._series.numbers["mlis_tokenized_texts_total"][()] += texts
-            self._series.numbers["mlis_tokenized_tokens_total"][()] += tokens
-            self._tokenize_s.append(seconds)
+            self._tokenized += (texts, tokens, seconds)
 
     def batch_finished(
         self,
@@ -131,13 +127,16 @@ class Metrics:
         if self._requests:
             requests, self._requests = self._requests, []
             fold_requests(requests, self._series, slot)
-        if self._tokenize_s:
-            tokenize_s, self._tokenize_s = self._tokenize_s, []
-            fold_tokenized(tokenize_s, self._series)
+        if self._tokenized:
+            tokenized, self._tokenized = self._tokenized, []
+            fold_tokenized(tokenized, self._series)
         if self._batches:
             noted = self._batches, self._waits_s, self._lengths
             self._batches, self._waits_s, self._lengths = [], [], []
             fold_batches(*noted, self._series, slot)
+        if self._loop_lags_s:
+            loop_lags_s, self._loop_lags_s = self._loop_lags_s, []
+            fold_loop_lags(loop_lags_s, self._series, slot)
         self._window.at(now_s)
         self._slot_ends_s = self._window.current_ends_s
 
@@ -166,8 +165,7 @@ class Metrics:
         """How late the event loop ran a callback that was due."""
         if self.enabled:
             self._open_slot()
-            self._loop_lag.observe_many(np.array([seconds]))
-            self._window.current.times["loop_lag"].add(seconds)
+            self._loop_lags_s.append(seconds)
 
     def sample_system(self) -> SystemFigures:
         """CPU and memory, looked at once a second at most; called every second, they always cover the last one."""
