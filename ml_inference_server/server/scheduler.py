@@ -207,9 +207,8 @@ class DynamicBatcher:
             except Exception:
                 # A bug in the policy must not leave anybody waiting.
                 log.exception("the batching policy failed; every waiting request is answered with an error")
-                for ticket in self._tickets:
-                    # In the next turn: the answers of the batch that has just ended are still being handed out.
-                    self._loop.call_soon(_fail, ticket, ServiceError("internal error in the batcher"))
+                for ticket in list(self._tickets):
+                    _fail(ticket, ServiceError("internal error in the batcher"))
                     for item in ticket.items:
                         item.waiting = False
                 self._queue = BatchQueue(self._queue.limits)
@@ -222,19 +221,14 @@ class DynamicBatcher:
             self._free_slots -= 1
             task = self._loop.create_task(self._run(chosen))
             self._running[task] = _Running(self._loop.time(), chosen.tokens)
-            task.add_done_callback(self._batch_ended)
+            task.add_done_callback(self._slot_free)
 
-    def _batch_ended(self, task: asyncio.Task[None]) -> None:
+    def _slot_free(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._free_slots += 1
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
-        self._free_slot(task)
-
-    def _free_slot(self, task: asyncio.Task[None] | None) -> None:
-        """Once for each batch; without effect when called again."""
-        if task in self._running:
-            del self._running[task]
-            self._free_slots += 1
-            self._pump()
+        self._pump()
 
     async def _run(self, batch: Batch) -> None:
         try:
@@ -277,9 +271,6 @@ class DynamicBatcher:
                 _settle_failure(items[0], BackendFailure("the model failed on this input, twice, on its own"))
             return
         self._failures_in_a_row = 0
-        if closed_by is not ClosedBy.RETRY:
-            # Before the answers are made: the model does not wait for them.
-            self._free_slot(asyncio.current_task())
         self._observe(items, closed_by, now, output.started_at, output.ended_at, ok=True)
         self._scatter(items, output)
 

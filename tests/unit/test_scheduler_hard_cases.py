@@ -116,24 +116,6 @@ async def test_one_request_is_split_over_batches_and_joined_in_order() -> None:
 
 
 @virtual_time
-async def test_the_next_batch_has_begun_before_the_answers_of_the_last_one_are_made() -> None:
-    rig = Rig(max_batch_size=1)
-    rig.worker.gate.clear()
-    begun: list[int] = []
-
-    async def ask(text: int) -> None:
-        await rig._call([text], HOUR, None)
-        begun.append(len(rig.worker.batches))
-
-    asking = [asyncio.create_task(ask(text)) for text in (1, 2, 3)]
-    await turns()
-    rig.worker.gate.set()
-    await asyncio.gather(*asking)
-    assert begun == [2, 3, 3]
-    rig.assert_at_rest()
-
-
-@virtual_time
 async def test_caller_leaves_the_queue_and_is_never_computed() -> None:
     rig = Rig()
     rig.worker.gate.clear()
