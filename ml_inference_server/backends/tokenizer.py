@@ -7,11 +7,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.word_cache import WordCache
 
 # A text is cut before tokenising at this many characters for each token of the limit, so that one huge text cannot
 # hold a thread for seconds. The cut is used only if what it keeps still fills the limit with a margin.
 _CHARACTERS_PER_TOKEN = 16
 _MARGIN_TOKENS = 256
+# More text than this at once goes to the library as a whole, which lets the event loop run meanwhile: looking words up
+# holds Python's lock, for some milliseconds by then.
+_MOST_CHARACTERS_FROM_WORDS = 1 << 16
 
 
 class FastTokenizer:
@@ -30,6 +34,9 @@ class FastTokenizer:
         self.pad_id = pad_id
         self.prompts = prompts
         self._uses_prefix = side == "right"
+        self._words: WordCache | None = None
+        if self._uses_prefix and WordCache.fits(self._whole):
+            self._words = WordCache(self._whole, max_tokens)
         # Most tokenizers give a single text the segment 0 throughout; then there is nothing to read off each answer.
         self._has_segments = any(self._whole.encode_batch_fast(["a"])[0].type_ids)
 
@@ -39,7 +46,12 @@ class FastTokenizer:
         full = [prompt + text for text in texts] if prompt else list(texts)
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
         short = [self._prefix(text, limit) if len(text) > limit else text for text in full]
-        return [_encoded(each, self._has_segments) for each in self._cut.encode_batch_fast(short)]
+        found: list[Encoded | None] = [None] * len(short)
+        if self._words is not None and sum(map(len, short)) <= _MOST_CHARACTERS_FROM_WORDS:
+            found = self._words.encode(short)
+        rest = self._cut.encode_batch_fast([text for text, known in zip(short, found, strict=True) if known is None])
+        others = iter(rest)
+        return [_encoded(next(others), self._has_segments) if known is None else known for known in found]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
