@@ -9,6 +9,7 @@ started anew for each block. With --control nothing is ever recorded: what it th
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=4, help="servers, one after the other (default 4)")
     parser.add_argument("--rounds", type=int, default=40, help="pairs of turns in a block (default 40)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests in flight (default 16)")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (default 64)")
     parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
     parser.add_argument("--control", action="store_true", help="both turns without metrics: shows the noise")
     parser.add_argument(
@@ -120,11 +121,11 @@ async def watch(server: Server, opened: asyncio.Event) -> None:
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.http_port}") as session:
 
         async def scrape() -> None:
-            while True:
+            for wait_s in itertools.chain([0.5], itertools.repeat(1.0)):  # a turn of a second holds one
                 async with session.get("/metrics/prometheus") as answer:
                     await answer.read()
                 opened.set()
-                await asyncio.sleep(1)
+                await asyncio.sleep(wait_s)
 
         async with asyncio.TaskGroup() as group, session.get("/api/v1/stream") as stream:
             await stream.content.readany()

@@ -5,6 +5,7 @@ time, once a second or when somebody reads.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Metrics:
         self._restarts: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
-        self._in_flight = self._series.numbers["mlis_in_flight_requests"]
+        self._in_flight: defaultdict[str, int] = defaultdict(int)
         # Noted by the hot path, of the current slot only; `_settle` counts it.
         self._requests: list[Any] = []
         self._tokenized: list[float] = []
@@ -53,7 +54,7 @@ class Metrics:
 
     def request_started(self, method: str) -> None:
         if self.enabled:
-            self._in_flight[(method if method in METHODS else "other",)] += 1
+            self._in_flight[method] += 1
 
     def request_finished(
         self,
@@ -78,7 +79,7 @@ class Metrics:
         """
         if not self.enabled:
             return
-        self._in_flight[(method if method in METHODS else "other",)] -= 1
+        self._in_flight[method] -= 1
         self._open_slot()
         self._requests += (method, code, seconds, texts, pairs, truncated, reason, request_id, trace_id)
         self._requests += stamps or NO_STAMPS
@@ -196,9 +197,15 @@ class Metrics:
             queue_tokens=self._queue_tokens(),
             batches_in_flight=self._batches_in_flight(),
             slots=self._slots,
-            in_flight={method: int(self._in_flight[(method,)]) for method in METHODS},
+            in_flight=self._in_flight_by_method(),
             system=self.sample_system(),
         )
+
+    def _in_flight_by_method(self) -> dict[str, int]:
+        by_method = dict.fromkeys(METHODS, 0)
+        for method, count in self._in_flight.items():
+            by_method[method if method in METHODS else "other"] += count
+        return by_method
 
     def prometheus(self, accept: str) -> tuple[bytes, str]:
         """Body and content type: OpenMetrics where the Accept header names it, else Prometheus text."""
@@ -216,4 +223,6 @@ class Metrics:
             ("process_resident_memory_bytes", now.system.rss_bytes),
         ):
             numbers[name][()] = value
+        for method, count in now.in_flight.items():
+            numbers["mlis_in_flight_requests"][(method,)] = count
         return self._series.text(accept)
