@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Point:
     p50_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
     tokens_per_text: list[float] = field(default_factory=list)
-    failed: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by gRPC code
     late: int = 0  # repeats in which the client itself could not keep its schedule
 
 
@@ -102,7 +103,8 @@ class Bench:
         latency = found["latency_ms"] or {"p50": float("nan"), "p99": float("nan")}
         point.p50_ms.append(latency["p50"])
         point.p99_ms.append(latency["p99"])
-        point.failed += sum(found["errors"].values()) + found["unfinished"]
+        point.failed.update(found["errors"])
+        point.failed["unfinished"] += found["unfinished"]
         point.late += share.due_s is not None and bool(lag_reason(records))
         done = difference(before, await self._sidecar.counters())
         if done and done["mlis_batch_texts_sum"]:
@@ -170,7 +172,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     print(report(info["title"], sweeps, idle_ms, bench.rss_bytes))
     args.output.write_bytes(of_panels(_panels(sweeps, idle_ms), len(sweeps), info["title"]))
     print(f"\nPlots: {args.output}")
-    broken = sum(point.failed for sweep in sweeps[:3] for point in sweep.points)
+    broken = sum(point.failed.total() for sweep in sweeps[:3] for point in sweep.points)
     return EXIT_FAILED_RUN if broken else EXIT_OK
 
 
@@ -189,7 +191,7 @@ def report(title: str, sweeps: Sequence[Sweep], idle_ms: float, rss_bytes: Seque
             lines.append(
                 f"| {point.x:.3g} | {statistics.median(share):.2f} ({min(share):.2f}-{max(share):.2f}) |"
                 f" {statistics.median(point.p50_ms) / idle_ms:.1f} | {statistics.median(point.p99_ms) / idle_ms:.1f} |"
-                f" {point.failed}{late} |"
+                f" {_told(point.failed)}{late} |"
             )
     lengths, offered = sweeps[2], sweeps[3]
     past = [statistics.median(point.texts_per_s) / offered.best for point in offered.points if point.x > 1]
@@ -202,6 +204,11 @@ def report(title: str, sweeps: Sequence[Sweep], idle_ms: float, rss_bytes: Seque
         f" {rss_bytes[-1] / rss_bytes[len(rss_bytes) // 2]:.2f} times what it was half-way.",
     ]
     return "\n".join(lines)
+
+
+def _told(failed: Counter[str]) -> str:
+    """Such as "12 RESOURCE_EXHAUSTED, 1 DEADLINE_EXCEEDED"."""
+    return ", ".join(f"{count} {code}" for code, count in failed.most_common() if count) or "0"
 
 
 def _panels(sweeps: Sequence[Sweep], idle_ms: float) -> list[Panel]:

@@ -1,5 +1,6 @@
 """The scaling benchmark: every sweep against a real server round the fake backend, and what the report says of it."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,14 @@ def test_texts_are_cut_to_about_the_length_that_was_asked() -> None:
 
 
 def test_the_report_tells_how_far_answers_in_time_fall_beyond_the_capacity() -> None:
-    def sweep(*rates: tuple[float, float], failed: int = 0) -> Sweep:
-        return Sweep("a", "b", [Point(x, [rate], [2.0], [4.0], [x], failed) for x, rate in rates])
+    def sweep(*rates: tuple[float, float], **failed: int) -> Sweep:
+        return Sweep("a", "b", [Point(x, [rate], [2.0], [4.0], [x], Counter(failed)) for x, rate in rates])
 
     flat = sweep((1, 100.0), (2, 100.0))
-    text = report("title", [flat, flat, flat, sweep((0.5, 50.0), (1.0, 100.0), (2.0, 80.0), failed=7)], 2.0, [1, 2, 4])
+    beyond = sweep((0.5, 50.0), (1.0, 100.0), (2.0, 80.0), DEADLINE_EXCEEDED=2, RESOURCE_EXHAUSTED=7, unfinished=0)
+    text = report("title", [flat, flat, flat, beyond], 2.0, [1, 2, 4])
     assert "answers in time stay at 80 % of the peak" in text
-    assert "| 2 | 0.80 (0.80-0.80) | 1.0 | 2.0 | 7 |" in text
+    assert "| 2 | 0.80 (0.80-0.80) | 1.0 | 2.0 | 7 RESOURCE_EXHAUSTED, 2 DEADLINE_EXCEEDED |" in text
+    assert "| 2 | 1.00 (1.00-1.00) | 1.0 | 2.0 | 0 |" in text
     assert "Tokens per second by length, of the best: 0.50, 1.00." in text
     assert "2.00 times what it was half-way" in text
