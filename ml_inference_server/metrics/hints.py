@@ -21,19 +21,27 @@ def hints(figures: Mapping[str, Any], settings: Callable[[], Mapping[str, Any]])
 
 def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
     errors, period = figures["errors_by_reason"], f"in the last {figures['window_s']} s"
+    busy = figures["batch"]["busy_share"] or 0.0
+    faster = (
+        f"The model is the limit ({_percent(busy)} busy): a faster backend or precision (model.backend: auto) "
+        "or another replica helps"
+    )
     if refused := errors.get("QUEUE_FULL"):
-        busy = figures["batch"]["busy_share"] or 0.0
         if busy >= HIGH_BUSY_SHARE:
-            cause = (
-                f"The model is the limit ({_percent(busy)} busy): a faster backend or precision (model.backend: auto) "
-                "or another replica helps, a longer queue only adds waiting."
-            )
+            cause = f"{faster}, a longer queue only adds waiting."
         else:
             cause = (
                 f"The model is only {_percent(busy)} busy: batching.max_queue_requests and batching.max_queue_tokens "
                 "refuse bursts that it could work off."
             )
         yield f"The queue is full: {_count(refused, 'request was', 'requests were')} refused {period}. {cause}"
+    if refused := errors.get("WAIT_TOO_LONG"):
+        burst = "They came in a burst: spread out, or given more time, they would fit."
+        cause = f"{faster}." if busy >= HIGH_BUSY_SHARE else burst
+        yield (
+            f"{_count(refused, 'request was', 'requests were')} refused {period}, because waiting would have taken "
+            f"most of the time that their callers allow. {cause}"
+        )
     if late := errors.get("DEADLINE_EXCEEDED"):
         yield (
             f"{_count(late, 'request', 'requests')} ran out of time {period}: the callers' deadlines are shorter than "

@@ -125,14 +125,17 @@ class DynamicBatcher:
                 reason="TOO_MANY_TEXTS",
             )
         if len(self._tickets) >= settings.max_queue_requests:
-            raise self._overloaded(f"{settings.max_queue_requests} requests")
+            raise self._full(f"{settings.max_queue_requests} requests")
         if self._reserved_tokens + tokens > settings.max_queue_tokens:
-            raise self._overloaded(f"{settings.max_queue_tokens} tokens")
+            raise self._full(f"{settings.max_queue_tokens} tokens")
         wait_s = self._reserved_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
         if wait_s > _TIME_FOR_THE_QUEUE * (deadline - now):
-            raise self._overloaded(
-                f"the wait is about {wait_s:.1f} s, the request has {deadline - now:.1f} s",
-                wait_s - _TIME_FOR_THE_QUEUE * (deadline - now),
+            hint = _retry_hint_ms(wait_s - _TIME_FOR_THE_QUEUE * (deadline - now))
+            raise Overloaded(
+                f"the queue is too long for this deadline (the wait is about {wait_s:.1f} s, the request has "
+                f"{deadline - now:.1f} s); retry in {hint} ms",
+                reason="WAIT_TOO_LONG",
+                retry_after_ms=hint,
             )
         ticket = Ticket(tokens, deadline, self._loop.create_future())
         self._reserved_tokens += tokens
@@ -140,13 +143,10 @@ class DynamicBatcher:
         self._empty.clear()
         return ticket
 
-    def _overloaded(self, limit: str, wait_s: float | None = None) -> Overloaded:
-        """The hint is `wait_s`, or what a fifth of the queue takes at the measured rate; jittered by a quarter."""
-        if wait_s is None:
-            excess = max(self._reserved_tokens - 0.8 * self._settings.max_queue_tokens, 0.2 * self._reserved_tokens)
-            wait_s = excess / self._tokens_per_s if self._tokens_per_s else 1.0
-        wait_ms = 1000 * wait_s * random.uniform(0.75, 1.25)  # noqa: S311 - spreads retries, guards nothing
-        hint = int(min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS))
+    def _full(self, limit: str) -> Overloaded:
+        """The hint is what a fifth of the queue takes at the measured rate."""
+        excess = max(self._reserved_tokens - 0.8 * self._settings.max_queue_tokens, 0.2 * self._reserved_tokens)
+        hint = _retry_hint_ms(excess / self._tokens_per_s if self._tokens_per_s else 1.0)
         return Overloaded(f"the queue is full ({limit}); retry in {hint} ms", retry_after_ms=hint)
 
     def release(self, ticket: Ticket) -> None:
@@ -371,6 +371,11 @@ class DynamicBatcher:
         for ticket in list(self._tickets):
             _fail(ticket, Unavailable("the server is shutting down; the request was not finished"))
         self._worker.close()
+
+
+def _retry_hint_ms(wait_s: float) -> int:
+    wait_ms = 1000 * wait_s * random.uniform(0.75, 1.25)  # noqa: S311 - spreads retries, guards nothing
+    return int(min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS))
 
 
 def _expire(ticket: Ticket) -> None:

@@ -83,7 +83,7 @@ class WrongTask(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full. `retry_after_ms` estimates when there will be room."""
+    """The queue is full, or the wait in it too long (WAIT_TOO_LONG). `retry_after_ms` estimates when there is room."""
 
     reason = "QUEUE_FULL"
 

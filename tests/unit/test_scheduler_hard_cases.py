@@ -287,6 +287,7 @@ async def test_a_request_that_would_wait_for_most_of_its_time_is_refused_at_once
     await turns()
     with pytest.raises(Overloaded, match=r"the wait is about 6.0 s, the request has 7.0 s") as caught:
         await rig.call(5, timeout_s=7)
+    assert caught.value.reason == "WAIT_TOO_LONG"
     assert caught.value.retry_after_ms == pytest.approx(1000 * (6 - 0.8 * 7), rel=0.26)
     patient = rig.call(6, timeout_s=20)
     began = loop.time()
