@@ -32,6 +32,7 @@ from ml_inference_server.backends import BACKENDS, create_backend
 from ml_inference_server.backends.base import Encoded, TokenBatch, collate
 from ml_inference_server.backends.export import graph_inputs
 from ml_inference_server.backends.resolve import DTYPES, PRECISION_NAMES, resolve
+from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ConfigError, StartError
 from ml_inference_server.utils.ranking import mean_ndcg_at, read_qrels
@@ -99,7 +100,8 @@ def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
 
 
 def _child(connection: Connection, settings: ModelSettings, texts: list[str], timed: int) -> None:
-    """In its own process: load, then do what it is told until the connection closes."""
+    """In its own process: load, then do what it is told until it is ended."""
+    begin_child()
     try:
         started = time.perf_counter()
         backend = create_backend(settings)
@@ -219,9 +221,9 @@ def compare(
             row.ndcg = mean_ndcg_at(10, ranking(pairs, vectors, place), qrels)
     finally:
         for _, process, connection in running:
-            connection.close()
-            process.kill()
+            process.kill()  # before it sees the connection closed, and says so
             process.join()
+            connection.close()
     return rows
 
 

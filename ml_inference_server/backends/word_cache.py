@@ -6,7 +6,7 @@ special tokens, such as [SEP], are looked for across them. docs/performance.md s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -75,7 +75,7 @@ class WordCache:
             ids[words[place]].append(token_id)
         return ids
 
-    def _framed(self, words: "map[list[int]]") -> Encoded:
+    def _framed(self, words: Iterable[list[int]]) -> Encoded:
         ids = list(chain(self._before, *words))
         room = len(self._before) + self._room
         truncated = len(ids) > room

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.backends.tokenizer import _MOST_CHARACTERS_FROM_WORDS, FastTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,15 @@ def test_ids_equal_the_models_own(vocabulary: str, text: str, limit: int) -> Non
 def test_a_batch_is_encoded_in_order(vocabulary: str) -> None:
     texts = ["one", "two words", "three short words"]
     assert [e.length for e in ours(vocabulary).encode(texts)] == [3, 4, 5]
+
+
+def test_a_request_too_large_for_the_word_cache_gets_the_same_ids(vocabulary: str) -> None:
+    tokenizer = ours(vocabulary)
+    texts = ["Cell walls, and [SEP] more", "naïve café"] * 2000
+    assert sum(map(len, texts)) > _MOST_CHARACTERS_FROM_WORDS
+    expected = [plain(vocabulary, text, 256) for text in texts[:2]]
+    assert [each.ids.tolist() for each in tokenizer.encode(texts)] == expected * 2000
+    assert [each.ids.tolist() for each in tokenizer.encode(texts[:2])] == expected
 
 
 def test_prompts_stand_in_front(vocabulary: str) -> None:
