@@ -36,8 +36,8 @@ def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
             )
         yield f"The queue is full: {_count(refused, 'request was', 'requests were')} refused {period}. {cause}"
     if refused := errors.get("WAIT_TOO_LONG"):
-        burst = "They came in a burst: spread out, or given more time, they would fit."
-        cause = f"{faster}." if busy >= HIGH_BUSY_SHARE else burst
+        uneven = f"The model was {_percent(busy)} busy: spread out, or given more time, more of them would fit."
+        cause = f"{faster}." if busy >= HIGH_BUSY_SHARE else uneven
         yield (
             f"{_count(refused, 'request was', 'requests were')} refused {period}, because waiting would have taken "
             f"most of the time that their callers allow. {cause}"
