@@ -36,7 +36,7 @@ def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
             )
         yield f"The queue is full: {_count(refused, 'request was', 'requests were')} refused {period}. {cause}"
     if refused := errors.get("WAIT_TOO_LONG"):
-        uneven = f"The model was {_percent(busy)} busy: spread out, or given more time, more of them would fit."
+        uneven = f"The model was {_percent(busy)} busy: spread out, or given more time, more would fit."
         cause = f"{faster}." if busy >= HIGH_BUSY_SHARE else uneven
         yield (
             f"{_count(refused, 'request was', 'requests were')} refused {period}, because waiting would have taken "

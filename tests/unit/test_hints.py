@@ -67,7 +67,7 @@ TIMERS = {"full": 0, "tokens": 0, "timer": 150, "idle": 50, "single": 0, "retry"
         (both(BUSY, lambda f: f["errors_by_reason"].update(QUEUE_FULL=7)),
          ["The queue is full: 7 requests were refused in the last 30 s", "The model is the limit (97\u00a0% busy)"]),
         (lambda f: f["errors_by_reason"].update(QUEUE_FULL=1), ["1 request was refused", "max_queue_requests"]),
-        (lambda f: f["errors_by_reason"].update(WAIT_TOO_LONG=2), ["2 requests were refused", "more of them would fit"]),
+        (lambda f: f["errors_by_reason"].update(WAIT_TOO_LONG=2), ["2 requests were refused", "more would fit"]),
         (both(BUSY, lambda f: f["errors_by_reason"].update(WAIT_TOO_LONG=2)),
          ["waiting would have taken most of the time", "The model is the limit (97\u00a0% busy)"]),
         (lambda f: f["errors_by_reason"].update(DEADLINE_EXCEEDED=3), ["3 requests ran out of time"]),
