@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,8 @@ def compare(
     place = {name: i for i, name in enumerate(names)}
     qrels = read_qrels(qrels_file)
     context = multiprocessing.get_context("spawn")
-    running: list[tuple[Row, Any, Connection]] = []
+    processes: list[BaseProcess] = []
+    running: list[tuple[Row, Connection]] = []
     rows: list[Row] = []
     try:
         for row, settings in tqdm(combinations(model), desc="loading", disable=None):
@@ -197,6 +199,7 @@ def compare(
                 target=_child, args=(there, settings, [texts[n] for n in names], timed), daemon=True
             )
             process.start()
+            processes.append(process)
             there.close()
             rows.append(row)
             try:
@@ -207,12 +210,12 @@ def compare(
                 row.error = told["error"]
                 continue
             row.load_s = told["load_s"]
-            running.append((row, process, here))
+            running.append((row, here))
         turns = [(mode, each) for _ in range(repeats) for mode in MODES for each in running]
-        for mode, (row, _, connection) in tqdm(turns, desc="timing", disable=None):
+        for mode, (row, connection) in tqdm(turns, desc="timing", disable=None):
             row.rates[mode].append(timed / ask(connection, mode))
         reference: NDArray[np.float32] | None = None
-        for row, _, connection in tqdm([] if speed_only else running, desc="quality", disable=None):
+        for row, connection in tqdm([] if speed_only else running, desc="quality", disable=None):
             vectors, row.rss_mib = ask(connection, "embed")
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
             reference = vectors if reference is None else reference
@@ -220,10 +223,9 @@ def compare(
             row.cosine_mean, row.cosine_min = float(cosine.mean()), float(cosine.min())
             row.ndcg = mean_ndcg_at(10, ranking(pairs, vectors, place), qrels)
     finally:
-        for _, process, connection in running:
-            process.kill()  # before it sees the connection closed, and says so
-            process.join()
-            connection.close()
+        for each in processes:  # one that still loads among them: they leave Ctrl-C to us
+            each.kill()
+            each.join()
     return rows
 
 
