@@ -221,15 +221,18 @@ async def test_a_stock_client_with_a_retry_policy_comes_back_and_succeeds() -> N
 async def test_deadline_and_cancel_take_the_text_out_of_the_queue(server: FakeServer) -> None:
     server.backend.hold()
     slots = server.backend.info.concurrency
-    running = [asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=[f"r {i}"]))) for i in range(slots)]
-    await until(lambda: len(server.backend.log) == slots)
-    late = asyncio.ensure_future(refusal(server.stub.Embed(pb.EmbedRequest(texts=["late"]), timeout=0.05)))
-    leaving = server.stub.Embed(pb.EmbedRequest(texts=["leaving"]))
-    await asyncio.ensure_future(server.stub.GetMetrics(pb.GetMetricsRequest()))
-    leaving.cancel()
-    assert (await late).code() is Code.DEADLINE_EXCEEDED
+    running = []
+    for slot in range(1, slots + 1):  # one after another: sent together, they may share a batch
+        running.append(asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=[f"r {slot}"]))))
+        await until(lambda: len(server.backend.log) == slot)  # noqa: B023 - awaited before the next turn
     batcher = server.state.batcher
     assert batcher is not None
+    leaving = server.stub.Embed(pb.EmbedRequest(texts=["leaving"]))
+    await until(lambda: batcher.accepted_requests == slots + 1)
+    leaving.cancel()
+    await until(lambda: batcher.accepted_requests == slots)
+    late = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["late"]), timeout=0.05))
+    assert late.code() is Code.DEADLINE_EXCEEDED
     await until(lambda: batcher.accepted_requests == slots)
     server.backend.release()
     await asyncio.gather(*running)
