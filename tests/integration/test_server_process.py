@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,21 @@ def test_it_starts_on_free_ports_serves_and_stops_with_0(tmp_path: Path) -> None
         code, _ = server.end()
         assert code == 0
         assert not server.ready_file.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies of threads are Linux's")
+def test_only_the_threads_of_sockets_wait_their_turn(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server:
+        ports = server.ready()
+        with grpc.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+            rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["a"]))
+        waiting: dict[str, set[bool]] = {}
+        for task in Path(f"/proc/{ports['pid']}/task").iterdir():
+            name = (task / "comm").read_text().strip()
+            waiting.setdefault(name, set()).add(os.sched_getscheduler(int(task.name)) == os.SCHED_BATCH)
+    assert waiting.pop("event_engine") == {True}
+    grpcs_own = {"grpc_global_tim", "lifeguard"}
+    assert {name for name, found in waiting.items() if True in found} <= grpcs_own
 
 
 BAD_STARTS: list[tuple[str, list[str], int, str]] = [
