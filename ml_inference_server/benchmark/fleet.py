@@ -20,7 +20,7 @@ import numpy as np
 from ml_inference_server.benchmark.channel import Target
 from ml_inference_server.benchmark.dataset import Workload
 from ml_inference_server.benchmark.drive import Driver, Left, Share
-from ml_inference_server.benchmark.load import ServerGone
+from ml_inference_server.benchmark.load import ServerGone, event_loop
 from ml_inference_server.benchmark.machine import child_environment
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 
@@ -189,7 +189,8 @@ def _hashable(item: Any) -> Any:
 
 
 def main() -> None:
-    asyncio.run(_child(sys.stdin.buffer, sys.stdout.buffer))
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        runner.run(_child(sys.stdin.buffer, sys.stdout.buffer))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ml_inference_server.benchmark import records as raw_records
 from ml_inference_server.benchmark.channel import Target
 from ml_inference_server.benchmark.dataset import Dataset
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
+from ml_inference_server.benchmark.load import event_loop
 from ml_inference_server.benchmark.progress import Progress, search_work
 from ml_inference_server.benchmark.quality import Slice
 from ml_inference_server.benchmark.records import Records
@@ -126,7 +127,8 @@ def run_to_exit_code(work: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
         return await work(stop)
 
     try:
-        return asyncio.run(listening())
+        with asyncio.Runner(loop_factory=event_loop) as runner:
+            return runner.run(listening())
     except StartError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

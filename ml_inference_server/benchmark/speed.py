@@ -36,6 +36,7 @@ from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.schedule import arrivals_s
 from ml_inference_server.benchmark.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.benchmark.session import run_to_exit_code
+from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
 
@@ -43,6 +44,9 @@ STORE = DOCS / "speed.json"
 _STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
 _WARMUP_S = 2.0
 _TIMEOUT_S = 60.0
+# Of the saturation load: so little that hardly any query meets another one.
+_LIGHT = 0.02
+_MAX_OPEN_S = 60.0
 
 
 @dataclass
@@ -93,11 +97,15 @@ class Bench:
         left = await self._drive(Load("queries", 1, 1), concurrency=1, duration_s=self._seconds)
         return float(np.median(_latencies_ms(left)))
 
-    async def p99_ms(self, rate_per_s: float) -> float:
-        """p99 of single queries at `rate_per_s` (Poisson), from the moment when each was due."""
-        due_s = arrivals_s("poisson", rate_per_s, duration_s=2 * self._seconds, seed=0, repeat=0).tolist()
-        left = await self._drive(Load("queries", 1, 0), due_s=due_s)
-        return float(np.percentile(_latencies_ms(left), 99))
+    async def open_ms(self, rate_per_s: float) -> Any:
+        """Latencies of single queries at `rate_per_s` (Poisson), from the moment when each was due.
+
+        Enough of them for a p99, unless that would take longer than _MAX_OPEN_S.
+        """
+        enough_s = 1.1 * samples_needed(99) / rate_per_s
+        duration_s = min(max(2 * self._seconds, enough_s), _MAX_OPEN_S)
+        due_s = arrivals_s("poisson", rate_per_s, duration_s=duration_s, seed=0, repeat=0).tolist()
+        return _latencies_ms(await self._drive(Load("queries", 1, 0), due_s=due_s))
 
     async def _drive(self, load: Load, **how: Any) -> Left:
         workload = self._dataset.workload(load.kind, 0)
@@ -125,7 +133,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     dataset = await load_dataset(args.dataset)
     loads = [Load("queries", 1, 32), Load("passages", 1, 32), Load("passages", 32, 8)]
     ceilings: dict[str, list[dict[str, Any]]] = {"queries": [], "passages": []}
-    steps = tqdm(total=2 * len(ceilings) + args.repeats * len(loads) + 2, desc="speed", disable=None)
+    steps = tqdm(total=2 * len(ceilings) + args.repeats * len(loads) + 3, desc="speed", disable=None)
 
     async def time_ceilings() -> None:
         for kind, found in ceilings.items():
@@ -153,18 +161,26 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
                         steps.update()
                 idle_ms = await stop.race(bench.idle_p50_ms())
                 steps.update()
-                half = statistics.median(loads[0].texts_per_s) / 2
-                p99_ms = await stop.race(bench.p99_ms(half))
+                saturation = statistics.median(loads[0].texts_per_s)
+                light_ms = await stop.race(bench.open_ms(_LIGHT * saturation))
+                steps.update()
+                half_ms = await stop.race(bench.open_ms(saturation / 2))
                 steps.update()
     await time_ceilings()
     steps.close()
     shares = {str(load): _share(load, ceilings[load.kind]) for load in loads}
     stored = _stored(args.store).get(settings.name, {})
     print(_report(info["title"], loads, ceilings, shares, stored))
-    print(
-        f"\nSingle queries at half of the saturation load: p99 {p99_ms:.1f} ms, {p99_ms / idle_ms:.1f}x the p50 of an "
-        f"idle server ({idle_ms:.1f} ms)"
-    )
+    print(f"\nSingle queries, one after the other: p50 {idle_ms:.1f} ms")
+    for share, latencies_ms in ((_LIGHT, light_ms), (0.5, half_ms)):
+        if len(latencies_ms) < samples_needed(99):
+            print(f"At {share:.0%} of the saturation load: {len(latencies_ms)} queries, too few for a p99")
+            continue
+        p50_ms, p99_ms = np.percentile(latencies_ms, (50, 99))
+        print(
+            f"At {share:.0%} of the saturation load: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, "
+            f"{p99_ms / idle_ms:.1f}x the p50 of one after the other"
+        )
     if args.update:
         _store(args.store, settings.name, {"shares": shares, "commit": git_facts(), "machine": machine_facts()})
         print(f"Stored in {args.store}")
