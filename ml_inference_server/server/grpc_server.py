@@ -76,8 +76,8 @@ async def start_grpc(settings: ServerSettings, servicer: NativeServicer) -> Grpc
 def _socket_threads_wait_their_turn() -> Iterator[None]:
     """The threads in which gRPC reads and writes sockets, started in here, do not push others off a core; Linux only.
 
-    They wake for each message. On a busy machine each wake would interrupt the event loop for a single step of a single
-    call; like this several steps are there when it next looks (figures: docs/performance.md).
+    On a busy machine each message would interrupt the event loop, an engine or a client for itself alone. Like this,
+    whoever runs goes on, and the thread finds several messages when its turn comes (figures: docs/performance.md).
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:  # whoever chose another one knows why
         yield
