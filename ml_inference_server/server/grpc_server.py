@@ -79,7 +79,7 @@ def _socket_threads_wait_their_turn() -> Iterator[None]:
     On a busy machine each message would interrupt the event loop, an engine or a client for itself alone. Like this,
     whoever runs goes on, and the thread finds several messages when its turn comes (figures: docs/performance.md).
     """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:  # whoever chose another one knows why
+    if sys.platform != "linux" or _policy() != os.SCHED_OTHER:  # whoever chose another one knows why
         yield
         return
     before = set(threading.enumerate())
@@ -93,8 +93,15 @@ def _socket_threads_wait_their_turn() -> Iterator[None]:
             _schedule(thread.native_id or 0, os.SCHED_OTHER)
 
 
+def _policy() -> int | None:
+    try:
+        return os.sched_getscheduler(0)
+    except OSError:  # a C library or a sandbox that does not know it
+        return None
+
+
 def _schedule(thread_id: int, policy: int) -> None:
-    with contextlib.suppress(OSError):  # a sandbox that forbids it, a thread that has ended
+    with contextlib.suppress(OSError):  # forbidden, or the thread has ended
         os.sched_setscheduler(thread_id, policy, os.sched_param(0))
 
 
