@@ -38,7 +38,7 @@ from ml_inference_server.benchmark.server_process import LOOPBACK, ServerOptions
 from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.utils.config import load_settings
-from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
+from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 
 STORE = DOCS / "speed.json"
 _STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
@@ -159,9 +159,12 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
                     for load in loads:
                         await stop.race(bench.closed(load))
                         steps.update()
+                saturation = statistics.median(loads[0].texts_per_s)
+                if not saturation:
+                    steps.close()
+                    raise StartError(f"no single query was answered ({loads[0].errors} errors): nothing to compare")
                 idle_ms = await stop.race(bench.idle_p50_ms())
                 steps.update()
-                saturation = statistics.median(loads[0].texts_per_s)
                 light_ms = await stop.race(bench.open_ms(_LIGHT * saturation))
                 steps.update()
                 half_ms = await stop.race(bench.open_ms(saturation / 2))
