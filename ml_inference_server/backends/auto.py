@@ -21,6 +21,7 @@ from ml_inference_server.backends.base import collate
 from ml_inference_server.backends.compare import grouped_batches
 from ml_inference_server.backends.model_files import architecture_of, find_model
 from ml_inference_server.backends.own_process import in_own_process, one_line
+from ml_inference_server.backends.reference import reference_for, sample_pairs
 from ml_inference_server.backends.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.cache import cached, find
 from ml_inference_server.utils.config import ModelSettings, Quantization
@@ -34,7 +35,7 @@ MAX_PASSES = 9
 # Passes go on for so long; a slow model still gets one.
 _BUDGET_S = 2.0
 # Raise it when the way to choose changes: earlier choices are then made again.
-_VERSION = 2
+_VERSION = 3
 _FILE = "choice.json"
 _PACKAGES = (
     "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf",
@@ -84,7 +85,7 @@ def choose(model: ModelSettings, phase: Callable[[str], None]) -> Choice:
     """The choice for this machine and model, from the cache or measured now. ModelError if nothing passes."""
     phase("looking for the model")
     files = architecture_of(model.name) if model.random_weights else find_model(model.name)
-    key = _key(model, files.weights_sha256)
+    key = _key(model, files.model_sha256)
     entry = find("auto", key)
     if entry is not None:
         choice = _read(entry, model)
@@ -108,7 +109,7 @@ def choose(model: ModelSettings, phase: Callable[[str], None]) -> Choice:
     return choice
 
 
-def _key(model: ModelSettings, weights_sha256: str) -> dict[str, object]:
+def _key(model: ModelSettings, model_sha256: str) -> dict[str, object]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -122,7 +123,7 @@ def _key(model: ModelSettings, weights_sha256: str) -> dict[str, object]:
         "cpus": available_cpus(),
         "gpus": [*sorted(str(file) for file in Path("/dev").glob("nvidia[0-9]*")), os.getenv("CUDA_VISIBLE_DEVICES")],
         "packages": versions,
-        "weights": weights_sha256,
+        "model_sha256": model_sha256,
         "model": model.model_dump(mode="json"),
     }
 
@@ -187,15 +188,16 @@ def _name(backend: str, device: str, quantization: Quantization) -> str:
 def probe(model: ModelSettings) -> Measured:
     """Load a candidate and measure it on the sample, batched as the server would. ModelError if it is not fit."""
     resolution = resolve(model)
+    reference = reference_for(resolution.model)
     backend = create_backend(resolution.model)
     backend.load_model()
     resolution.check(backend.info)
     backend.warmup(lambda done, total: None)
-    closeness = parity.measure(backend, resolution.model)
-    pairs = parity.sample_pairs()
+    closeness = parity.measure(backend, reference)
+    pairs = sample_pairs()
     pairs = pairs[:: max(1, len(pairs) // PROBE_TEXTS)][:PROBE_TEXTS]
     tokenizer = backend.tokenizer
-    if model.task == "cross_encoder":
+    if backend.info.task == "cross_encoder":
         rows = tokenizer.encode_pairs(pairs)
     else:
         rows = tokenizer.encode([passage for _, passage in pairs])
@@ -211,7 +213,7 @@ def probe(model: ModelSettings) -> Measured:
     return Measured(
         texts_per_s=len(rows) / statistics.median(passes_s),
         parity=closeness.mean if closeness else None,
-        limit=parity.required(resolution.model),
+        limit=parity.required(resolution.model, backend.info.task),
         fp32=resolution.quantization == "none",
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -19,11 +20,13 @@ class Encoded:
     """One text as token ids, special tokens included.
 
     ids: (length,) int32. type_ids: (length,) int32, or None where the model has no segments or they are all 0.
+    variant: which of the model's ways this text takes; 0 but for a few kinds (see `loading.LoadedModel`).
     """
 
     ids: NDArray[np.int32]
     type_ids: NDArray[np.int32] | None = None
     truncated: bool = False
+    variant: int = 0
 
     @property
     def length(self) -> int:
@@ -32,14 +35,30 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Right-padded rows. All arrays are (batch, length) int64; attention_mask is 1 on tokens and 0 on padding."""
+    """Right-padded rows. All arrays are (batch, length) int64; attention_mask is 1 on tokens and 0 on padding.
+
+    variants: (batch,), of each row; None where all are 0.
+    """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     token_type_ids: NDArray[np.int64] | None = None
+    variants: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def rows(self, places: NDArray[np.intp]) -> "TokenBatch":
+        """Some of the rows, without padding that none of them needs."""
+        mask = self.attention_mask[places]
+        length = int(mask.sum(axis=1).max())
+        types, variants = self.token_type_ids, self.variants
+        return TokenBatch(
+            self.input_ids[places, :length],
+            mask[:, :length],
+            None if types is None else types[places, :length],
+            None if variants is None else variants[places],
+        )
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
@@ -53,7 +72,41 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
         mask[i, : row.length] = 1
         if types is not None and row.type_ids is not None:
             types[i, : row.length] = row.type_ids
-    return TokenBatch(ids, mask, types)
+    variants = np.array([row.variant for row in rows], np.int64) if any(row.variant for row in rows) else None
+    return TokenBatch(ids, mask, types, variants)
+
+
+class Company(Enum):
+    """Which texts may run together without changing each other's answers. Found at load, by trying."""
+
+    ANY = "any"  # padded to the longest
+    EQUAL_LENGTHS = "equal_lengths"  # the model's answers change with padding
+    NONE = "none"  # one by one
+
+
+def run_in_company(
+    batch: TokenBatch, company: Company, run: Callable[[TokenBatch], NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """`run` over the batch, as a whole or in the groups that `company` allows; texts of other variants stay apart."""
+    if company is Company.ANY and batch.variants is None:
+        return run(batch)
+    lengths = batch.attention_mask.sum(axis=1)
+    keys = [
+        (
+            0 if batch.variants is None else int(batch.variants[i]),
+            i if company is Company.NONE else int(lengths[i]) if company is Company.EQUAL_LENGTHS else 0,
+        )
+        for i in range(len(batch))
+    ]
+    out: NDArray[np.float32] | None = None
+    for key in dict.fromkeys(keys):
+        places = np.array([i for i in range(len(batch)) if keys[i] == key], np.intp)
+        got = run(batch.rows(places))
+        if out is None:
+            out = np.empty((len(batch), *got.shape[1:]), np.float32)
+        out[places] = got
+    assert out is not None  # noqa: S101 - a batch has at least one text
+    return out
 
 
 def packed_size(tokens: int) -> int:
@@ -71,8 +124,9 @@ class BackendInfo:
     """What really runs, read from the loaded model and never from the settings.
 
     compiled: the model runs as machine code made for it. padding_free: a batch costs `packed_size` of its tokens,
-    whatever its mix of lengths. parity_mean, parity_min: cosine to FP32 PyTorch, measured at load; None where it was
-    not.
+    whatever its mix of lengths. parity_mean, parity_min: cosine to sentence-transformers in FP32, measured at load;
+    None where it was not. model_sha256: over all files that an answer depends on. similarity: how Score and Rerank
+    compare two embeddings (cosine, dot, euclidean or manhattan); logit for a cross-encoder.
     """
 
     backend: str
@@ -90,8 +144,10 @@ class BackendInfo:
     dimension: int
     weights_sha256: str
     weights_file: str
+    model_sha256: str
     source: str
     parameters: int
+    similarity: str = "cosine"
     random_weights: bool = False
     compiled: bool = False
     padding_free: bool = False
@@ -101,11 +157,15 @@ class BackendInfo:
 
 
 class TextTokenizer(Protocol):
-    """Text to token ids; safe to call from several threads."""
+    """Text to token ids; safe to call from several threads.
+
+    needs_prompt_name: the model has no default way for a text, so a request must name a prompt.
+    """
 
     pad_id: int
     max_tokens: int
     prompts: Mapping[str, str]
+    needs_prompt_name: bool
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         """One Encoded for each text, cut at max_tokens. `prompt_name` must be a key of `prompts`, or None."""
@@ -149,6 +209,9 @@ class Backend(Protocol):
         ...
 
 
+# Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
 # (texts, tokens) run before the server says it is ready: allocators, thread pools and kernels are then warm.
 _WARMUP_SHAPES = ((1, 16), (1, 128), (8, 16), (8, 64), (8, 256), (32, 32))
 
@@ -163,10 +226,20 @@ def packed_sizes(most: int) -> list[int]:
 
 def run_warmup(backend: Backend, progress: Progress, shapes: Sequence[tuple[int, int]] = _WARMUP_SHAPES) -> None:
     """Run `shapes` of (texts, tokens) through `infer`. ModelError if an answer is not finite or has a wrong shape."""
+    word = _some_tokens(backend)
     for done, (texts, tokens) in enumerate(shapes):
         shape = (texts, min(tokens, backend.info.max_tokens))
-        ids = np.full(shape, backend.tokenizer.pad_id + 1, np.int64)
+        ids = np.resize(word, shape).astype(np.int64)
         rows = backend.infer(TokenBatch(ids, np.ones_like(ids)))
         if rows.shape != (texts, backend.info.dimension) or not np.isfinite(rows).all():
             raise ModelError(f"the model's warm-up answer has shape {rows.shape} or is not finite: not fit to serve")
         progress(done + 1, len(shapes))
+
+
+def _some_tokens(backend: Backend) -> NDArray[np.int32]:
+    """Tokens that the model knows: of a text, since not every number below the vocabulary's size need be one."""
+    sentence = "the quick brown fox jumps over the lazy dog"
+    if backend.info.task == "cross_encoder":
+        return backend.tokenizer.encode_pairs([(sentence, sentence)])[0].ids
+    name = next(iter(backend.tokenizer.prompts)) if backend.tokenizer.needs_prompt_name else None
+    return backend.tokenizer.encode([sentence], name)[0].ids

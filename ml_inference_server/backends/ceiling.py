@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.backends import parity
 from ml_inference_server.backends.base import Backend, Encoded, collate
 from ml_inference_server.backends.compare import grouped_batches
 from ml_inference_server.backends.model_files import architecture_of, find_model
+from ml_inference_server.backends.reference import sample_pairs
 from ml_inference_server.backends.resolve import title
 from ml_inference_server.backends.start import start_backend
 from ml_inference_server.utils.child import has_huge_pages, huge_pages_for_children
@@ -200,7 +200,7 @@ def _matrix_rate(shape: dict[str, int], dtype: str, tokens: int, streams: int, t
 def read_texts(file: Path | None, workload: str) -> list[str]:
     """Distinct texts: one a line, or the query or passage column of MS MARCO's TSV; without a file, the sample's."""
     if file is None:
-        pairs = parity.sample_pairs()
+        pairs = sample_pairs()
         return list(dict.fromkeys(pair[0] if workload == "queries" else pair[1] for pair in pairs))
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

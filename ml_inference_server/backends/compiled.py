@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 from ml_inference_server.backends.base import TokenBatch, packed_sizes
 from ml_inference_server.backends.loading import LoadedModel
 from ml_inference_server.backends.native import compiler, no_compiler
-from ml_inference_server.backends.packed import Inputs, PackedModule, pack
+from ml_inference_server.backends.packed import Inputs, PackedModule, check_fit, pack
 from ml_inference_server.utils.cache import cache_root
 from ml_inference_server.utils.cpu import cpu_flags
 from ml_inference_server.utils.errors import ModelError
@@ -43,19 +43,20 @@ _KEEP_BYTES = 512 * 2**20
 class CompiledModel:
     """A loaded model, packed and compiled. Callable from several threads at a time."""
 
-    def __init__(self, loaded: LoadedModel, task: str, threads: int) -> None:
+    def __init__(self, loaded: LoadedModel, threads: int) -> None:
         """Compile, or read the cache; then compare with the uncompiled model. ModelError if either fails.
 
         Takes `loaded` over: its own module cannot be run afterwards.
         """
         if compiler() is None:
             raise ModelError(no_compiler())
+        check_fit(loaded)
         probe = _probe(loaded)
         with torch.inference_mode():
             expected = loaded.module(torch.from_numpy(probe.input_ids), torch.from_numpy(probe.attention_mask))
-        self._module = PackedModule(loaded, task).eval()
+        self._module = PackedModule(loaded).eval()
         self.attention = self._module.attention
-        _use_cache(loaded.files.weights_sha256, threads)
+        _use_cache(loaded.files.model_sha256, threads)
         torch._dynamo.config.cache_size_limit = 64
         self._graph = torch.compile(self._module, dynamic=True)
         log.info("compiling the model for this processor (about a minute at the first start, some seconds later)")
@@ -86,7 +87,7 @@ class CompiledModel:
 
     def pack(self, batch: TokenBatch) -> Inputs:
         """The inputs of `run`."""
-        return pack(batch, self._module.first_position)
+        return pack(batch, self._module.positions)
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         """The bare graph: (texts, dimension), with one text more where the batch had only one."""
@@ -128,9 +129,9 @@ def _check_same(got: torch.Tensor, expected: torch.Tensor) -> None:
         raise ModelError("the compiled model answers otherwise than the uncompiled one: set model.compile: false")
 
 
-def _use_cache(weights_sha256: str, threads: int) -> None:
+def _use_cache(model_sha256: str, threads: int) -> None:
     """Let torch keep its machine code in our cache folder, one folder for each of what it depends on."""
-    key = {"torch": torch.__version__, "weights": weights_sha256, "flags": sorted(cpu_flags()), "threads": threads}
+    key = {"torch": torch.__version__, "model": model_sha256, "flags": sorted(cpu_flags()), "threads": threads}
     folder = cache_root() / "compiled" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ A model that brings such a graph of its own as onnx/model.onnx is run from that 
 """
 
 import contextlib
-import hashlib
 import importlib
 import logging
 import warnings
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import TokenBatch
-from ml_inference_server.backends.model_files import ModelFiles
-from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.backends.base import Company, TextTokenizer, TokenBatch
+from ml_inference_server.backends.model_files import ModelFiles, sha256_of
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
@@ -45,7 +43,10 @@ class Exported:
     output: str
     weights: str
     files: ModelFiles
-    tokenizer: FastTokenizer
+    tokenizer: TextTokenizer
+    task: str
+    similarity: str
+    company: Company
     dimension: int
     parameters: int
     key: dict[str, object]
@@ -66,26 +67,44 @@ def export(settings: ModelSettings) -> Exported:
     loaded = load_model(settings)
     key: dict[str, object] = {
         "graph_version": GRAPH_VERSION,
-        "weights": loaded.files.weights_sha256,
-        "folder": _configuration_hash(loaded.files.folder),
-        "task": settings.task,
+        "model": loaded.files.model_sha256,
+        "task": loaded.task,
         "random_weights": settings.random_weights,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     parameters = sum(p.numel() for p in loaded.module.parameters())
+
+    def made(file: Path, output: str, weights: str) -> Exported:
+        return Exported(
+            file,
+            output,
+            weights,
+            loaded.files,
+            loaded.tokenizer,
+            loaded.task,
+            loaded.similarity,
+            loaded.company,
+            loaded.dimension,
+            parameters,
+            key,
+        )
+
+    if loaded.variants > 1:
+        raise ModelError(
+            f"{settings.name} treats texts in {loaded.variants} different ways (a Router, or prompts that its pooling "
+            f"leaves out), which is more than one graph: use model.backend pytorch"
+        )
     prebuilt = loaded.files.folder / PREBUILT
     if prebuilt.is_file() and not settings.random_weights:
-        output, unfit = _inspect(prebuilt, loaded, settings.task)
+        output, unfit = _inspect(prebuilt, loaded)
         if not unfit:
             # model.onnx_data and the like hold what is too large for the graph's own file.
-            digests = [_sha256(file) for file in sorted(prebuilt.parent.glob("model.onnx*"))]
+            digests = [sha256_of(file) for file in sorted(prebuilt.parent.glob("model.onnx*"))]
             weights = f"{PREBUILT} (sha256 {digests[0][:16]}) beside {loaded.files.weights_file}"
             log.info("using the model's own graph %s", weights)
             key |= {"prebuilt": digests}
-            return Exported(
-                prebuilt, output, weights, loaded.files, loaded.tokenizer, loaded.dimension, parameters, key
-            )
+            return made(prebuilt, output, weights)
         log.warning("%s of the model is not used: %s; exporting the model instead", PREBUILT, unfit)
 
     def make(folder: Path) -> None:
@@ -113,9 +132,7 @@ def export(settings: ModelSettings) -> Exported:
 
     folder = cached("onnx", key, make)
     weights = f"{loaded.files.weights_file} exported to model.onnx"
-    return Exported(
-        folder / "model.onnx", OUTPUT, weights, loaded.files, loaded.tokenizer, loaded.dimension, parameters, key
-    )
+    return made(folder / "model.onnx", OUTPUT, weights)
 
 
 def graph_inputs(names: Sequence[str], batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
@@ -158,7 +175,7 @@ def _need(package: str) -> None:
         ) from error
 
 
-def _inspect(file: Path, loaded: "LoadedModel", task: str) -> tuple[str, str]:
+def _inspect(file: Path, loaded: "LoadedModel") -> tuple[str, str]:
     """(name of the output with the rows, "") of a graph that came with the model, or ("", why it cannot be used)."""
     import onnx
 
@@ -169,7 +186,7 @@ def _inspect(file: Path, loaded: "LoadedModel", task: str) -> tuple[str, str]:
     except Exception as error:
         return "", f"it cannot be read ({type(error).__name__})"
     inputs = {each.name: each.type.tensor_type for each in graph.input}
-    needed = _INPUTS if task == "cross_encoder" and loaded.takes_token_type_ids else _INPUTS[:2]
+    needed = _INPUTS if loaded.task == "cross_encoder" and loaded.takes_token_type_ids else _INPUTS[:2]
     if not set(needed) <= set(inputs) <= set(_INPUTS):
         return "", f"its inputs are {', '.join(inputs) or 'none'}, not {', '.join(needed)}"
     if any(each.elem_type != kinds.INT64 for each in inputs.values()):
@@ -180,25 +197,15 @@ def _inspect(file: Path, loaded: "LoadedModel", task: str) -> tuple[str, str]:
         return "", "its weights are not FP32"
     for each in graph.output:
         shape = each.type.tensor_type.shape.dim
-        if each.name in _OUTPUTS[task] and len(shape) == 2 and each.type.tensor_type.elem_type == kinds.FLOAT:
+        if each.name in _OUTPUTS[loaded.task] and len(shape) == 2 and each.type.tensor_type.elem_type == kinds.FLOAT:
             if shape[1].HasField("dim_value") and shape[1].dim_value != loaded.dimension:
                 return "", f"its rows have {shape[1].dim_value} numbers, the model's {loaded.dimension}"
             return each.name, ""
-    return "", f"no output is {' or '.join(_OUTPUTS[task])} in FP32, it has {', '.join(map(_shown, graph.output))}"
+    return (
+        "",
+        f"no output is {' or '.join(_OUTPUTS[loaded.task])} in FP32, it has {', '.join(map(_shown, graph.output))}",
+    )
 
 
 def _shown(output: Any) -> str:
     return f"{output.name} ({len(output.type.tensor_type.shape.dim)}-D)"
-
-
-def _configuration_hash(folder: Path) -> str:
-    """Of every JSON file of the model: pooling, prompts and limits are part of what is exported."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.json")):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

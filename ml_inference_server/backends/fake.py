@@ -73,6 +73,7 @@ class FakeTokenizer:
         self.max_tokens = max_tokens
         self.pad_id = 0
         self.prompts: Mapping[str, str] = {}
+        self.needs_prompt_name = False
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         out = []
@@ -103,6 +104,7 @@ class FakeBackend:
 
     def __init__(self, model: ModelSettings, *, faults: bool = False) -> None:
         self._settings = model
+        self._task = "cross_encoder" if model.task == "cross_encoder" else "embedding"
         self._faults = faults
         self._base_s, self._per_token_s = _service_time(model.name)
         self._raised: set[tuple[int, ...]] = set()
@@ -166,7 +168,7 @@ class FakeBackend:
         return BackendInfo(
             backend="fake",
             model=self._settings.name if self._settings.name.startswith("fake") else "fake",
-            task=self._settings.task,
+            task=self._task,
             device="cpu",
             device_name="none",
             dtype="float32",
@@ -176,9 +178,11 @@ class FakeBackend:
             threads=1,
             concurrency=self._settings.streams or 1,
             max_tokens=self._tokenizer.max_tokens,
-            dimension=1 if self._settings.task == "cross_encoder" else DIMENSION,
+            dimension=1 if self._task == "cross_encoder" else DIMENSION,
+            similarity="logit" if self._task == "cross_encoder" else "cosine",
             weights_sha256="",
             weights_file="",
+            model_sha256="",
             source="none",
             parameters=0,
         )

@@ -1,15 +1,22 @@
 """A model's own files as a torch module that takes token ids: what PyTorch runs and what the export writes as ONNX."""
 
-import json
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from transformers import PreTrainedModel
 
-from ml_inference_server.backends.model_files import ModelFiles, architecture_of, check_safetensors, find_model
-from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.backends import limits
+from ml_inference_server.backends.base import Company, TextTokenizer
+from ml_inference_server.backends.library_tokenizer import Variant
+from ml_inference_server.backends.model_files import ModelFiles, architecture_of, find_model
+from ml_inference_server.backends.model_kind import Task, kind_of
+from ml_inference_server.backends.text_input import Prepared, prepare
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 
@@ -20,128 +27,194 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """FP32 on the CPU, in evaluation mode.
 
-    module: forward(input_ids, attention_mask, token_type_ids or None) -> (batch, dimension) for an embedding model,
-    (batch, 1) raw logits for a cross-encoder. transformer: the part of it whose precision may be changed. base: the
-    Hugging Face model in it that turns token ids into hidden states.
+    module: forward(input_ids, attention_mask, token_type_ids or None, variant=0) -> (batch, dimension) for an embedding
+    model, (batch, 1) raw logits for a cross-encoder. transformer: the part of it whose precision may be changed. base:
+    the Hugging Face model that turns token ids into hidden states, None where there is none (StaticEmbedding, Router).
+    variants: how many ways texts take through the model; each text's tokens say which (`Encoded.variant`).
     """
 
-    module: torch.nn.Module
+    module: "TokenModule"
     transformer: torch.nn.Module
     base: Any
     files: ModelFiles
-    tokenizer: FastTokenizer
+    task: Task
+    similarity: str
+    tokenizer: TextTokenizer
+    company: Company
     dimension: int
     takes_token_type_ids: bool
+    variants: int
 
 
-def _features(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    features = {"input_ids": input_ids, "attention_mask": attention_mask}
-    return features if token_type_ids is None else features | {"token_type_ids": token_type_ids}
+class TokenModule(torch.nn.Module):
+    """A sentence-transformers model as a function of token ids, with all of its modules."""
 
-
-class _SentenceModule(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, variants: tuple[Variant, ...], truncate_dim: int | None) -> None:
         super().__init__()
         self.model = model
+        self._variants = variants
+        self.truncate_dim = truncate_dim
+        self._output = "scores" if isinstance(model, CrossEncoder) else "sentence_embedding"
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        variant: int = 0,
     ) -> torch.Tensor:
-        rows: torch.Tensor = self.model(_features(input_ids, attention_mask, token_type_ids))["sentence_embedding"]
-        return rows
-
-
-class _CrossEncoderModule(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        # Raw logits in FP32: a sigmoid in half precision saturates, and then good answers tie.
-        logits: torch.Tensor = self.model(**_features(input_ids, attention_mask, token_type_ids)).logits.float()
-        return logits
+        features: dict[str, Any] = dict(self._variants[variant].features)
+        if self._variants[variant].is_bag:
+            lengths = attention_mask.sum(dim=1)
+            features |= {"input_ids": input_ids[attention_mask.bool()], "offsets": lengths.cumsum(0) - lengths}
+        else:
+            features |= {"input_ids": input_ids, "attention_mask": attention_mask}
+            if token_type_ids is not None:
+                features["token_type_ids"] = token_type_ids
+        rows: torch.Tensor = self.model(features)[self._output].float()
+        # Logits stay raw and in FP32: a sigmoid in half precision saturates, and then good answers tie.
+        return rows if self.truncate_dim is None else rows[:, : self.truncate_dim]
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
     """Find, verify and load `settings.name`. ModelError if it is not fit to run."""
+    files, task = locate(settings)
+    model = plain_model(settings, files, task)
+    prepared = prepare(model, settings.max_tokens, files)
+    first = model[0]
+    module = TokenModule(model, prepared.variants, getattr(model, "truncate_dim", None)).eval().requires_grad_(False)
+    company = _settle(module, first, prepared, files)
+    return LoadedModel(
+        module=module,
+        transformer=first,
+        base=first.model if isinstance(first, Transformer) else None,
+        files=files,
+        task=task,
+        similarity="logit" if isinstance(model, CrossEncoder) else str(model.similarity_fn_name),
+        tokenizer=prepared.tokenizer,
+        company=company,
+        dimension=_dimension(module, prepared),
+        takes_token_type_ids=prepared.takes_token_type_ids,
+        variants=len(prepared.variants),
+    )
+
+
+def locate(settings: ModelSettings) -> tuple[ModelFiles, Task]:
+    """The verified files of `settings.name`, and what they can be served as. ModelError if they cannot."""
+    if settings.random_weights:
+        return architecture_of(settings.name), "cross_encoder" if settings.task == "cross_encoder" else "embedding"
+    files = find_model(settings.name)
+    kind = kind_of(files.folder, settings.task)
+    log.info("%s is %s: serving it as %s", settings.name, kind.sentence, kind.task)
+    return files, kind.task
+
+
+def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:
+    """The model as sentence-transformers loads it, in FP32 on the CPU; what is served is judged by it.
+
+    ModelError if a tensor has no weights in the files: it would run with random numbers.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    files = architecture_of(settings.name) if settings.random_weights else find_model(settings.name)
-    loaded = _cross_encoder(settings, files) if settings.task == "cross_encoder" else _embedding(settings, files)
-    loaded.module.eval().requires_grad_(False)
-    return loaded
-
-
-def _embedding(settings: ModelSettings, files: ModelFiles) -> LoadedModel:
-    from sentence_transformers import SentenceTransformer
-
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "model_kwargs": {"use_safetensors": True, "dtype": torch.float32},
+    }
     try:
-        model = SentenceTransformer(
-            str(files.folder),
-            device="cpu",
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
+        with _reports() as reports, _one_line_logs():
+            if task == "cross_encoder":
+                labels = {"num_labels": 1} if settings.random_weights else {}
+                model: Any = CrossEncoder(str(files.folder), **options, **labels)
+            else:
+                model = SentenceTransformer(str(files.folder), **options)
     except Exception as error:
-        raise _cannot_load(files, error) from error
-    for module in model:
-        if getattr(module, "include_prompt", True) is False and any(model.prompts.values()):
-            raise ModelError("the model's pooling leaves its prompt out (Instructor models): this is not supported")
-    transformer = model[0]
+        raise cannot_load(files, error) from error
     if settings.random_weights:
-        _randomise(transformer.model)
+        _randomise(model)
     else:
-        _check_weights(transformer.model, files)
-    prompts = dict(model.prompts)
-    if model.default_prompt_name is not None:
-        prompts[""] = prompts[model.default_prompt_name]
-    return LoadedModel(
-        module=_SentenceModule(model),
-        transformer=transformer,
-        base=transformer.model,
-        files=files,
-        tokenizer=_tokenizer(model.tokenizer, int(model.max_seq_length or 512), settings.max_tokens, prompts),
-        dimension=int(model.get_embedding_dimension() or 0),
-        takes_token_type_ids="token_type_ids" in model.tokenizer.model_input_names,
-    )
+        _check_complete(model, reports, files)
+    if task == "cross_encoder" and model.num_labels != 1:
+        raise ModelError(
+            f"a cross-encoder gives one score; this model has {model.num_labels} labels: it is a classifier"
+        )
+    model.eval()
+    return model
 
 
-def _cross_encoder(settings: ModelSettings, files: ModelFiles) -> LoadedModel:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+@contextlib.contextmanager
+def _reports() -> Iterator[list[Mapping[str, Any]]]:
+    """What transformers says of each model that it loads meanwhile: missing keys and so on."""
+    found: list[Mapping[str, Any]] = []
+    original = PreTrainedModel.__dict__["from_pretrained"]
 
+    def from_pretrained(cls: type[PreTrainedModel], *arguments: Any, **options: Any) -> Any:
+        options["output_loading_info"] = True
+        model, report = original.__func__(cls, *arguments, **options)
+        found.append(report)
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
-        if settings.random_weights:
-            config.num_labels = 1
-            model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
-            _randomise(model)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                files.folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-    except Exception as error:
-        raise _cannot_load(files, error) from error
-    if model.config.num_labels != 1:
-        raise ModelError(f"a cross-encoder gives one score; this model has {model.config.num_labels} labels")
-    if not settings.random_weights:
-        _check_weights(model, files, optional=())
-    limit = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", 512)))
-    return LoadedModel(
-        module=_CrossEncoderModule(model),
-        transformer=model,
-        base=model.base_model,
-        files=files,
-        tokenizer=_tokenizer(tokenizer, limit, settings.max_tokens, {}),
-        dimension=1,
-        takes_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+        yield found
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _one_line_logs() -> Iterator[None]:
+    """The library's own reports of what it loaded are tables of many lines; ours is one."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _check_complete(model: Any, reports: list[Mapping[str, Any]], files: ModelFiles) -> None:
+    """Judged by what transformers found missing after its own renaming, not by the names in the files."""
+    pooled = any(
+        "pooler_output" in str(each.modality_config) for each in model.modules() if isinstance(each, Transformer)
     )
+    is_embedding = isinstance(model, SentenceTransformer)
+    for report in reports:
+        missing = sorted(report.get("missing_keys", ()))
+        if is_embedding and not pooled:  # the pooler is no part of such an embedding, and many files leave it out
+            missing = [key for key in missing if "pooler." not in key]
+        if missing:
+            raise ModelError(
+                f"{files.weights_file} holds no weights for {missing[0]} and {len(missing) - 1} more tensors: "
+                f"the files belong to another architecture"
+            )
+
+
+def _settle(module: TokenModule, first: torch.nn.Module, prepared: Prepared, files: ModelFiles) -> Company:
+    """Mend what would make an answer depend on others, where that can be, and find out which texts may run together."""
+    for transformer in [each for each in first.modules() if isinstance(each, Transformer)]:
+        limits.keep_one_attention(transformer.model, prepared.tokenizer.max_tokens, files)
+        config = transformer.model.config
+        if getattr(config, "pad_token_id", None) is None and prepared.pad_id_is_free:
+            config.pad_token_id = prepared.tokenizer.pad_id  # heads of decoders look for the last token by it
+    company = limits.find_company(module, prepared)
+    if company is not Company.ANY:
+        log.warning(
+            "this model's answers change with the texts beside them: texts run %s, which is slower",
+            "with others of their length" if company is Company.EQUAL_LENGTHS else "one by one",
+        )
+    return company
+
+
+def _dimension(module: TokenModule, prepared: Prepared) -> int:
+    row = limits.run_alone(module, prepared.probes[0][0])
+    if row.ndim != 2:
+        raise ModelError("the model does not end in one vector for a text: it has no pooling, or gives many vectors")
+    return int(row.shape[1])
 
 
 def _randomise(model: Any) -> None:
@@ -153,46 +226,9 @@ def _randomise(model: Any) -> None:
                 parameter.normal_(0.0, 0.05, generator=generator)
 
 
-def _cannot_load(files: ModelFiles, error: Exception) -> ModelError:
+def cannot_load(files: ModelFiles, error: Exception) -> ModelError:
+    """The one line for whatever a library raises about a model's files."""
     log.debug("loading failed", exc_info=error)
-    lines = str(error).strip().splitlines()
-    return ModelError(f"model {files.folder} cannot be loaded: {lines[0] if lines else type(error).__name__}")
-
-
-def _check_weights(model: Any, files: ModelFiles, optional: tuple[str, ...] = ("pooler.",)) -> None:
-    """ModelError if a tensor of the model has no weights in the files: it would run with random numbers.
-
-    `optional`: prefixes that may be missing; the pooler is no part of an embedding, and many files leave it out.
-    """
-    stored: set[str] = set()
-    for file in (*files.folder.glob("*.safetensors"), *files.folder.glob("*/*.safetensors")):
-        stored |= set(check_safetensors(file))
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(optional) and not any(key == name or key.endswith("." + name) for key in stored)
-    ]
-    if missing:
-        raise ModelError(
-            f"{files.weights_file} holds no weights for {missing[0]} and {len(missing) - 1} more tensors: "
-            f"the files belong to another architecture"
-        )
-
-
-def _tokenizer(tokenizer: Any, limit: int, max_tokens: int | None, prompts: Any) -> FastTokenizer:
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        raise ModelError(
-            "the model has no fast tokenizer (tokenizer.json): convert it with transformers' AutoTokenizer"
-        )
-    if max_tokens is not None and max_tokens > limit:
-        raise ModelError(f"model.max_tokens is {max_tokens}, but this model takes at most {limit} tokens")
-    # transformers keeps padding and truncation of the last call in the shared object: take our own.
-    description = json.loads(fast.to_str()) | {"truncation": None, "padding": None}
-    return FastTokenizer(
-        Tokenizer.from_str(json.dumps(description)),
-        max_tokens=max_tokens or limit,
-        pad_id=int(tokenizer.pad_token_id or 0),
-        side=tokenizer.truncation_side,
-        prompts=prompts,
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return ModelError(f"model {files.folder} cannot be loaded ({reason}): check its files, or download it again")

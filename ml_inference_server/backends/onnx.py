@@ -9,9 +9,15 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, run_warmup
+from ml_inference_server.backends.base import (
+    BackendInfo,
+    Progress,
+    TextTokenizer,
+    TokenBatch,
+    run_in_company,
+    run_warmup,
+)
 from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
-from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set
@@ -62,7 +68,8 @@ class OnnxBackend:
         return BackendInfo(
             backend="onnx",
             model=self._settings.name,
-            task=self._settings.task,
+            task=self._exported.task,
+            similarity=self._exported.similarity,
             device=device,
             device_name=cpu_name() if device == "cpu" else provider.removesuffix("ExecutionProvider"),
             dtype="int8" if quantized else dtype,
@@ -75,6 +82,7 @@ class OnnxBackend:
             dimension=self._exported.dimension,
             weights_sha256=self._exported.files.weights_sha256,
             weights_file=self._exported.describe(file),
+            model_sha256=self._exported.files.model_sha256,
             source=self._exported.files.source,
             parameters=self._exported.parameters,
             random_weights=self._settings.random_weights,
@@ -85,6 +93,9 @@ class OnnxBackend:
         run_warmup(self, progress)
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        return run_in_company(batch, self._exported.company, self._run)
+
+    def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
         rows: NDArray[np.float32] = self.session.run([self._exported.output], graph_inputs(self.input_names, batch))[0]
         return rows
 
@@ -93,7 +104,7 @@ class OnnxBackend:
         return self._info
 
     @property
-    def tokenizer(self) -> FastTokenizer:
+    def tokenizer(self) -> TextTokenizer:
         return self._exported.tokenizer
 
 

@@ -11,10 +11,18 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Encoded, Progress, TokenBatch, collate, run_warmup
+from ml_inference_server.backends.base import (
+    BackendInfo,
+    Encoded,
+    Progress,
+    TextTokenizer,
+    TokenBatch,
+    collate,
+    run_in_company,
+    run_warmup,
+)
 from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
-from ml_inference_server.backends.parity import sample_pairs
-from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.backends.reference import sample_pairs
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
@@ -76,7 +84,8 @@ class OpenVinoBackend:
         return BackendInfo(
             backend="openvino",
             model=self._settings.name,
-            task=self._settings.task,
+            task=self._exported.task,
+            similarity=self._exported.similarity,
             device="cpu",
             device_name=str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")).strip(),
             dtype="int8" if integer else _DTYPES.get(precision, precision),
@@ -89,6 +98,7 @@ class OpenVinoBackend:
             dimension=self._exported.dimension,
             weights_sha256=self._exported.files.weights_sha256,
             weights_file=self._exported.describe(file),
+            model_sha256=self._exported.files.model_sha256,
             source=self._exported.files.source,
             parameters=self._exported.parameters,
             random_weights=self._settings.random_weights,
@@ -99,6 +109,9 @@ class OpenVinoBackend:
         run_warmup(self, progress)
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
+        return run_in_company(batch, self._exported.company, self._run)
+
+    def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self.compiled.create_infer_request()
@@ -110,7 +123,7 @@ class OpenVinoBackend:
         return self._info
 
     @property
-    def tokenizer(self) -> FastTokenizer:
+    def tokenizer(self) -> TextTokenizer:
         return self._exported.tokenizer
 
 
@@ -161,7 +174,7 @@ def quantize_int8(exported: Exported) -> Path:
 def _calibration_rows(exported: Exported) -> list[Encoded]:
     """What the model will see: pairs for a cross-encoder, queries and passages for an embedding model."""
     pairs = sample_pairs()
-    if exported.key["task"] == "cross_encoder":
+    if exported.task == "cross_encoder":
         return exported.tokenizer.encode_pairs(pairs[:_CALIBRATION_ROWS])
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     return exported.tokenizer.encode(texts[:_CALIBRATION_ROWS])

@@ -6,10 +6,12 @@ through torch.compile.
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +25,27 @@ _ATTENTION = "packed"
 Inputs = tuple[torch.Tensor, ...]
 
 
-def pack(batch: TokenBatch, first_position: int) -> Inputs:
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How a model counts the positions of a text's tokens: from `first` on, each, or each that is not `skipped`.
+
+    RoBERTa and its kin begin behind their padding id, and give that same position to a padding token, also to one that
+    a text holds literally.
+    """
+
+    first: int = 0
+    skipped: int | None = None
+
+    def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(texts, longest): of padded rows."""
+        if self.skipped is None:
+            return np.broadcast_to(np.arange(ids.shape[1]) + self.first, ids.shape)
+        counted = ids != self.skipped
+        places: NDArray[np.int64] = counted.cumsum(axis=1) * counted + (self.first - 1)
+        return places
+
+
+def pack(batch: TokenBatch, positions: Positions) -> Inputs:
     """The inputs of `PackedModule`, from padded rows.
 
     (ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1), gather (texts, longest),
@@ -31,13 +53,15 @@ def pack(batch: TokenBatch, first_position: int) -> Inputs:
     The row is filled up to `packed_size` with tokens that belong to no text.
     """
     ids, mask, types = batch.input_ids, batch.attention_mask, batch.token_type_ids
+    if ids.shape[1] == 1:
+        # For the same reason as below, rows need room for two tokens.
+        wider = ((0, 0), (0, 1))
+        ids, mask, types = np.pad(ids, wider), np.pad(mask, wider), None if types is None else np.pad(types, wider)
     if len(ids) == 1:
         # A size of 1 would be compiled into the graph as a constant: a second text, of two tokens, keeps it dynamic.
         short = np.zeros_like(ids)
         ids, types = np.vstack([ids, short]), None if types is None else np.vstack([types, short])
         mask = np.vstack([mask, np.arange(mask.shape[1])[None] < 2]).astype(np.int64)
-    if mask.shape[1] < 2:
-        raise ValueError("a batch needs room for two tokens a text: special tokens are never left out")
     kept = mask.astype(bool)
     lengths = kept.sum(axis=1)
     starts = np.zeros(len(ids) + 1, np.int64)
@@ -46,8 +70,8 @@ def pack(batch: TokenBatch, first_position: int) -> Inputs:
     gather = np.where(kept, starts[:-1, None] + places, 0)
     row = np.zeros((3, packed_size(int(starts[-1]))), np.int64)
     row[0, : starts[-1]] = ids[kept]
-    row[1] = first_position
-    row[1, : starts[-1]] += np.broadcast_to(places, ids.shape)[kept]
+    row[1] = positions.first
+    row[1, : starts[-1]] = positions.of(ids)[kept]
     if types is not None:
         row[2, : starts[-1]] = types[kept]
     return tuple(torch.from_numpy(each) for each in (row[:1], row[1:2], row[2:], starts, gather, mask))
@@ -59,29 +83,29 @@ class PackedModule(torch.nn.Module):
     Takes the loaded model over: afterwards it can only be run packed. ModelError if its architecture cannot be.
     """
 
-    def __init__(self, loaded: LoadedModel, task: str) -> None:
-        """task: embedding or cross_encoder."""
+    def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
         # The condition of packed_attention.cpp: the label must say what runs.
-        dim = loaded.base.config.hidden_size // loaded.base.config.num_attention_heads
-        uses_amx = load_operators() and loaded.base.dtype == torch.bfloat16 and dim % 32 == 0
-        _check_architecture(loaded.base)
-        uses_own_layers = uses_amx and _use_own_layers(loaded.base)
+        encoder = loaded.base.base_model
+        dim = encoder.config.hidden_size // encoder.config.num_attention_heads
+        uses_amx = load_operators() and encoder.dtype == torch.bfloat16 and dim % 32 == 0
+        uses_own_layers = uses_amx and _use_own_layers(encoder)
         self.attention = "AMX layers" if uses_own_layers else "AMX attention" if uses_amx else "attention text by text"
-        self.first_position = _first_position(loaded.base)
+        self.positions = _positions(encoder)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
-        loaded.base.config._attn_implementation = _ATTENTION
-        self._hidden = _Unpacked(loaded.base)
-        self._is_embedding = task == "embedding"
+        encoder.config._attn_implementation = _ATTENTION
+        self._hidden = _Unpacked(encoder)
+        self._is_embedding = loaded.task == "embedding"
+        self._truncate_dim = loaded.module.truncate_dim
         if self._is_embedding:
-            self._after = torch.nn.ModuleList(list(loaded.module.model)[1:])  # type: ignore[arg-type]
+            self._after = torch.nn.ModuleList(list(loaded.module.model)[1:])
             if getattr(self._after[0], "pooling_mode", None) in ("mean", ("mean",)):
                 self._after[0] = PackedMean()
                 self._hidden.pads = False
         else:
-            self._classifier: Any = loaded.transformer
-            setattr(loaded.transformer, str(loaded.transformer.base_model_prefix), self._hidden)
+            self._classifier: Any = loaded.base
+            setattr(loaded.base, str(loaded.base.base_model_prefix), self._hidden)
 
     def forward(
         self,
@@ -104,7 +128,7 @@ class PackedModule(torch.nn.Module):
         for module in self._after:
             features = module(features)
         rows: torch.Tensor = features["sentence_embedding"]
-        return rows
+        return rows if self._truncate_dim is None else rows[:, : self._truncate_dim]
 
 
 # Layers whose computation native/encoder_layer.cpp holds, as transformers names them.
@@ -171,9 +195,8 @@ class PackedMean(torch.nn.Module):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         tokens = features["token_embeddings"]
         places = torch.arange(tokens.shape[0], device=tokens.device)
-        means = torch.nn.functional.embedding_bag(
-            places, tokens, features["starts"], mode="mean", include_last_offset=True
-        )
+        # The last bag is what fills the row up. With include_last_offset it would be counted to the last text.
+        means = torch.nn.functional.embedding_bag(places, tokens, features["starts"], mode="mean")[:-1]
         return {**features, "sentence_embedding": means}
 
 
@@ -227,20 +250,38 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-def _check_architecture(base: Any) -> None:
-    """ModelError unless the model hands its attention to transformers' interface and takes positions."""
+def check_fit(loaded: LoadedModel) -> None:
+    """ModelError, with the reason, unless all of the model can run without padding."""
+    reason = _unfit(loaded)
+    if reason:
+        raise ModelError(f"model.compile cannot run this model: {reason}. Set model.compile: false")
+
+
+def _unfit(loaded: LoadedModel) -> str:
+    if loaded.base is None or loaded.variants > 1:
+        return "it is no single transformer (StaticEmbedding, a Router, or prompts that its pooling leaves out)"
+    base = loaded.base.base_model
     config, name = base.config, type(base).__name__
+    if loaded.task == "cross_encoder":
+        heads = list(loaded.module.model)
+        if len(heads) > 1:
+            return "its score comes from modules behind the transformer"
+        if getattr(config, "is_decoder", False) or not hasattr(loaded.base, "classifier"):
+            return f"the head of {type(loaded.base).__name__} looks for a text's last token, which needs padding"
+    elif getattr(config, "output_hidden_states", False):
+        return "its pooling reads the states of all layers"
     takes = inspect.signature(base.forward).parameters
     layers = set(getattr(config, "layer_types", None) or ("full_attention",))
     windowed = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
     able = getattr(base, "_supports_attention_backend", False) and "position_ids" in takes
     if not able or windowed or layers != {"full_attention"}:
-        raise ModelError(f"model.compile cannot run the architecture {name} without padding: set model.compile: false")
+        return f"the architecture {name} does not run without padding"
+    return ""
 
 
-def _first_position(base: Any) -> int:
-    """RoBERTa and its kin count positions from the one after their padding id."""
+def _positions(base: Any) -> Positions:
     embeddings: Any = getattr(base, "embeddings", None)
     if hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return int(embeddings.padding_idx) + 1
-    return 0
+        padding = int(embeddings.padding_idx)
+        return Positions(padding + 1, padding)
+    return Positions()

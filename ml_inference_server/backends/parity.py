@@ -1,144 +1,172 @@
-"""Parity at load: how close a loaded backend is to FP32 PyTorch of the same weights, on the sample's texts."""
+"""Parity at load: how close a loaded backend is to plain sentence-transformers, text by text, alone and in company."""
 
-import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Backend, Encoded, collate
-from ml_inference_server.utils.cache import cached, find
-from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.backends.reference import Reference
+from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
 
-log = logging.getLogger(__name__)
-
-SAMPLE_FILE = Path(__file__).resolve().parent.parent / "benchmark" / "sample" / "pairs.tsv"
-PROBES = 32
-# A second model in memory for a moment is cheap up to here; beyond it only a cached reference is used.
-CHEAP_PARAMETERS = 200_000_000
 _BATCH = 8
-# INT8 moves the length of an embedding that is not normalised by a few percent; a forgotten normalisation by far more.
-_LENGTH_TOLERANCE = 0.1
+# Every so manyth probe is run alone too, and all that are odd: those come last.
+_ALONE_STEP = 6
+_ALONE_LAST = 14
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
     """Embeddings: mean and lowest cosine to FP32. Cross-encoders: both are the correlation of their logits.
 
-    length_ratio: median length of the embeddings (largest logit) over that of FP32: what a cosine cannot see.
+    length_error: the largest difference of a vector's length, as a share of what it should be: what a cosine cannot
+    see. Of logits: the largest difference, in standard deviations of what they should be. worst: the text of the
+    lowest cosine, or of the largest difference.
     """
 
     mean: float
     least: float
-    length_ratio: float = 1.0
+    length_error: float = 0.0
+    worst: str = ""
 
 
-def sample_pairs() -> list[tuple[str, str]]:
-    """(query, passage) of the sample that ships with the project, in file order."""
-    rows = [line.split("\t") for line in SAMPLE_FILE.read_text(encoding="utf-8").splitlines()]
-    return [(row[2], row[3]) for row in rows]
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """mean: least mean cosine or correlation. least: of any text. length_error: most of any text."""
+
+    mean: float
+    least: float
+    length_error: float
 
 
-def measure(backend: Backend, settings: ModelSettings) -> Parity | None:
-    """The parity of a loaded backend; None, with a log line, where no reference can be had cheaply."""
-    pairs = sample_pairs()
-    probes = pairs[:: len(pairs) // PROBES][:PROBES]
-    rows = _run(backend, settings, probes)
-    key = {
-        "weights": backend.info.weights_sha256,
-        "task": settings.task,
-        "random_weights": settings.random_weights,
-        "max_tokens": backend.info.max_tokens,
-        "probes": hashlib.sha256(repr(probes).encode()).hexdigest(),
-    }
+_EMBEDDINGS: dict[Quantization, _Limits] = {
+    "none": _Limits(0.9999, 0.999, 0.01),
+    "fp16": _Limits(0.9999, 0.99, 0.05),
+    "bf16": _Limits(0.9999, 0.99, 0.05),
+    "int8": _Limits(0.97, 0.8, 0.3),
+}
+# The correlation of a cross-encoder's logits falls faster than a cosine, most of all with random weights, whose logits
+# lie close together.
+_LOGITS: dict[Quantization, _Limits] = {
+    "none": _Limits(0.9999, 0.9999, 0.05),
+    "fp16": _Limits(0.99, 0.99, 1.0),
+    "bf16": _Limits(0.99, 0.99, 1.0),
+    "int8": _Limits(0.97, 0.97, 2.0),
+}
 
-    def make(folder: Path) -> None:
-        if _is_reference(backend):
-            reference = rows
-        else:
-            log.info("computing the FP32 reference for this model (once)")
-            reference = _run(_fp32(settings), settings, probes)
-        np.save(folder / "rows.npy", reference)
 
-    cheap = _is_reference(backend) or backend.info.parameters <= CHEAP_PARAMETERS
-    entry = cached("reference", key, make) if cheap else find("reference", key)
-    if entry is None:
-        log.warning("parity was not checked: start this model once with backend pytorch, device cpu, in FP32")
+def measure(backend: Backend, reference: Reference | None) -> Parity | None:
+    """The parity of a loaded backend; None without a reference. ModelError if it makes other tokens of a text."""
+    if reference is None:
         return None
-    return compare_rows(rows, np.load(entry / "rows.npy"), settings.task)
+    encoded = _encoded(backend, reference)
+    places = [i for i in range(len(encoded)) if not np.isnan(reference.rows[i]).any()]
+    mixed = _run(backend, encoded, _mixed(places))
+    alone_places = sorted({*places[::_ALONE_STEP], *places[-_ALONE_LAST:]})
+    alone = _run(backend, encoded, [[i] for i in alone_places])
+    names = [_shown(reference.texts[i]) for i in [*places, *alone_places]]
+    rows = np.stack([mixed[i] for i in places] + [alone[i] for i in alone_places])
+    return compare_rows(rows, reference.rows[[*places, *alone_places]], backend.info.task, names)
 
 
-def compare_rows(rows: NDArray[np.float32], reference: NDArray[np.float32], task: str) -> Parity:
-    """rows, reference: (probes, dimension). Not finite anywhere: parity 0."""
+def compare_rows(
+    rows: NDArray[np.float32], reference: NDArray[np.float32], task: str, texts: Sequence[str] = ()
+) -> Parity:
+    """rows, reference: (probes, dimension). Not finite anywhere, or of another shape: parity 0."""
     if rows.shape != reference.shape or not np.isfinite(rows).all():
         return Parity(0.0, 0.0)
+    rows, reference = rows.astype(np.float64), reference.astype(np.float64)
     if task == "cross_encoder":
         correlation = float(np.corrcoef(rows[:, 0], reference[:, 0])[0, 1])
-        return Parity(correlation, correlation, float(np.abs(rows).max() / max(np.abs(reference).max(), 1e-12)))
+        errors = np.abs(rows - reference)[:, 0] / max(
+            float(reference.std()), 1e-3 * float(np.abs(reference).max()), 1e-9
+        )
+        return Parity(correlation, correlation, float(errors.max()), _at(texts, int(errors.argmax())))
     lengths, expected = np.linalg.norm(rows, axis=1), np.linalg.norm(reference, axis=1)
     cosine = (rows * reference).sum(axis=1) / np.maximum(lengths * expected, 1e-12)
-    return Parity(float(cosine.mean()), float(cosine.min()), float(np.median(lengths / np.maximum(expected, 1e-12))))
+    errors = np.abs(lengths / np.maximum(expected, 1e-12) - 1)
+    worst = int(errors.argmax()) if errors.max() > 1 - cosine.min() else int(cosine.argmin())
+    return Parity(float(cosine.mean()), float(cosine.min()), float(errors.max()), _at(texts, worst))
 
 
-def check(parity: Parity | None, settings: ModelSettings) -> None:
-    """ModelError (exit code 3) if the mean is below `model.min_parity`, or the answers have another length."""
-    least = required(settings)
-    if parity is not None and not abs(parity.length_ratio - 1) <= _LENGTH_TOLERANCE:
-        raise ModelError(
-            f"this configuration's answers are {parity.length_ratio:.3g} times as long as FP32's: its pooling or "
-            f"normalisation is not the model's. Use model.backend pytorch without quantisation"
-        )
-    if parity is not None and not parity.mean >= least:
-        raise ModelError(
-            f"this configuration answers too far from FP32: parity {parity.mean:.4f}, model.min_parity is {least}. "
-            f"Backend pytorch without quantisation passes; or lower model.min_parity"
-        )
+def check(parity: Parity | None, settings: ModelSettings, task: str) -> None:
+    """ModelError (exit code 3) if the answers are others than sentence-transformers', in direction or in length.
 
-
-def required(settings: ModelSettings) -> float:
-    """`model.min_parity`, or its default for the precision.
-
-    The correlation of a cross-encoder's logits falls faster than a cosine, most of all with random weights, whose
-    logits lie close together.
+    `model.min_parity` replaces the limit of the mean, and with it those of the single texts.
     """
+    if parity is None:
+        return
+    limits = _limits(settings, task)
+    remedy = "Backend pytorch without quantisation passes; or lower model.min_parity"
+    if not parity.mean >= required(settings, task):
+        raise ModelError(
+            f"this configuration answers too far from FP32: parity {parity.mean:.4f}, model.min_parity is "
+            f"{required(settings, task)}. {remedy}"
+        )
     if settings.min_parity is not None:
-        return settings.min_parity
-    if settings.quantization == "int8":
-        return 0.97
-    return 0.99 if settings.task == "cross_encoder" and settings.precision != "none" else 0.9999
+        return
+    if not parity.least >= limits.least:
+        raise ModelError(
+            f"this configuration answers too far from FP32 for the text {parity.worst!r}: cosine {parity.least:.4f}, "
+            f"the limit for a single text is {limits.least}. {remedy}"
+        )
+    if not parity.length_error <= limits.length_error:
+        what = "times their standard deviation off" if task == "cross_encoder" else "of their length off"
+        raise ModelError(
+            f"this configuration's answers are up to {parity.length_error:.3g} {what} FP32's (text {parity.worst!r}, "
+            f"limit {limits.length_error}): its pooling or normalisation is not the model's. {remedy}"
+        )
 
 
-def _is_reference(backend: Backend) -> bool:
-    info = backend.info
-    return (info.backend, info.device, info.dtype) == ("pytorch", "cpu", "float32") or info.backend == "fake"
+def required(settings: ModelSettings, task: str) -> float:
+    """`model.min_parity`, or its default for the precision."""
+    return _limits(settings, task).mean if settings.min_parity is None else settings.min_parity
 
 
-def _fp32(settings: ModelSettings) -> Backend:
-    from ml_inference_server.backends import create_backend
-
-    fp32 = {"backend": "pytorch", "device": "cpu", "quantized": False, "quantization": "none"}
-    reference = create_backend(settings.model_copy(update=fp32))
-    reference.load_model()
-    return reference
+def _limits(settings: ModelSettings, task: str) -> _Limits:
+    return (_LOGITS if task == "cross_encoder" else _EMBEDDINGS)[settings.precision]
 
 
-def _run(backend: Backend, settings: ModelSettings, probes: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-    """One by one batches of like length, so that the padding is that of real traffic."""
-    tokenizer = backend.tokenizer
-    if settings.task == "cross_encoder":
-        encoded: list[Encoded] = tokenizer.encode_pairs(probes)
-    else:
-        encoded = tokenizer.encode([passage for _, passage in probes])
-    order = sorted(range(len(encoded)), key=lambda i: encoded[i].length)
-    out: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(encoded)
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
-        for place, row in zip(
-            batch, backend.infer(collate([encoded[i] for i in batch], tokenizer.pad_id)), strict=True
-        ):
-            out[place] = np.array(row, np.float32)
-    return np.stack(out)
+def _encoded(backend: Backend, reference: Reference) -> list[Encoded]:
+    """The probes as the backend's own tokenizer prepares them."""
+    out: list[Encoded] = []
+    for text, name in zip(reference.texts, reference.names, strict=True):
+        if isinstance(text, tuple):
+            out += backend.tokenizer.encode_pairs([text])
+        else:
+            out += backend.tokenizer.encode([text], name)
+    if reference.tokens is not None:
+        for text, one, ids in zip(reference.texts, out, reference.tokens, strict=True):
+            if one.ids.tolist() != list(ids):
+                raise ModelError(
+                    f"the text {_shown(text)!r} becomes {one.length} tokens here and {len(ids)} in "
+                    f"sentence-transformers, or others: refusing to serve answers to another text. This is a bug of "
+                    f"the server for this model; please report it"
+                )
+    return out
+
+
+def _mixed(places: Sequence[int]) -> list[list[int]]:
+    """Batches of texts of all lengths: each takes every n-th of the probes, which lie in groups of a kind."""
+    count = -(-len(places) // _BATCH)
+    return [list(places[start::count]) for start in range(count)]
+
+
+def _run(
+    backend: Backend, encoded: Sequence[Encoded], batches: Sequence[Sequence[int]]
+) -> dict[int, NDArray[np.float32]]:
+    rows: dict[int, NDArray[np.float32]] = {}
+    for batch in batches:
+        got = backend.infer(collate([encoded[i] for i in batch], backend.tokenizer.pad_id))
+        rows |= {place: np.array(row, np.float32) for place, row in zip(batch, got, strict=True)}
+    return rows
+
+
+def _shown(text: str | tuple[str, str]) -> str:
+    return text[:40] if isinstance(text, str) else f"{text[0][:20]} / {text[1][:20]}"
+
+
+def _at(texts: Sequence[str], place: int) -> str:
+    return texts[place] if texts else ""

@@ -12,10 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Progress, TokenBatch, run_warmup
+from ml_inference_server.backends.base import (
+    BackendInfo,
+    Progress,
+    TextTokenizer,
+    TokenBatch,
+    run_in_company,
+    run_warmup,
+)
 from ml_inference_server.backends.loading import load_model
 from ml_inference_server.backends.quantize_torch import choose_engine, count_quantized, quantize_linears
-from ml_inference_server.backends.tokenizer import FastTokenizer
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_name, instruction_set
 
@@ -66,7 +72,7 @@ class PyTorchBackend:
             from ml_inference_server.backends.compiled import CompiledModel, keep_freed_memory
 
             keep_freed_memory()
-            self.compiled = CompiledModel(self._loaded, self._settings.task, self._settings.threads)
+            self.compiled = CompiledModel(self._loaded, self._settings.threads)
             how = f"{self._info.execution_provider}, compiled, {self.compiled.attention}"
             self._info = dataclasses.replace(self._info, execution_provider=how, compiled=True, padding_free=True)
 
@@ -79,7 +85,8 @@ class PyTorchBackend:
         return BackendInfo(
             backend="pytorch",
             model=self._settings.name,
-            task=self._settings.task,
+            task=self._loaded.task,
+            similarity=self._loaded.similarity,
             device=str(weights.device.type),
             device_name=_device_name(weights.device),
             dtype="int8" if quantized_layers else str(weights.dtype).removeprefix("torch."),
@@ -92,6 +99,7 @@ class PyTorchBackend:
             dimension=self._loaded.dimension,
             weights_sha256=self._loaded.files.weights_sha256,
             weights_file=self._loaded.files.weights_file,
+            model_sha256=self._loaded.files.model_sha256,
             source=self._loaded.files.source,
             parameters=self._parameters,
             random_weights=self._settings.random_weights,
@@ -113,9 +121,13 @@ class PyTorchBackend:
         """(batch, dimension) float32."""
         if self.compiled is not None:
             return self.compiled(batch)
+        return run_in_company(batch, self._loaded.company, self._run)
+
+    def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
+        variant = 0 if batch.variants is None else int(batch.variants[0])
         with torch.inference_mode():
             types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
-            rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types)
+            rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types, variant)
             out: NDArray[np.float32] = rows.float().cpu().numpy()
         return out
 
@@ -130,14 +142,12 @@ class PyTorchBackend:
         return self._info
 
     @property
-    def tokenizer(self) -> FastTokenizer:
+    def tokenizer(self) -> TextTokenizer:
         return self._loaded.tokenizer
 
 
 def _upcast(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """What half precision computed, in FP32; a cross-encoder's output is upcast by its own module."""
-    if not isinstance(output, dict) or "logits" in output:
-        return output
+    """What half precision computed, in FP32."""
     return {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in output.items()}
 
 

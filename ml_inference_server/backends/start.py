@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ml_inference_server.backends import auto, create_backend, parity
 from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
+from ml_inference_server.backends.reference import reference_for
 from ml_inference_server.backends.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
 
@@ -50,12 +51,14 @@ def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started
         log.warning("fallback: %s", sentence)
     for sentence in resolution.warnings:
         log.warning("%s", sentence)
+    phase("looking for the FP32 reference")
+    reference = reference_for(resolution.model)
     phase("loading the model")
     backend = load_resolved(resolution, lambda done, total: phase(f"warming up {done}/{total}"))
     phase("checking the parity to FP32")
-    measured = parity.measure(backend, resolution.model)
-    parity.check(measured, resolution.model)
     info = backend.info
+    measured = parity.measure(backend, reference)
+    parity.check(measured, resolution.model, info.task)
     if model.process_per_stream:
         info = dataclasses.replace(info, concurrency=resolution.model.streams)
     if measured is not None:

@@ -22,9 +22,19 @@ class FastTokenizer:
     """A `tokenizers.Tokenizer` whose truncation is set once, which makes it safe to share between threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_tokens: int, pad_id: int, side: str = "right", prompts: Mapping[str, str]
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        pad_id: int,
+        side: str = "right",
+        prompts: Mapping[str, str],
+        takes_segments: bool = True,
     ) -> None:
-        """`tokenizer` is taken over: its padding is switched off and its truncation set."""
+        """`tokenizer` is taken over: its padding is switched off and its truncation set.
+
+        takes_segments: whether the model has segments; without, those that the tokenizer gives are left out.
+        """
         self._whole = tokenizer
         self._whole.no_padding()
         self._whole.no_truncation()
@@ -38,7 +48,9 @@ class FastTokenizer:
         if self._uses_prefix and WordCache.fits(self._whole):
             self._words = WordCache(self._whole, max_tokens)
         # Most tokenizers give a single text the segment 0 throughout; then there is nothing to read off each answer.
-        self._has_segments = any(self._whole.encode_batch_fast(["a"])[0].type_ids)
+        self._has_segments = takes_segments and any(self._whole.encode_batch_fast(["a"])[0].type_ids)
+        self._has_pair_segments = takes_segments
+        self.needs_prompt_name = False
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         """One Encoded for each text, cut at max_tokens. Prompt "" is the default; KeyError for an unknown one."""
@@ -55,9 +67,11 @@ class FastTokenizer:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
+        if prompt := self.prompts.get("", ""):
+            pairs = [(prompt + query, passage) for query, passage in pairs]
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
         short = [tuple(self._prefix(text, limit) if len(text) > limit else text for text in pair) for pair in pairs]
-        return [_encoded(each, True) for each in self._cut.encode_batch_fast(short)]
+        return [_encoded(each, self._has_pair_segments) for each in self._cut.encode_batch_fast(short)]
 
     def _prefix(self, text: str, limit: int) -> str:
         """The start of `text` where that gives the same tokens up to max_tokens, else all of it."""

@@ -59,7 +59,7 @@ async def _reference(
     """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
     ran = info["resolved"]
     key = {
-        "weights": ran["weights_sha256"],
+        "model_sha256": ran["model_sha256"],
         "task": ran["task"],
         "max_tokens": ran["max_tokens"],
         "slice": labelled.sha256,
@@ -68,7 +68,8 @@ async def _reference(
     entry = None if other else find("benchmark_reference", key)
     if entry is not None:
         return _load(entry), {"title": "FP32 of the same weights", "weights_sha256": ran["weights_sha256"]}
-    if not other and (ran["backend"], ran["device"], ran["dtype"]) == ("pytorch", "cpu", "float32"):
+    is_plain = (ran["backend"], ran["device"], ran["dtype"], ran["compiled"]) == ("pytorch", "cpu", "float32", False)
+    if not other and is_plain:
         _keep(key, ours)
         return ours, {"title": "this server itself, which is FP32", "weights_sha256": ran["weights_sha256"]}
     progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
@@ -87,8 +88,8 @@ async def _reference(
         async with Target(LOOPBACK, ports["grpc_port"]) as target:
             theirs = await stop.race(target.server_info())
             weights = theirs["resolved"]["weights_sha256"]
-            if not other and weights != ran["weights_sha256"]:
-                raise QualityUnknown("the weights of this machine are not those of the server, so there is no FP32")
+            if not other and theirs["resolved"]["model_sha256"] != ran["model_sha256"]:
+                raise QualityUnknown("the model of this machine is not that of the server, so there is no FP32")
             cross_encoder = ran["task"] == "cross_encoder"
             timeout_s = load.request_timeout_ms / 1e3
             fp32 = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))

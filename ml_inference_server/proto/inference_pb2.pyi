@@ -204,7 +204,7 @@ class Requested(_message.Message):
     def __init__(self, model: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class BackendInfo(_message.Message):
-    __slots__ = ("backend", "model", "task", "device", "device_name", "dtype", "quantized_layers", "execution_provider", "instruction_set", "threads", "concurrency", "max_tokens", "dimension", "weights_sha256", "weights_file", "source", "parameters", "random_weights", "versions", "parity_mean", "parity_min", "compiled", "padding_free")
+    __slots__ = ("backend", "model", "task", "device", "device_name", "dtype", "quantized_layers", "execution_provider", "instruction_set", "threads", "concurrency", "max_tokens", "dimension", "weights_sha256", "weights_file", "source", "parameters", "random_weights", "versions", "parity_mean", "parity_min", "compiled", "padding_free", "model_sha256", "similarity")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,8 @@ class BackendInfo(_message.Message):
     PARITY_MIN_FIELD_NUMBER: _ClassVar[int]
     COMPILED_FIELD_NUMBER: _ClassVar[int]
     PADDING_FREE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
     backend: str
     model: str
     task: str
@@ -258,7 +260,9 @@ class BackendInfo(_message.Message):
     parity_min: float
     compiled: bool
     padding_free: bool
-    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ..., compiled: _Optional[bool] = ..., padding_free: _Optional[bool] = ...) -> None: ...
+    model_sha256: str
+    similarity: str
+    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ..., compiled: _Optional[bool] = ..., padding_free: _Optional[bool] = ..., model_sha256: _Optional[str] = ..., similarity: _Optional[str] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice")

@@ -175,7 +175,7 @@ def attach(state: ServerState, described: Described, worker: Worker, metrics: Me
     limits = batch_limits(settings.batching, info)
     state.resolution, state.info, state.auto_choice = described.resolution, info, described.auto_choice
     state.batcher = DynamicBatcher(worker, limits, settings.batching, metrics)
-    state.service = InferenceService(described.tokenizer, info.task, state.batcher, settings.server, metrics)
+    state.service = InferenceService(described.tokenizer, info, state.batcher, settings.server, metrics)
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _MOST_BACKOFF_S = 30.0
 _FRAME = struct.Struct("<BQ")
-_RUN = struct.Struct("<I?")  # texts, whether segments follow the ids
+_RUN = struct.Struct("<I??xx")  # texts, whether segments follow the ids, and then variants
 _ROWS = struct.Struct("<IIdd")  # rows, dimension, started_at, ended_at
 
 
@@ -112,21 +112,26 @@ def _receive(stream: BinaryIO) -> bytes:
 def pack_texts(texts: Sequence[Encoded]) -> bytes:
     """`texts` as the payload of a frame; their order is kept, `truncated` is not."""
     lengths = np.array([text.length for text in texts], np.int32)
-    parts = [_RUN.pack(len(texts), has_types := any(text.type_ids is not None for text in texts)), lengths.tobytes()]
+    has_types = any(text.type_ids is not None for text in texts)
+    has_variants = any(text.variant for text in texts)
+    parts = [_RUN.pack(len(texts), has_types, has_variants), lengths.tobytes()]
     parts += [text.ids.tobytes() for text in texts]
     if has_types:
         parts += [bytes(4 * text.length) if text.type_ids is None else text.type_ids.tobytes() for text in texts]
+    if has_variants:
+        parts.append(np.array([text.variant for text in texts], np.int32).tobytes())
     return b"".join(parts)
 
 
 def unpack_texts(payload: bytes) -> list[Encoded]:
-    count, has_types = _RUN.unpack_from(payload)
-    lengths = np.frombuffer(payload, np.int32, count, _RUN.size)
-    rest = np.frombuffer(payload, np.int32, -1, _RUN.size + 4 * count)
-    cuts = np.cumsum(lengths)
-    ids = np.split(rest[: cuts[-1]], cuts[:-1])
-    types = np.split(rest[cuts[-1] :], cuts[:-1]) if has_types else itertools.repeat(None)
-    return [Encoded(*each) for each in zip(ids, types)]  # noqa: B905 - repeat() is endless
+    count, has_types, has_variants = _RUN.unpack_from(payload)
+    numbers = np.frombuffer(payload, np.int32, -1, _RUN.size)
+    ends = np.cumsum(numbers[:count])
+    parts = np.split(numbers[count:], np.cumsum([ends[-1]] * (1 + has_types)))
+    ids = np.split(parts[0], ends[:-1])
+    types: Sequence[NDArray[np.int32] | None] = np.split(parts[1], ends[:-1]) if has_types else [None] * count
+    variants = parts[-1].tolist() if has_variants else [0] * count
+    return [Encoded(*each[:2], variant=each[2]) for each in zip(ids, types, variants, strict=True)]
 
 
 # The server's side

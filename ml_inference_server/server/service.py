@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Encoded, TextTokenizer
+from ml_inference_server.backends.base import DOCUMENT_PROMPTS, BackendInfo, Encoded, TextTokenizer
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.scheduler import DynamicBatcher
+from ml_inference_server.server.similarity import similarity
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
-# Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 # Up to so much text is tokenised at once, in some 10 to 100 us; handing it to a thread and back takes longer than that,
 # and costs the event loop more. Longer requests go to a thread, so that no other has to wait for them.
 _INLINE_BYTES = 2048
@@ -90,17 +89,22 @@ class InferenceService:
     """Every protocol calls these three methods. `deadline` is on the event loop's clock."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, task: str, batcher: DynamicBatcher, limits: ServerSettings, metrics: Metrics
+        self,
+        tokenizer: TextTokenizer,
+        info: BackendInfo,
+        batcher: DynamicBatcher,
+        limits: ServerSettings,
+        metrics: Metrics,
     ) -> None:
-        """task: of the model, embedding or cross_encoder."""
         self._tokenizer = tokenizer
-        self._is_cross_encoder = task == "cross_encoder"
+        self._is_cross_encoder = info.task == "cross_encoder"
+        self._similarity = info.similarity
         self._batcher = batcher
         self._limits = limits
         self._metrics = metrics
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._query_prompt = "query" if "query" in tokenizer.prompts else None
-        self._document_prompt = next((name for name in _DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
+        self._document_prompt = next((name for name in DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
 
     async def embed(
         self, texts: Sequence[str], deadline: float, *, prompt_name: str | None = None, truncate: bool = True
@@ -112,12 +116,15 @@ class InferenceService:
             known = ", ".join(name for name in self._tokenizer.prompts if name) or "none"
             message = f"this model has no such prompt; it has: {known}"
             raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        if prompt_name is None and self._tokenizer.needs_prompt_name:
+            message = f"this model needs one: it treats {' and '.join(self._tokenizer.prompts)} differently"
+            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         self._check_count("texts", len(texts))
         jobs = [_embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
         return await self._rows(jobs, deadline, truncate)
 
     async def score(self, pairs: Sequence[tuple[str, str]], deadline: float, *, truncate: bool = True) -> Answer:
-        """One score for each (query, passage) pair, in order: cosines within -1..1, or a cross-encoder's raw logits."""
+        """One score for each (query, passage) pair, in order: raw logits, or what `BackendInfo.similarity` names."""
         self._check_count("pairs", len(pairs))
         if self._is_cross_encoder:
             fields = [(f"pairs[{i}].query", f"pairs[{i}].passage") for i in range(len(pairs))]
@@ -126,7 +133,7 @@ class InferenceService:
         jobs += [_embedding_job(f"pairs[{i}].passage", pair[1], self._document_prompt) for i, pair in enumerate(pairs)]
         answer = await self._rows(jobs, deadline, truncate)
         queries, passages = np.split(answer.values, 2)
-        return Answer(_cosine(queries, passages), answer.truncated, answer.timing)
+        return Answer(similarity(self._similarity, queries, passages), answer.truncated, answer.timing)
 
     async def rerank(
         self, query: str, documents: Sequence[str], top_k: int, deadline: float, *, truncate: bool = True
@@ -143,7 +150,7 @@ class InferenceService:
             jobs = [_embedding_job("query", query, self._query_prompt)]
             jobs += [_embedding_job(*each, self._document_prompt) for each in zip(names, documents, strict=True)]
             answer = await self._rows(jobs, deadline, truncate)
-            scores = _cosine(answer.values[:1], answer.values[1:])
+            scores = similarity(self._similarity, answer.values[:1], answer.values[1:])
         order = np.argsort(-scores, kind="stable")[: top_k or None]
         ranks = [(int(index), float(scores[index])) for index in order]
         return Ranking(ranks, answer.truncated, answer.timing)
@@ -181,6 +188,7 @@ class InferenceService:
             else:
                 encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
             self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), loop.time() - admitted_at)
+            self._refuse_without_tokens(jobs, where, encoded)
             if not truncate:
                 self._refuse_truncated(jobs, where, encoded)
             rows = await self._batcher.compute(ticket, encoded)
@@ -253,6 +261,12 @@ class InferenceService:
             return "TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}"
         return size
 
+    def _refuse_without_tokens(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
+        """Where a tokenizer adds no special tokens, a text of characters that it drops becomes nothing."""
+        message = "text is empty for this model: its tokenizer leaves no token of it"
+        wrong = [(job.field, message) for job, place in zip(jobs, where, strict=True) if not encoded[place].length]
+        _raise_violations(wrong, {"EMPTY_TEXT"})
+
     def _refuse_truncated(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
         message = f"more than {self._tokenizer.max_tokens} tokens, and truncate is false"
         wrong = [(job.field, message) for job, place in zip(jobs, where, strict=True) if encoded[place].truncated]
@@ -268,10 +282,3 @@ def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> No
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         reason = reasons.pop() if len(reasons) == 1 else "INVALID_FIELD"
         raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", reason=reason, violations=wrong)
-
-
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Row by row; a single row of `a` stands against all of `b`."""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine: NDArray[np.float32] = np.einsum("ij,ij->i", np.broadcast_to(a, b.shape), b) / np.maximum(norms, 1e-12)
-    return cosine.clip(-1.0, 1.0)

@@ -31,9 +31,10 @@ class ModelSettings(Section):
     backend: str = Field(
         "pytorch", description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests)."
     )
-    task: Literal["embedding", "cross_encoder"] = Field(
-        "embedding",
-        description="cross_encoder: the model scores (query, passage) pairs by itself and has no embeddings.",
+    task: Literal["auto", "embedding", "cross_encoder"] = Field(
+        "auto",
+        description="What the model does: embedding, or cross_encoder (it scores (query, passage) pairs by itself and "
+        "has no embeddings). auto reads it from the model's files.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the model runs; auto takes the first of cuda, mps, cpu that is there."

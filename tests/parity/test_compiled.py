@@ -151,7 +151,8 @@ def test_an_architecture_that_cannot_run_packed_is_refused(kind: str, tmp_path: 
 
 @needs_compiler
 def test_answers_other_than_the_uncompiled_models_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_first_position", lambda base: 3)  # as for an architecture that counts otherwise
+    # As for an architecture that counts positions otherwise.
+    monkeypatch.setattr(packed, "_positions", lambda base: packed.Positions(3))
     assert "otherwise than the uncompiled one" in refused(tiny, "pytorch", compile=True)
 
 

@@ -93,7 +93,7 @@ def own_logits(pairs: list[tuple[str, str]]) -> np.ndarray:
     )  # fmt: skip
     assert inputs["token_type_ids"].any()
     with torch.no_grad():
-        return loaded.transformer(**inputs).logits.numpy()
+        return loaded.base(**inputs).logits.numpy()
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "onnx", "openvino"])

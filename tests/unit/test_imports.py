@@ -46,7 +46,10 @@ HEAVY = {
 }
 HOME_OF_HEAVY = {
     "backends/pytorch.py": {"torch", "sentence_transformers", "transformers"},
-    "backends/loading.py": {"torch"},
+    "backends/loading.py": {"torch", "sentence_transformers", "transformers"},
+    "backends/text_input.py": {"sentence_transformers", "torch"},
+    "backends/library_tokenizer.py": {"sentence_transformers", "torch"},
+    "backends/limits.py": {"torch"},
     "backends/packed.py": {"torch", "transformers"},
     "backends/compiled.py": {"torch"},
     "backends/quantize_torch.py": {"torch"},

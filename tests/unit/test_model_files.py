@@ -85,6 +85,8 @@ def test_a_pickle_is_refused_unread(folder: Path) -> None:
 
 
 def test_a_pickle_in_a_module_folder_is_refused_too(folder: Path) -> None:
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "2_Dense", "type": "a.Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="2_Dense.*pickle"):
@@ -98,4 +100,65 @@ def test_paths_that_are_no_model(tmp_path: Path, folder: Path) -> None:
         find_model(str(folder / "config.json"))
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match="not a model"):
+        find_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoint-500/optimizer.pt", "runs/scheduler.pt", "eval/scores.pt", "rng_state.pth"]
+)
+def test_what_a_trainer_leaves_behind_is_no_part_of_the_model(folder: Path, place: str) -> None:
+    before = find_model(str(folder))
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_bytes(b"pickle")
+    assert find_model(str(folder)) == before
+
+
+def test_everything_that_an_answer_depends_on_changes_the_hash_of_the_model(folder: Path) -> None:
+    """Weights, configurations, vocabularies and templates, at the root and in the modules' folders."""
+    (folder / "modules.json").write_text(
+        json.dumps([{"path": "", "type": "a.T"}, {"path": "1_Pooling", "type": "a.P"}])
+    )
+    for name in ("1_Pooling/config.json", "vocab.txt", "tokenizer.model", "chat_template.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    write_safetensors(folder / "1_Pooling" / "model.safetensors")
+    seen = {find_model(str(folder)).model_sha256}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        before = file.read_bytes()
+        if file.suffix == ".safetensors":
+            file.write_bytes(before[:-1] + b"\x01")
+        else:
+            file.write_bytes(before + b" ")
+        seen.add(find_model(str(folder)).model_sha256)
+        file.write_bytes(before)
+    assert len(seen) == 1 + 8
+    (folder / "README.md").write_text("no answer depends on this")
+    assert find_model(str(folder)).model_sha256 in seen
+
+
+def test_a_name_that_no_file_system_takes_is_refused_in_one_line() -> None:
+    with pytest.raises(ModelError, match="not a name or a path"):
+        find_model("n" * 300)
+    with pytest.raises(ModelError, match="does not exist"):
+        find_model("/nul\0byte")
+
+
+def test_a_home_that_nobody_knows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="no home folder"):
+        find_model("~nobody-by-this-name/model")
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", '["a"]', "null", '[{"path": "../up", "type": "a"}]', "[" * 100_000])
+def test_a_damaged_list_of_modules_is_refused_in_one_line(folder: Path, content: str) -> None:
+    (folder / "modules.json").write_text(content)
+    with pytest.raises(ModelError, match=r"modules\.json") as caught:
+        find_model(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_whose_folder_is_not_there_is_named(folder: Path) -> None:
+    (folder / "modules.json").write_text(
+        json.dumps([{"path": "", "type": "a.T"}, {"path": "2_Dense", "type": "a.Dense"}])
+    )
+    with pytest.raises(ModelError, match="modules.json names 2_Dense"):
         find_model(str(folder))

@@ -1,0 +1,164 @@
+"""Tokenising by sentence-transformers' own code: what every model can use, at some times the price of `FastTokenizer`.
+
+Chat templates, a Router's different tokenizers, prompts that pooling leaves out, tokenizers with Python code of their
+own: all of it is in the `preprocess` of a model's first module. This takes that method from a model, without its
+weights, and runs it text by text, so that there is no padding to take off.
+"""
+
+import copy
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers.base.modules import InputModule, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+from ml_inference_server.backends.base import Encoded
+from ml_inference_server.utils.errors import ModelError
+
+# What Encoded holds; all else that `preprocess` gives is passed to the model with each text (see `Variant`).
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "offsets")
+# As in FastTokenizer: a text is cut before tokenising at so many characters for each token of the limit.
+_CHARACTERS_PER_TOKEN = 16
+_MARGIN_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the model is given besides the tokens of a text, such as ("task", "query") for a Router; sorted by name.
+
+    is_bag: it takes the tokens of all texts in one row, with offsets (StaticEmbedding).
+    """
+
+    features: tuple[tuple[str, Any], ...]
+    is_bag: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How texts under one prompt name are prepared. `task` is what sentence-transformers calls it: query, document."""
+
+    prompt: str
+    task: str | None
+    variant: int
+
+
+def input_module(first: torch.nn.Module) -> InputModule:
+    """`first`, the first module of a model, without its weights: all that its `preprocess` needs.
+
+    Can be sent to another process. ModelError for a kind of module that takes something else than text.
+    """
+    if isinstance(first, Router):
+        router = copy.copy(first)
+        routes = {
+            name: torch.nn.Sequential(input_module(next(parts.children()))) for name, parts in first.sub_modules.items()
+        }
+        router._modules = {"sub_modules": torch.nn.ModuleDict(routes)}
+        return router
+    if not isinstance(first, Transformer | StaticEmbedding):
+        raise ModelError(
+            f"the model begins with the module {type(first).__name__}, which is not supported: "
+            f"use a model that begins with a Transformer, a StaticEmbedding or a Router of these"
+        )
+    bare = copy.copy(first)
+    bare._modules = {}
+    if isinstance(first, Transformer):
+        bare.processor = copy.deepcopy(first.processor)
+        bare.input_formatter = copy.copy(first.input_formatter)
+        bare.input_formatter.processor = bare.processor
+        bare.model = types.SimpleNamespace(config=first.model.config)
+    return bare
+
+
+def variant_of(features: Mapping[str, Any]) -> Variant:
+    """Of what `preprocess` gave. ModelError for tensors besides the tokens: they would be others for each text."""
+    given = {name: value for name, value in features.items() if name not in _PER_TOKEN and value is not None}
+    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor | np.ndarray | list)]
+    if tensors:
+        raise ModelError(f"the model takes {', '.join(tensors)} beside its tokens, which is not supported")
+    return Variant(tuple(sorted(given.items())), "offsets" in features)
+
+
+class LibraryTokenizer:
+    """A TextTokenizer over the `preprocess` of a model's first module. Safe to share between threads."""
+
+    def __init__(
+        self,
+        module: InputModule,
+        *,
+        max_tokens: int,
+        pad_id: int,
+        prompts: Mapping[str, str],
+        ways: Mapping[str | None, Way],
+        truncation_side: str = "right",
+    ) -> None:
+        """module: from `input_module`, with its limit set. ways: by prompt name; None is the default."""
+        self._module = module
+        self._ways = ways
+        self._side = truncation_side
+        self._lock = threading.Lock()  # the library keeps the settings of the last call in the tokenizer
+        self.max_tokens = max_tokens
+        self.pad_id = pad_id
+        self.prompts = prompts
+        self.needs_prompt_name = None not in ways
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
+        """One Encoded for each text, cut at max_tokens. KeyError for an unknown prompt."""
+        way = self._ways[prompt_name]
+        with self._lock:
+            return [self._one(text, way) for text in texts]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """One Encoded for each (query, passage)."""
+        way = self._ways[None]
+        with self._lock:
+            return [self._one(pair, way) for pair in pairs]
+
+    def _one(self, text: str | tuple[str, str], way: Way) -> Encoded:
+        if isinstance(text, tuple):
+            short: str | tuple[str, str] = (self._shortened(text[0], way), self._shortened(text[1], way))
+        else:
+            short = self._shortened(text, way)
+        features = self._preprocess(short, way)
+        ids = self._row(features, "input_ids")
+        is_cut = short != text or (len(ids) >= self.max_tokens and self._uncut_tokens(short, way) > len(ids))
+        segments = self._row(features, "token_type_ids") if "token_type_ids" in features else None
+        return Encoded(ids, segments if segments is not None and segments.any() else None, is_cut, way.variant)
+
+    def _shortened(self, text: str, way: Way) -> str:
+        """The part of a long text that fills the limit, with a margin; all of it where no such part does."""
+        limit = self.max_tokens * _CHARACTERS_PER_TOKEN
+        if len(text) <= limit:
+            return text
+        part = text[:limit] if self._side == "right" else text[-limit:]
+        return part if self._uncut_tokens(part, way) >= self.max_tokens + _MARGIN_TOKENS else text
+
+    def _uncut_tokens(self, text: str | tuple[str, str], way: Way) -> int:
+        features = self._preprocess(text, way, processing_kwargs={"text": {"truncation": False}})
+        return len(self._row(features, "input_ids"))
+
+    def _preprocess(self, text: str | tuple[str, str], way: Way, **options: Any) -> dict[str, Any]:
+        if way.task is not None:
+            options["task"] = way.task
+        given: dict[str, Any] = self._module.preprocess([text], prompt=way.prompt or None, **options)
+        return given
+
+    @staticmethod
+    def _row(features: Mapping[str, Any], name: str) -> NDArray[np.int32]:
+        values = features[name].reshape(-1)
+        if "attention_mask" in features:
+            values = values[features["attention_mask"].reshape(-1).bool()]
+        ids: NDArray[np.int32] = values.numpy().astype(np.int32)
+        return ids

@@ -1,0 +1,45 @@
+"""How Score and Rerank compare two embeddings: as the model's files say, which is what it was trained for.
+
+The names and the signs are sentence-transformers' own: distances are negative, so more is always more alike.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+
+
+def similarity(name: str, a: Rows, b: Rows) -> Rows:
+    """(rows,), row by row; a single row of `a` stands against all of `b`. KeyError for an unknown name."""
+    return _FUNCTIONS[name](np.broadcast_to(a, b.shape), b).astype(np.float32)
+
+
+def _cosine(a: Rows, b: Rows) -> Rows:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine: Rows = _dot(a, b) / np.maximum(norms, 1e-12)
+    return cosine.clip(-1.0, 1.0)
+
+
+def _dot(a: Rows, b: Rows) -> Rows:
+    product: Rows = np.einsum("ij,ij->i", a, b)
+    return product
+
+
+def _euclidean(a: Rows, b: Rows) -> Rows:
+    distance: Rows = np.linalg.norm(a - b, axis=1)
+    return -distance
+
+
+def _manhattan(a: Rows, b: Rows) -> Rows:
+    distance: Rows = np.abs(a - b).sum(axis=1)
+    return -distance
+
+
+_FUNCTIONS: dict[str, Callable[[Rows, Rows], Rows]] = {
+    "cosine": _cosine,
+    "dot": _dot,
+    "euclidean": _euclidean,
+    "manhattan": _manhattan,
+}
