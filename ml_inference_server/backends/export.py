@@ -6,6 +6,7 @@ A model that brings such a graph of its own as onnx/model.onnx is run from that 
 
 import contextlib
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 GRAPH_VERSION = 1
 OUTPUT = "rows"
 PREBUILT = "onnx/model.onnx"
+# A protobuf takes 2 GiB; larger weights lie in a file beside the graph.
+MOST_BYTES_IN_ONE_FILE = 1_900_000_000
 # What a graph that came with the model may call its rows: optimum's names, and our own.
 _OUTPUTS = {"embedding": ("sentence_embedding", OUTPUT), "cross_encoder": ("logits", OUTPUT)}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -114,10 +117,7 @@ def export(settings: ModelSettings) -> Exported:
         arguments = [ids, torch.ones_like(ids)] + ([torch.zeros_like(ids)] if loaded.takes_token_type_ids else [])
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         cannot = f"{settings.name} cannot be exported to ONNX"
-        with engine_errors(cannot), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            # It reports at WARNING that torchvision, which has no part in this, is not there.
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with engine_errors(cannot), _quiet(), torch.no_grad():
             torch.onnx.export(
                 loaded.module,
                 tuple(arguments),
@@ -126,7 +126,7 @@ def export(settings: ModelSettings) -> Exported:
                 output_names=[OUTPUT],
                 dynamic_shapes=[axes] * len(arguments),
                 dynamo=True,
-                external_data=False,
+                external_data=4 * parameters > MOST_BYTES_IN_ONE_FILE,
                 verbose=False,
             )
 
@@ -152,16 +152,43 @@ def engine_errors(cannot: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.debug("%s", cannot, exc_info=error)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"{cannot} ({lines[-1] if lines else type(error).__name__}): use model.backend pytorch"
-        ) from error
+        raise ModelError(f"{cannot} ({_reason(error)}): use model.backend pytorch") from error
     finally:
         # Some of these libraries change the logging of the whole process; our warnings would be lost.
         root.setLevel(level)
         logging.disable(disabled)
         for handler, handler_level in handlers:
             handler.setLevel(handler_level)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of the error at the root, whose first line says it; the engines' own end with what matters."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    if not lines:
+        return type(root).__name__
+    return f"{type(root).__name__}: {lines[0][:300]}" if root is not error else lines[-1][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter prints, hundreds of lines where it fails, goes to the log at DEBUG."""
+    printed = io.StringIO()
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    levels = [each.level for each in noisy]
+    for each in noisy:
+        each.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(noisy, levels, strict=True):
+            each.setLevel(level)
+        if printed.getvalue():
+            log.debug("the exporter printed: %s", printed.getvalue())
 
 
 def _need(package: str) -> None:

@@ -117,6 +117,9 @@ def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # What they warn of is checked here: missing weights, texts above the limit. Their tables say it in many lines.
+    for library in ("transformers", "sentence_transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     options: dict[str, Any] = {
         "device": "cpu",
         "local_files_only": True,
@@ -124,7 +127,7 @@ def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:
         "model_kwargs": {"use_safetensors": True, "dtype": torch.float32},
     }
     try:
-        with _reports() as reports, _one_line_logs():
+        with _reports() as reports:
             if task == "cross_encoder":
                 labels = {"num_labels": 1} if settings.random_weights else {}
                 model: Any = CrossEncoder(str(files.folder), **options, **labels)
@@ -161,20 +164,6 @@ def _reports() -> Iterator[list[Mapping[str, Any]]]:
         yield found
     finally:
         PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _one_line_logs() -> Iterator[None]:
-    """The library's own reports of what it loaded are tables of many lines; ours is one."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
 
 
 def _check_complete(model: Any, reports: list[Mapping[str, Any]], files: ModelFiles) -> None:

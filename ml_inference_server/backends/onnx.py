@@ -17,7 +17,7 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
-from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
+from ml_inference_server.backends.export import MOST_BYTES_IN_ONE_FILE, Exported, engine_errors, export, graph_inputs
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set
@@ -120,18 +120,32 @@ def quantize_int8(exported: Exported) -> Path:
         log.info("quantising to INT8 (once; later starts read the cache)")
         prepared = folder / "prepared.onnx"
         with engine_errors(f"ONNX Runtime cannot quantise {exported.weights}"):
-            quant_pre_process(str(exported.file), str(prepared), skip_symbolic_shape=True)
-            model = onnx.load(str(prepared))
+            is_large = 4 * exported.parameters > MOST_BYTES_IN_ONE_FILE
+            # Its optimiser holds the whole model in one protobuf.
+            quant_pre_process(
+                str(exported.file),
+                str(prepared),
+                skip_symbolic_shape=True,
+                skip_optimization=is_large,
+                save_as_external_data=is_large,
+                all_tensors_to_one_file=True,
+            )
+            model = onnx.load(str(prepared), load_external_data=not is_large)
             # It transposes the weights of Gemm; what the exporter noted of their shapes would then contradict them.
             del model.graph.value_info[:]
+            if is_large:
+                onnx.save(model, str(prepared))
             quantize_dynamic(
-                model,
+                str(prepared) if is_large else model,
                 str(folder / "model_int8.onnx"),
+                use_external_data_format=is_large,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
                 reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,
             )
-        prepared.unlink()
+        for file in folder.iterdir():
+            if not file.name.startswith("model_int8"):
+                file.unlink()
 
     return cached("onnx-int8", key, make) / "model_int8.onnx"

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from ml_inference_server.backends import auto, create_backend, parity
 from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
+from ml_inference_server.backends.own_process import one_line
 from ml_inference_server.backends.reference import reference_for
 from ml_inference_server.backends.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.errors import ModelError, StartError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,20 @@ class Started(Described):
 
 def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     """A loaded, warm, checked backend. `phase` is told what is being done. ModelError says what is not fit and why."""
+    try:
+        return _start(model, phase)
+    except StartError:
+        raise
+    except Exception as error:
+        # Libraries raise anything over a damaged file or too large a number; whoever starts a server needs one line.
+        log.debug("starting failed", exc_info=error)
+        raise ModelError(
+            f"model {model.name} cannot be started with backend {model.backend} ({one_line(error)}): check its files "
+            f"and the model settings; --log-level DEBUG shows where it failed"
+        ) from error
+
+
+def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     auto_choice, chosen = "", model
     if auto.is_auto(model):
         choice = auto.choose(model, phase)
