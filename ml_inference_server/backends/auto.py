@@ -52,12 +52,16 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`parity` is None where no reference could be had; `limit` is what it must reach."""
+    """`parity` is None where no reference could be had; `limit` is what it must reach.
+
+    unfit: what else the gate at load would refuse it for, such as a single text that is wrong.
+    """
 
     texts_per_s: float
     parity: float | None
     limit: float
     fp32: bool
+    unfit: str = ""
 
     @property
     def verdict(self) -> str:
@@ -66,7 +70,7 @@ class Measured:
             return "" if self.fp32 else "could not be compared with FP32"
         if not self.parity >= self.limit:
             return f"failed the quality gate (parity {self.parity:.4f}, limit {self.limit})"
-        return ""
+        return f"failed the quality gate ({self.unfit})" if self.unfit else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +219,16 @@ def probe(model: ModelSettings) -> Measured:
         parity=closeness.mean if closeness else None,
         limit=parity.required(resolution.model, backend.info.task),
         fp32=resolution.quantization == "none",
+        unfit=_unfit(closeness, resolution.model, backend.info.task),
     )
+
+
+def _unfit(closeness: parity.Parity | None, model: ModelSettings, task: str) -> str:
+    try:
+        parity.check(closeness, model, task)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[ModelSettings, str]:

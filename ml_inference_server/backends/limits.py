@@ -23,7 +23,7 @@ _NO_LIMIT = 1 << 24
 # the influence of a neighbour a hundred times larger.
 _SAME = 1e-3
 # The longest text that is tried in company.
-_LONG_TOKENS = 160
+_LONG_TOKENS = 64
 
 
 def told_tokens(transformer: Any) -> int | None:
@@ -111,7 +111,7 @@ def run_alone(module: torch.nn.Module, text: Encoded) -> NDArray[np.float32]:
 
 def _of_many_lengths(probes: Sequence[Encoded], max_tokens: int) -> list[Encoded]:
     longest = max(probes, key=lambda each: each.length)
-    texts = [probes[1], probes[0], probes[3], probes[6], _head(longest, min(_LONG_TOKENS, max_tokens))]
+    texts = [probes[1], probes[0], probes[2], _head(longest, min(_LONG_TOKENS, max_tokens))]
     return [text for text in texts if text.length]
 
 

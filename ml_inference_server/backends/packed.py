@@ -16,7 +16,7 @@ from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ml_inference_server.backends.base import TokenBatch, packed_size
+from ml_inference_server.backends.base import Company, TokenBatch, packed_size
 from ml_inference_server.backends.loading import LoadedModel
 from ml_inference_server.backends.native import load_operators
 from ml_inference_server.utils.errors import ModelError
@@ -243,6 +243,9 @@ def _attention(
     """What transformers calls for each layer; query, key, value: (1, heads, tokens, dim)."""
     if options.get("sliding_window") is not None or options.get("softcap") is not None:
         raise ModelError("this model's attention has a window or a cap, which packed attention does not know")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # several heads of the query share one of the key
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     rows = [each[0].transpose(0, 1).contiguous() for each in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", False))
@@ -260,6 +263,8 @@ def check_fit(loaded: LoadedModel) -> None:
 def _unfit(loaded: LoadedModel) -> str:
     if loaded.base is None or loaded.variants > 1:
         return "it is no single transformer (StaticEmbedding, a Router, or prompts that its pooling leaves out)"
+    if loaded.company is not Company.ANY:
+        return "its answers change with the texts beside them, and without padding they would, too"
     base = loaded.base.base_model
     config, name = base.config, type(base).__name__
     if loaded.task == "cross_encoder":

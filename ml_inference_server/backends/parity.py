@@ -12,9 +12,7 @@ from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
 
 _BATCH = 8
-# Every so manyth probe is run alone too, and all that are odd: those come last.
-_ALONE_STEP = 6
-_ALONE_LAST = 14
+_EXTREMES = 4  # texts in the batch of the shortest and the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +61,8 @@ def measure(backend: Backend, reference: Reference | None) -> Parity | None:
         return None
     encoded = _encoded(backend, reference)
     places = [i for i in range(len(encoded)) if not np.isnan(reference.rows[i]).any()]
-    mixed = _run(backend, encoded, _mixed(places))
-    alone_places = sorted({*places[::_ALONE_STEP], *places[-_ALONE_LAST:]})
+    mixed = _run(backend, encoded, _batches(encoded, places))
+    alone_places = _alone(encoded, places)
     alone = _run(backend, encoded, [[i] for i in alone_places])
     names = [_shown(reference.texts[i]) for i in [*places, *alone_places]]
     rows = np.stack([mixed[i] for i in places] + [alone[i] for i in alone_places])
@@ -148,10 +146,18 @@ def _encoded(backend: Backend, reference: Reference) -> list[Encoded]:
     return out
 
 
-def _mixed(places: Sequence[int]) -> list[list[int]]:
-    """Batches of texts of all lengths: each takes every n-th of the probes, which lie in groups of a kind."""
-    count = -(-len(places) // _BATCH)
-    return [list(places[start::count]) for start in range(count)]
+def _batches(encoded: Sequence[Encoded], places: Sequence[int]) -> list[list[int]]:
+    """Batches of like lengths, as real traffic has them, and one of the shortest and the longest texts."""
+    order = sorted(places, key=lambda i: encoded[i].length)
+    extremes = [*order[: _EXTREMES // 2], *order[-_EXTREMES // 2 :]] if len(order) > _EXTREMES else []
+    rest = [i for i in order if i not in extremes]
+    return [batch for batch in (extremes, *(rest[i : i + _BATCH] for i in range(0, len(rest), _BATCH))) if batch]
+
+
+def _alone(encoded: Sequence[Encoded], places: Sequence[int]) -> list[int]:
+    """Every eighth in the order of lengths, the shortest and the longest among them."""
+    order = sorted(places, key=lambda i: encoded[i].length)
+    return sorted({*order[::_BATCH], order[-1]})
 
 
 def _run(
