@@ -131,6 +131,8 @@ def _encoded(backend: Backend, reference: Reference) -> list[Encoded]:
     """The probes as the backend's own tokenizer prepares them."""
     out: list[Encoded] = []
     for text, name in zip(reference.texts, reference.names, strict=True):
+        if name is not None and name not in backend.tokenizer.prompts:
+            raise ModelError(f"the model has a prompt {name!r} that this backend does not know: refusing to drop it")
         if isinstance(text, tuple):
             out += backend.tokenizer.encode_pairs([text])
         else:
