@@ -43,7 +43,7 @@ _EMBEDDINGS: dict[Quantization, _Limits] = {
     "none": _Limits(0.9999, 0.999, 0.01),
     "fp16": _Limits(0.9999, 0.99, 0.05),
     "bf16": _Limits(0.9999, 0.99, 0.05),
-    "int8": _Limits(0.97, 0.8, 0.3),
+    "int8": _Limits(0.97, 0.85, 0.3),
 }
 # The correlation of a cross-encoder's logits falls faster than a cosine, most of all with random weights, whose logits
 # lie close together.

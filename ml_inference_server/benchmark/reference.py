@@ -59,7 +59,8 @@ async def _reference(
     """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
     ran = info["resolved"]
     key = {
-        "model_sha256": ran["model_sha256"],
+        # A server of before tells only the hash of its weights.
+        "model": ran["model_sha256"] or ran["weights_sha256"],
         "task": ran["task"],
         "max_tokens": ran["max_tokens"],
         "slice": labelled.sha256,
