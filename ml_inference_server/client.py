@@ -1,7 +1,6 @@
 """The benchmark of a running server: one row, or with --experiment every row of an experiment file."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ml_inference_server.benchmark.results import (
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
-from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.config import Given, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -80,45 +79,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(arguments: argparse.Namespace) -> list[str]:
+def _overrides(arguments: argparse.Namespace) -> list[str | Given]:
     """The flags as settings, so that one place checks them; a flag beats --set."""
     for text in arguments.set:
         if not text.startswith(("experiment.", "server.host=", "server.port=")):
             raise ConfigError(f"--set {text}: the client obeys experiment.* only; give this to the server instead")
-    flags = {
-        "benchmark_requests": arguments.requests,
-        "warmup_iterations": arguments.warmup,
-        "workload": arguments.workload,
-        "dataset": arguments.dataset,
-        "seed": arguments.seed,
-        "request_timeout_ms": arguments.timeout_ms,
-        "duration_s": arguments.duration_s,
-        "repeats": arguments.repeats,
-        "streaming": arguments.streaming,
-    }
-    single: dict[str, Any] = {}
-    if arguments.rate and arguments.concurrency:
+    flags = [
+        ("benchmark_requests", "--requests", arguments.requests),
+        ("warmup_iterations", "--warmup", arguments.warmup),
+        ("workload", "--workload", arguments.workload),
+        ("dataset", "--dataset", arguments.dataset),
+        ("seed", "--seed", arguments.seed),
+        ("request_timeout_ms", "--timeout-ms", arguments.timeout_ms),
+        ("duration_s", "--duration-s", arguments.duration_s),
+        ("repeats", "--repeats", arguments.repeats),
+        ("streaming", "--streaming", arguments.streaming),
+    ]
+    given = [
+        Given(f"experiment.{key}", value, flag if value is True else f"{flag} {value}")
+        for key, flag, value in flags
+        if value is not None
+    ]
+    return [*_of_single_run(arguments), *arguments.set, *given]
+
+
+def _of_single_run(arguments: argparse.Namespace) -> list[Given]:
+    """One row as it is asked for, below --set, which can ask for more; nothing for a suite."""
+    rate, concurrency, batch_size = arguments.rate, arguments.concurrency, arguments.batch_size
+    if rate and concurrency:
         raise ConfigError("--rate sends whether or not answers come, so it has no --concurrency: give one of them")
     if not arguments.experiment:
-        # One row as it is asked for; --set can ask for more.
-        single = {"repeats": 1, "quality.enabled": False, "batch_sizes": [arguments.batch_size or 1]}
-        single |= {
-            "concurrency_levels": [] if arguments.rate else [arguments.concurrency or 1],
-            "arrival.rates": [arguments.rate] if arguments.rate else [],
-        }
-    elif arguments.config is None:
+        return [
+            Given("experiment.repeats", 1, "a single run"),
+            Given("experiment.quality.enabled", False, "a single run"),
+            Given("experiment.batch_sizes", [batch_size or 1], f"--batch-size {batch_size}"),
+            Given("experiment.concurrency_levels", [] if rate else [concurrency or 1], f"--concurrency {concurrency}"),
+            Given("experiment.arrival.rates", [rate] if rate else [], f"--rate {rate}"),
+        ]
+    if arguments.config is None:
         raise ConfigError("--experiment needs --config FILE, which says what rows to run")
-    elif arguments.batch_size or arguments.concurrency or arguments.rate:
+    if batch_size or concurrency or rate:
         raise ConfigError(
             "--batch-size and --concurrency are for a single run, and so is --rate; with --experiment use"
             " --set experiment.batch_sizes=[4], experiment.concurrency_levels=[8], experiment.arrival.rates=[50]"
         )
-    given = {key: value for key, value in flags.items() if value is not None}
-    return [*_as_overrides(single), *arguments.set, *_as_overrides(given)]
-
-
-def _as_overrides(values: dict[str, Any]) -> list[str]:
-    return [f"experiment.{key}={json.dumps(value)}" for key, value in values.items()]
+    return []
 
 
 def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
@@ -143,7 +148,7 @@ async def _run(arguments: argparse.Namespace, argv: Sequence[str], stop: Stop) -
 async def _run_locked(
     arguments: argparse.Namespace,
     argv: Sequence[str],
-    overrides: Sequence[str],
+    overrides: Sequence[str | Given],
     settings: Settings,
     files: ResultFiles,
     stop: Stop,

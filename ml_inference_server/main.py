@@ -14,7 +14,7 @@ if sys.platform != "win32":
 
 from ml_inference_server import __version__
 from ml_inference_server.server.lifecycle import serve
-from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.config import Given, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 
@@ -72,16 +72,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """Flags are short forms of --set and win over it."""
-    short = {
-        "server.host": args.host,
-        "metrics.host": args.host,
-        "server.port": args.port,
-        "metrics.port": args.http_port,
-        "model.device": args.device,
-        "model.name": args.model_name,
-        "metrics.otlp_endpoint": args.otlp_endpoint,
-    }
-    flags = [f"{key}={value}" for key, value in short.items() if value is not None]
+    short = [
+        ("server.host", "--host", args.host),
+        ("metrics.host", "--host", args.host),
+        ("server.port", "--port", args.port),
+        ("metrics.port", "--http-port", args.http_port),
+        ("model.device", "--device", args.device),
+        ("model.name", "--model-name", args.model_name),
+        ("metrics.otlp_endpoint", "--otlp-endpoint", args.otlp_endpoint),
+    ]
+    flags = [Given(key, value, f"{flag} {value}") for key, flag, value in short if value is not None]
     return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
 
 

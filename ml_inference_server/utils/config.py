@@ -1,18 +1,21 @@
 """The settings: one tree, one loader, one place where a default stands.
 
-Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < `--set key.path=value`.
+Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < `--set key.path=value` < flags.
+All of them are merged before anything is checked; an error names the one that brought the value.
 """
 
 import difflib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings, Section
+from ml_inference_server.utils.yaml_text import NotYaml, has_comment, parse_yaml
 
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
@@ -20,6 +23,12 @@ BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
 Quantization = Literal["none", "fp16", "bf16", "int8"]
 RequestedQuantization = Quantization | Literal["auto"]
 Port = Annotated[int, Field(ge=0, le=65535)]
+_CONTRADICTION = "contradiction"
+
+
+def _contradiction(message: str, *keys: str) -> PydanticCustomError:
+    """Two settings that are sound alone and not together; `keys` are their dotted names."""
+    return PydanticCustomError(_CONTRADICTION, "{message}", {"message": message, "keys": keys})
 
 
 class ModelSettings(Section):
@@ -76,10 +85,15 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
+        keys = ("model.quantization", "model.quantized")
         if not self.quantized and self.quantization not in (None, "none"):
-            raise ValueError(f"quantization is {self.quantization} but quantized is false: set quantized: true")
+            raise _contradiction(
+                f"model.quantization is {self.quantization} but model.quantized is false: set quantized: true", *keys
+            )
         if self.quantized and self.quantization == "none":
-            raise ValueError("quantized is true but quantization is none: name fp16, bf16, int8 or auto")
+            raise _contradiction(
+                "model.quantized is true but model.quantization is none: name fp16, bf16, int8 or auto", *keys
+            )
         return self
 
     @property
@@ -180,56 +194,70 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
-        if self.server.port and self.server.port == self.metrics.port:
-            raise ValueError(f"server.port and metrics.port are both {self.server.port}: give one of them another")
-        loopback = self.server.host in ("127.0.0.1", "localhost", "::1")
-        if self.server.enable_test_faults and not loopback:
-            raise ValueError("server.enable_test_faults needs server.host 127.0.0.1: faults are for tests only")
-        if self.server.enable_test_faults and self.model.backend != "fake":
-            raise ValueError("server.enable_test_faults works with model.backend fake only")
-        if self.server.max_message_bytes < self.server.max_text_bytes:
-            raise ValueError(
-                "server.max_message_bytes is smaller than server.max_text_bytes: no such text could arrive"
+        server, metrics = self.server, self.metrics
+        if server.port and server.port == metrics.port:
+            raise _contradiction(
+                f"server.port and metrics.port are both {server.port}: give one of them another",
+                *("server.port", "metrics.port"),
+            )
+        loopback = server.host in ("127.0.0.1", "localhost", "::1")
+        if server.enable_test_faults and not loopback:
+            raise _contradiction(
+                "server.enable_test_faults needs server.host 127.0.0.1: faults are for tests only",
+                *("server.enable_test_faults", "server.host"),
+            )
+        if server.enable_test_faults and self.model.backend != "fake":
+            raise _contradiction(
+                "server.enable_test_faults works with model.backend fake only",
+                *("server.enable_test_faults", "model.backend"),
+            )
+        if server.max_message_bytes < server.max_text_bytes:
+            raise _contradiction(
+                "server.max_message_bytes is smaller than server.max_text_bytes: no such text could arrive",
+                *("server.max_message_bytes", "server.max_text_bytes"),
             )
         return self
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this one refuses."""
+@dataclass(frozen=True)
+class Given:
+    """A value for the setting with the dotted name `key`, and who brings it, for errors: "--port 8080", say."""
+
+    key: str
+    value: Any
+    source: str
 
 
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, Hashable):
-            continue  # construct_mapping refuses it with its line
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+@dataclass(frozen=True)
+class _Layer:
+    source: str
+    tree: Mapping[str, Any]
 
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+    def sets(self, path: Sequence[int | str]) -> bool:
+        """Whether this layer says what stands at `path`, or at a part of it that holds a plain value."""
+        node: Any = self.tree
+        for part in path:
+            if not isinstance(node, Mapping):
+                return True
+            if part not in node:
+                return False
+            node = node[part]
+        return True
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`. ConfigError names the file, and the line where YAML knows it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, sorted(p.name for p in EXPERIMENTS_DIR.glob("*.yaml")), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except NotYaml as error:
+        line = f":{error.line}" if error.line else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error}") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -254,62 +282,83 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as {a: {b: value}}; the value is read as YAML, so 8, true, [1, 2] mean what they say."""
+def parse_override(text: str) -> Given:
+    """`a.b=value` of --set; the value is read as YAML, so 8, true, [1, 2] mean what they say."""
+    source = f"--set {text:.200}"
     key, equals, raw = text.partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise ConfigError(f"--set {text}: expected key.path=value, for instance batching.max_batch_size=16")
+        raise ConfigError(f"{source}: expected key.path=value, for instance batching.max_batch_size=16")
     try:
-        return _nested(key.strip(), yaml.load(raw, Loader=_UniqueKeyLoader))  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--set {text:.200}: the value is not valid YAML") from error
+        value = parse_yaml(raw)
+        cut = has_comment(raw)
+    except NotYaml as error:
+        raise ConfigError(f"{source}: the value is not valid YAML ({error}): put a text in quotes") from error
+    if cut:
+        raise ConfigError(f"{source}: in YAML a comment begins at the #: put the value in quotes")
+    return Given(key.strip(), value, source)
 
 
 def load_settings(
     experiment: Path | None = None,
     *,
     legacy: Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str | Given] = (),
     variant: str = "",
 ) -> Settings:
-    """The effective settings. ConfigError lists every problem with its file, dotted path and remedy.
+    """The effective settings. ConfigError lists every problem with who brings the value, dotted path and remedy.
 
     `legacy` is a single file that stands alone; otherwise `experiment` overrides the base configuration.
+    overrides: in order, `a.b=value` as of --set, or values that need no reading.
     """
-    if legacy is not None:
-        layers = [(str(legacy), read_yaml(legacy))]
-    else:
-        layers = [(str(BASE_CONFIG), read_yaml(BASE_CONFIG))]
-        if experiment is not None:
-            layers.append((str(experiment), read_yaml(experiment)))
-    tree: dict[str, Any] = {}
-    for source, content in layers:
-        tree = deep_merge(tree, content)
-        _validate(tree, source)
+    files = [legacy] if legacy is not None else [BASE_CONFIG, *filter(None, [experiment])]
+    layers = [_Layer(str(path), read_yaml(path)) for path in files]
     if variant:
-        variants = tree.get("variants") or {}
-        if variant not in variants:
-            known = ", ".join(variants) or "none"
-            raise ConfigError(f"{layers[-1][0]}: no variant {variant!r}; it has: {known}")
-        for dotted, value in variants[variant].items():
-            tree = deep_merge(tree, _nested(str(dotted), value))
-        tree["variant"] = variant
-        _validate(tree, f"{layers[-1][0]}, variant {variant}")
-    for text in overrides:
-        tree = deep_merge(tree, parse_override(text))
-        _validate(tree, f"--set {text}")
-    return _validate(tree, layers[-1][0])
-
-
-def _validate(tree: dict[str, Any], source: str) -> Settings:
+        layers.append(_variant_layer(_merged(layers), str(files[-1]), variant))
+    for override in overrides:
+        given = parse_override(override) if isinstance(override, str) else override
+        layers.append(_Layer(given.source, _nested(given.key, given.value)))
     try:
-        return Settings.model_validate(tree)
+        return Settings.model_validate(_merged(layers))
     except ValidationError as error:
-        problems = [_explain(tree, e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+        # What no layer says can only be missed, or be a key that YAML allows and we do not: the last file it is.
+        raise ConfigError(_explain_all(error, layers, str(files[-1]))) from error
 
 
-def _explain(tree: dict[str, Any], loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+def _merged(layers: Sequence[_Layer]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        tree = deep_merge(tree, layer.tree)
+    return tree
+
+
+def _variant_layer(tree: Mapping[str, Any], file: str, name: str) -> _Layer:
+    variants = tree.get("variants") or {}
+    if not isinstance(variants, Mapping) or name not in variants:
+        known = (", ".join(map(str, variants)) if isinstance(variants, Mapping) else "") or "none"
+        raise ConfigError(f"{file}: no variant {name!r}; it has: {known}")
+    if not isinstance(variants[name], Mapping):
+        raise ConfigError(f"{file}: variants.{name}: expected dotted keys and values, not {variants[name]!r:.60}")
+    changes: dict[str, Any] = {"variant": name}
+    for dotted, value in variants[name].items():
+        changes = deep_merge(changes, _nested(str(dotted), value))
+    return _Layer(f"{file}, variant {name}", changes)
+
+
+def _explain_all(error: ValidationError, layers: Sequence[_Layer], otherwise: str) -> str:
+    """Each problem behind the source of its value; neighbours of one source share its name."""
+    told: list[str] = []
+    before = ""
+    for each in error.errors():
+        paths = [key.split(".") for key in each.get("ctx", {}).get("keys", ())] or [each["loc"]]
+        found = (next((layer.source for layer in reversed(layers) if layer.sets(path)), "") for path in paths)
+        source = " and ".join(dict.fromkeys(filter(None, found))) or otherwise
+        problem = _explain(each["loc"], each["type"], each["msg"], each["input"])
+        told.append(problem if source == before else f"{source}: {problem}")
+        before = source
+    return "; ".join(told)
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
     path = ".".join(str(part) for part in loc)
     if kind == "extra_forbidden":
         section: Any = Settings
@@ -319,9 +368,8 @@ def _explain(tree: dict[str, Any], loc: tuple[int | str, ...], kind: str, messag
         prefix = "".join(f"{part}." for part in loc[:-1])
         remedy = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(section.model_fields)}"
         return f"unknown key {path}; {remedy}"
-    message = message.removeprefix("Value error, ")
-    if not loc or kind == "value_error":
-        return f"{path + ': ' if path else ''}{message}"
+    if kind == _CONTRADICTION:
+        return message
     return f"{path}: {message[0].lower() + message[1:]}, not {value!r:.60}"
 
 

@@ -1,6 +1,6 @@
 """The settings of the benchmark: what load is sent, how often, and what quality a result must have.
 
-What two keys mean together is checked by the benchmark when it uses them: `--set` gives one key at a time.
+What two keys mean together is checked by the benchmark when it uses them: a server may run with any of them.
 """
 
 from typing import Annotated, Literal

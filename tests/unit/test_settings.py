@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ml_inference_server.utils.config import (
     BASE_CONFIG,
     EXPERIMENTS_DIR,
+    Given,
     ModelSettings,
     Settings,
     deep_merge,
@@ -19,6 +20,7 @@ from ml_inference_server.utils.config import (
     setting_rows,
 )
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.yaml_text import parse_yaml
 
 LEGACY = EXPERIMENTS_DIR.parent / "config.yaml"
 EXPERIMENTS = sorted(path for path in EXPERIMENTS_DIR.glob("*.yaml") if path != BASE_CONFIG)
@@ -121,17 +123,100 @@ def test_deep_merge_leaves_its_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tree"),
+    ("text", "key", "value"),
     [
-        ("batching.enabled=false", {"batching": {"enabled": False}}),
-        ("a.b=[1, 2]", {"a": {"b": [1, 2]}}),
-        ("a.b=x=y", {"a": {"b": "x=y"}}),
-        ("description=", {"description": None}),
-        (" name =  two words ", {"name": "two words"}),
+        ("batching.enabled=false", "batching.enabled", False),
+        ("a.b=[1, 2]", "a.b", [1, 2]),
+        ("a.b=x=y", "a.b", "x=y"),
+        ("description=", "description", None),
+        (" name =  two words ", "name", "two words"),
+        ("model.name='a #b: c'", "model.name", "a #b: c"),
     ],
 )
-def test_override_values_are_read_as_yaml(text: str, tree: dict[str, Any]) -> None:
-    assert parse_override(text) == tree
+def test_override_values_are_read_as_yaml(text: str, key: str, value: Any) -> None:
+    given = parse_override(text)
+    assert (given.key, given.value) == (key, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1e-3", 1e-3), ("1E5", 1e5), (".5e-3", 5e-4), ("-.5", -0.5), ("+1.e+2", 100.0), ("1.5e3", 1500.0),
+        ("1e5000", math.inf), ("0.25", 0.25), ("12", 12), ("0x10", 16), ("1_000", 1000), (".inf", math.inf),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_as_they_are_written_elsewhere(text: str, number: float) -> None:
+    value = parse_yaml(text)
+    assert (type(value), value) == (type(number), number)
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "v1e5", "1e5a", "e5", "2024-11-05", "1e", "1e-", ".", "1.0-rc1", "08"])
+def test_versions_dates_and_names_stay_texts(text: str) -> None:
+    assert parse_yaml(text) == text
+
+
+def test_contradictions_are_looked_for_once_everything_is_merged(tmp_path: Path) -> None:
+    swapped = [Given("server.port", 8080, "--port 8080"), Given("metrics.port", 9090, "--http-port 9090")]
+    settings = load_settings(overrides=swapped)
+    assert (settings.server.port, settings.metrics.port) == (8080, 9090)
+    for order in (1, -1):
+        precision = ["model.quantization=bf16", "model.quantized=true"][::order]
+        assert load_settings(overrides=precision).model.precision == "bf16"
+    file = write(tmp_path, "model: {quantized: true}\nvariants: {a: {model.quantization: int8, model.device: cpu}}\n")
+    assert load_settings(file, variant="a").model.precision == "int8"
+    repaired = write(tmp_path, "server: {port: 8080}\n", "port.yaml")
+    assert load_settings(repaired, overrides=["metrics.port=0"]).server.port == 8080
+
+
+def test_values_of_flags_are_taken_as_they_are() -> None:
+    for name in ("2024-11-05", "a #b", "a: b", "1e5", "::", "null", "[1", "'", "{a: b}", "*x", "&x", "!x", "~", " x "):
+        assert load_settings(overrides=[Given("model.name", name, "--model-name")]).model.name == name
+
+
+def test_an_error_names_whoever_brought_the_value(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "batching: {max_batch_size: -1}\nvariants: {v: {server.port: 8080, batching.timeout_ms: -2}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_settings(
+            file,
+            variant="v",
+            overrides=[
+                "batching.max_queue_tokens=1",
+                "experiment.batch_sizes=[0]",
+                Given("model.device", "x", "--device x"),
+            ],
+        )
+    told = str(caught.value)
+    for source, path in (
+        (f"{file}: ", "batching.max_batch_size: "),
+        (f"{file}, variant v: ", "batching.timeout_ms: "),
+        ("--set batching.max_queue_tokens=1: ", "batching.max_queue_tokens: "),
+        ("--set experiment.batch_sizes=[0]: ", "experiment.batch_sizes.0: "),
+        ("--device x: ", "model.device: "),
+    ):
+        assert source + path in told
+    assert str(BASE_CONFIG) not in told
+
+
+def test_a_contradiction_names_both_sides(tmp_path: Path) -> None:
+    file = write(tmp_path, "server: {port: 9000}\n")
+    with pytest.raises(ConfigError, match=f"^{file} and --http-port 9000: server.port and metrics.port are both 9000"):
+        load_settings(file, overrides=[Given("metrics.port", 9000, "--http-port 9000")])
+
+
+def test_merge_keys_work_and_keep_the_check_for_equal_keys(tmp_path: Path) -> None:
+    fast = "variants:\n  a: &a {batching.max_batch_size: 8, experiment.seed: 1}\n"
+    file = write(tmp_path, fast + "  b: {<<: *a, experiment.seed: 2}\n  c: {<<: [*a, {model.device: cpu}]}\n")
+    b, c = load_settings(file, variant="b"), load_settings(file, variant="c")
+    assert (b.batching.max_batch_size, b.experiment.seed) == (8, 2)
+    assert (c.batching.max_batch_size, c.experiment.seed, c.model.device) == (8, 1, "cpu")
+
+
+def test_a_number_that_no_value_holds_is_refused_and_a_date_that_there_is_not_is_a_name() -> None:
+    with pytest.raises(ConfigError, match=r"^--set batching.timeout_ms=1e999: batching.timeout_ms: .*finite"):
+        load_settings(overrides=["batching.timeout_ms=1e999"])
+    assert load_settings(overrides=["model.name=2024-13-45"]).model.name == "2024-13-45"
 
 
 def test_settings_are_frozen() -> None:
@@ -180,6 +265,16 @@ def test_settings_are_frozen() -> None:
         ("name: \x00", "not valid YAML"),
         ("name: !!python/object/apply:os.system [id]", "not valid YAML"),
         ("a: " + "[" * 5000, "not valid YAML"),
+        ("model: &m {x: *m}", "not valid YAML: found unconstructable recursive node"),
+        ("<<: {name: a, name: b}", ":1: not valid YAML: key 'name' stands twice"),
+        ("<<: {name: a}\n<<: {name: b}", ":2: not valid YAML: key '<<' stands twice"),
+        ("a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}", ":2: not valid YAML: key 'b' stands twice"),
+        ("<<: 7", "not valid YAML: expected a mapping or list of mappings for merging"),
+        ("name: !!int many", "not valid YAML"),
+        ("name: !!timestamp many", "not valid YAML"),
+        ("name: !!bool many", "not valid YAML"),
+        (f"experiment: {{seed: {'9' * 5000}}}", "not valid YAML"),
+        ("name: 2024-11-05\nmodel: {name: 2024-11-05, backend: [2024-11-05]}", "model.backend: "),
     ],
 )
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
@@ -208,7 +303,20 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["novalue", "=3", "a..b=1", ".a=1", "server.port=[1", "server.port=high", "nope.x=1", "a={[b]: 1}"]
+    "text",
+    [
+        "novalue",
+        "=3",
+        "a..b=1",
+        ".a=1",
+        "server.port=[1",
+        "server.port=high",
+        "nope.x=1",
+        "a={[b]: 1}",
+        "model.name=a #b",
+        "a=[1] #b",
+        "a.b=::",
+    ],
 )
 def test_a_bad_override_is_explained(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^--set "):
