@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_inference_server.benchmark.cell import planned_rows
 from ml_inference_server.benchmark.channel import Target

@@ -158,7 +158,9 @@ class Sidecar:
             timer.cancel()
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
-            return json_error(421, "this server is not known under that Host")
+            return json_error(
+                421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
+            )
         if request.body_exists and (request.method, request.path) != ("POST", BENCHMARK_PATH):
             response = json_error(413, "this request has no body")
             response.force_close()

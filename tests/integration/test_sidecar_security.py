@@ -111,6 +111,8 @@ async def test_no_path_escapes(server: Server, path: str) -> None:
 async def test_only_own_names_are_answered(client: aiohttp.ClientSession, host: str, status: int) -> None:
     async with client.get("/metrics", headers={"Host": host}) as response:
         assert response.status == status
+        if status == 421:
+            assert "--set metrics.hosts=[NAME]" in (await response.json())["error"]["message"], "the remedy"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ export async function get(path) {
     response = await fetch(path, {
       headers: { Accept: "application/json" },
       cache: "no-store",
-      credentials: "omit",
+      credentials: "same-origin",
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
   } catch {
