@@ -15,7 +15,8 @@ if sys.platform != "win32":
 from ml_inference_server import __version__
 from ml_inference_server.server.lifecycle import serve
 from ml_inference_server.utils.config import Given, Settings, load_settings
-from ml_inference_server.utils.errors import EXIT_INTERNAL, StartError
+from ml_inference_server.utils.errors import EXIT_INTERNAL, ConfigError, StartError
+from ml_inference_server.utils.files import replaceable
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -85,15 +86,24 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
 
 
+def _ready_file(path: Path) -> Path:
+    """Refused now rather than when the model is loaded."""
+    real = replaceable(path, "--ready-file")
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--ready-file {path}: nothing can be written in {real.parent}")
+    return real
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     set_up_logging(args.log_level, args.log_format)
     try:
         settings = settings_from(args)
+        ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
         with asyncio.Runner(loop_factory=_EventLoop) as runner:
-            return runner.run(serve(settings, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent))
+            return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -30,6 +30,7 @@ from ml_inference_server.backends.start import start_backend
 from ml_inference_server.utils.child import has_huge_pages, huge_pages_for_children
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import ConfigError, StartError
+from ml_inference_server.utils.files import replace_file, replaceable
 from ml_inference_server.utils.logging import set_up_logging
 
 _MODULE = "ml_inference_server.backends.ceiling"
@@ -246,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.seconds > 0:
             raise ConfigError(f"--seconds {args.seconds}: expected more than 0")
+        if args.json is not None:
+            args.json = replaceable(args.json, "--json")
         settings = load_settings(args.experiment, overrides=args.overrides, variant=args.variant)
         if settings.model.process_per_stream and not has_huge_pages():
             # As the server's processes have them: what is compared must differ in nothing else.
@@ -253,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.execv(sys.executable, [sys.executable, "-m", _MODULE, *(sys.argv[1:] if argv is None else argv)])  # noqa: S606
         found = measure(settings, read_texts(args.texts, args.workload)[:_MAX_TEXTS], args.seconds)
         if args.json is not None:
-            args.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+            replace_file(args.json, json.dumps(asdict(found), indent=1) + "\n")
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

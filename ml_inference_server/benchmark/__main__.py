@@ -9,9 +9,10 @@ from typing import Any
 from ml_inference_server.benchmark import comparison, records, report, row
 from ml_inference_server.benchmark.compare import compare, text
 from ml_inference_server.benchmark.records import Records
-from ml_inference_server.benchmark.results import ResultFiles, read_document, write_beside
+from ml_inference_server.benchmark.results import ResultFiles, read_document
 from ml_inference_server.benchmark.session import contents, show
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
+from ml_inference_server.utils.files import replace_file, replaceable
 
 EXIT_REGRESSION = 1
 
@@ -45,7 +46,7 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
     if output is not None and len(files) > 1:
         raise ConfigError("--output is for one file; without it, each report is written beside its JSON")
     for path in files:
-        markdown = output or path.with_suffix(".md")
+        markdown = replaceable(output or path.with_suffix(".md"))
         if read_document(path)["kind"] == "summary":
             found = comparison.contents(read_document(path), ResultFiles(markdown, path))
         else:
@@ -54,7 +55,7 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
             found = contents(document, raw, ResultFiles(markdown, path))
         for name in (name for name in found if name.suffix in (".md", ".svg")):
             content = found[name]
-            write_beside(name, content.encode() if isinstance(content, str) else content).replace(name)
+            replace_file(name, content)
             print(f"Written: {name}")
     return EXIT_OK
 

@@ -29,7 +29,6 @@ from ml_inference_server.benchmark.results import (
     read_document,
     rescue,
     result_files,
-    write_beside,
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
 from ml_inference_server.benchmark.session import run_to_exit_code
@@ -44,6 +43,7 @@ from ml_inference_server.utils.errors import (
     ConfigError,
     StartError,
 )
+from ml_inference_server.utils.files import replace_file
 
 # Too few for a p99, enough to see what works and roughly how fast.
 QUICK = {"benchmark_requests": 24, "warmup_iterations": 4, "in_process_s": 0.5}
@@ -210,7 +210,7 @@ class Summary:
     def _write(self) -> None:
         self.document["finished_at"] = now()
         for path, content in comparison.contents(self.document, self.files).items():
-            write_beside(path, content.encode() if isinstance(content, str) else content).replace(path)
+            replace_file(path, content)
 
 
 async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summary) -> list[Outcome]:

@@ -22,6 +22,7 @@ from ml_inference_server.benchmark.machine import client_versions, git_facts, ma
 from ml_inference_server.benchmark.records import Records
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
+from ml_inference_server.utils.files import replace_file, replaceable, write_beside
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMA = 2
@@ -114,6 +115,14 @@ class ResultFiles:
         return self.markdown.with_suffix(".svg")
 
     @property
+    def server_log(self) -> Path:
+        return self.markdown.with_name(f"{self.markdown.stem}_server.log")
+
+    @property
+    def lock(self) -> Path:
+        return self.data.with_name(f".{self.data.name}.lock")
+
+    @property
     def partial(self) -> "ResultFiles":
         """What is saved while the benchmark still runs."""
         return ResultFiles(
@@ -121,16 +130,23 @@ class ResultFiles:
             self.data.with_name(f"{self.data.stem}.partial.json"),
         )
 
+    def all_names(self) -> list[Path]:
+        """Everything that a benchmark may write or replace."""
+        partial = self.partial
+        kept = [self.markdown, self.data, self.raw, self.plot, self.server_log]
+        return [*kept, self.lock, partial.data, partial.raw]
+
 
 def result_files(output: str | None, json_output: str | None, default: Path) -> ResultFiles:
     """ConfigError, before anything is measured, if they cannot be written."""
-    markdown = Path(output) if output else default
-    data = Path(json_output) if json_output else markdown.with_suffix(".json")
+    markdown = replaceable(Path(output) if output else default)
+    data = replaceable(Path(json_output) if json_output else markdown.with_suffix(".json"))
     if markdown == data:
         raise ConfigError(f"--output and --json are both {markdown}: give the Markdown another name")
-    for path in (markdown, data):
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: results need an ordinary file, and this is not one")
+    files = ResultFiles(markdown, data)
+    for path in files.all_names():
+        replaceable(path)
+    for path in (files.markdown, files.data):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -140,13 +156,13 @@ def result_files(output: str | None, json_output: str | None, default: Path) -> 
         free = shutil.disk_usage(path.parent).free
         if free < _LEAST_FREE_BYTES:
             raise ResultsNotWritten(f"{path.parent}: only {free >> 10} KiB are free there: make room first")
-    return ResultFiles(markdown, data)
+    return files
 
 
 @contextlib.contextmanager
 def locked(files: ResultFiles) -> Iterator[None]:
     """Keep a second benchmark from writing the same results at the same time. ConfigError if one does already."""
-    path = files.data.with_name(f".{files.data.name}.lock")
+    path = files.lock
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,7 +210,7 @@ class Result:
                 (partial.raw, raw_records.encode(self.raw)),
                 (partial.data, encode({**self.document, "interrupted": True}).encode()),
             ):
-                write_beside(path, content).replace(path)
+                replace_file(path, content)
         except OSError as error:
             if not self._warned:
                 print(f"Warning: what was measured so far cannot be saved: {error.strerror}", file=sys.stderr)
@@ -218,7 +234,7 @@ def write_results(contents: Mapping[Path, str | bytes]) -> None:
     written: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
-            written[path] = write_beside(path, content.encode() if isinstance(content, str) else content)
+            written[path] = write_beside(path, content)
         keep_earlier(list(contents))
         for path, temporary in written.items():
             temporary.replace(path)
@@ -239,23 +255,6 @@ def rescue(contents: Mapping[Path, str | bytes]) -> Path | None:
     return folder
 
 
-def write_beside(path: Path, content: bytes) -> Path:
-    """A temporary file in the folder of `path`, complete and on the disk. OSError names `path`."""
-    name = ""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        Path(name).chmod(0o644)  # mkstemp's own is for secrets
-    except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return Path(name)
-
-
 def keep_earlier(paths: Sequence[Path]) -> None:
     """Rename what stands at `paths`, all with one stamp, to <name>.<stamp><suffix>; links among them follow."""
     there = [path for path in paths if path.exists()]
@@ -272,7 +271,7 @@ def keep_earlier(paths: Sequence[Path]) -> None:
             text = path.read_text(encoding="utf-8")
             for other in there:
                 text = text.replace(f"({other.name})", f"({_kept(other, stamp).name})")
-            write_beside(path, text.encode()).replace(_kept(path, stamp))
+            replace_file(_kept(path, stamp), text)
             path.unlink()
         else:
             path.rename(_kept(path, stamp))

@@ -106,7 +106,7 @@ async def _run_locked(
     stop: Stop,
     datasets: dict[str, Dataset],
 ) -> Outcome:
-    log = files.markdown.with_name(f"{files.markdown.stem}_server.log")
+    log = files.server_log
     log.write_bytes(b"")
     result: Result | None = None
     code = EXIT_OK

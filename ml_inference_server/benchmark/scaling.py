@@ -33,6 +33,7 @@ from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.sidecar import Sidecar, difference
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK
+from ml_inference_server.utils.files import replace_file, replaceable
 
 _TIMEOUT_S = 60.0
 # Under overload a caller waits so long for an answer; what comes later is no use to it.
@@ -122,6 +123,7 @@ def texts_of(passages: Workload, tokens: int) -> Workload:
 
 
 async def _run(args: argparse.Namespace, stop: Stop) -> int:
+    args.output = replaceable(args.output, "--output")
     given = [part for override in args.overrides for part in ("--set", override)]
     settings = load_settings(args.experiment, overrides=args.overrides)
     dataset = await load_dataset(args.dataset)
@@ -170,7 +172,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
         point.x = statistics.median(point.tokens_per_text or [point.x])
     idle_ms = statistics.median(in_flight.points[0].p50_ms)
     print(report(info["title"], sweeps, idle_ms, bench.rss_bytes))
-    args.output.write_bytes(of_panels(_panels(sweeps, idle_ms), len(sweeps), info["title"]))
+    replace_file(args.output, of_panels(_panels(sweeps, idle_ms), len(sweeps), info["title"]))
     print(f"\nPlots: {args.output}")
     broken = sum(point.failed.total() for sweep in sweeps[:3] for point in sweep.points)
     return EXIT_FAILED_RUN if broken else EXIT_OK

@@ -60,7 +60,7 @@ async def measure(
                 for batch_size in load.batch_sizes:
                     is_there = is_there and await search(bench, batch_size, search_work(batch_size, load))
             if labelled is not None and is_first and is_there:
-                log = result.files.markdown.with_name(f"{result.files.markdown.stem}_server.log")
+                log = result.files.server_log
                 server["quality"] = await measure_quality(
                     target, info, load, labelled, log, start_timeout_s, stop, progress
                 )

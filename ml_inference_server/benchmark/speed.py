@@ -39,6 +39,7 @@ from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
+from ml_inference_server.utils.files import replace_file, replaceable
 
 STORE = DOCS / "speed.json"
 _STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
@@ -127,6 +128,7 @@ def _latencies_ms(left: Left) -> Any:
 
 
 async def _run(args: argparse.Namespace, stop: Stop) -> int:
+    args.store = replaceable(args.store, "--store")
     given = [part for override in args.overrides for part in ("--set", override)]
     experiment = ["--experiment", str(args.experiment), *given]
     settings = load_settings(args.experiment, overrides=args.overrides)
@@ -242,7 +244,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def _store(path: Path, name: str, entry: dict[str, Any]) -> None:
     content = _stored(path) | {name: entry}
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, ConfigError
+from ml_inference_server.utils.files import replace_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,7 +111,11 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
         health.add_done_callback(lambda task: _health_ended(task, signals))
         stack.callback(health.cancel)
         if ready_file is not None:
-            _write_ready_file(ready_file, grpc_server.port, http_port)
+            ports = {"grpc_port": grpc_server.port, "http_port": http_port, "pid": os.getpid()}
+            try:
+                replace_file(ready_file, json.dumps(ports) + "\n")
+            except OSError as error:
+                raise ConfigError(f"--ready-file {ready_file} cannot be written: {error.strerror}") from error
             stack.callback(ready_file.unlink, missing_ok=True)
         log.info("ready")
         await signals.asked.wait()
@@ -238,13 +243,3 @@ def _health_ended(task: asyncio.Task[None], signals: StopSignals) -> None:
         log.critical("the health watcher failed: shutting down", exc_info=task.exception())
         signals.exit_code = EXIT_FAILED_RUN
         signals.stop()
-
-
-def _write_ready_file(path: Path, grpc_port: int, http_port: int) -> None:
-    """Whole or not at all: whoever polls for the file never reads half of it."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps({"grpc_port": grpc_port, "http_port": http_port, "pid": os.getpid()}) + "\n")
-        draft.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--ready-file {path} cannot be written: {error.strerror}") from error

@@ -260,7 +260,7 @@ def test_bad_input_is_refused_before_any_load(pairs: Path, tmp_path: Path, capsy
                 ],
                 "have no query in common",
             ),
-            (["--output", str(tmp_path)], "results need an ordinary file"),
+            (["--output", str(tmp_path)], "an ordinary file is needed"),
         ):
             code, document = run(server, pairs, *flags)
             assert (code, document) == (2, {}), flags
