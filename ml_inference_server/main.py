@@ -13,11 +13,12 @@ if sys.platform != "win32":
     import uvloop
 
 from ml_inference_server import __version__
-from ml_inference_server.server.lifecycle import serve
+from ml_inference_server.utils.cache import writable_root
 from ml_inference_server.utils.config import Given, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_INTERNAL, ConfigError, StartError
 from ml_inference_server.utils.files import replaceable
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
+from ml_inference_server.utils.process import begin_process, end_process, limit_behind
 
 log = logging.getLogger(__name__)
 
@@ -95,27 +96,32 @@ def _ready_file(path: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    set_up_logging(args.log_level, args.log_format)
     try:
+        begin_process()
+        args = parse(argv)
+        set_up_logging(args.log_level, args.log_format)
         settings = settings_from(args)
         ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
+        writable_root(quiet=True)
+        # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
+        from ml_inference_server.server.lifecycle import serve
+
         with asyncio.Runner(loop_factory=_EventLoop) as runner:
             return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))
-    except StartError as error:
+    except StartError as caught:
+        error = limit_behind(caught.__cause__) or caught
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception:
+    except Exception as error:
+        if (limit := limit_behind(error)) is not None:
+            log.debug("a limit was met", exc_info=error)
+            print(f"error: {limit}", file=sys.stderr)
+            return limit.exit_code
         log.exception("the server failed")
         return EXIT_INTERNAL
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A thread that still loads, or hangs in a library, must not keep the process alive.
-    os._exit(code)
+    end_process(main())

@@ -27,11 +27,13 @@ from ml_inference_server.backends.model_files import architecture_of, find_model
 from ml_inference_server.backends.reference import sample_pairs
 from ml_inference_server.backends.resolve import title
 from ml_inference_server.backends.start import start_backend
+from ml_inference_server.utils.cache import writable_root
 from ml_inference_server.utils.child import has_huge_pages, huge_pages_for_children
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
 from ml_inference_server.utils.logging import set_up_logging
+from ml_inference_server.utils.process import begin_process, end_process
 
 _MODULE = "ml_inference_server.backends.ceiling"
 
@@ -245,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging("WARNING")
     try:
+        begin_process()
+        writable_root(quiet=True)
         if not args.seconds > 0:
             raise ConfigError(f"--seconds {args.seconds}: expected more than 0")
         if args.json is not None:
@@ -268,6 +272,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # an engine's threads must not keep the process
+    end_process(main())

@@ -6,9 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from ml_inference_server.backends.base import TokenBatch, packed_sizes
 from ml_inference_server.backends.loading import LoadedModel
 from ml_inference_server.backends.native import compiler, no_compiler
 from ml_inference_server.backends.packed import Inputs, PackedModule, check_fit, pack
-from ml_inference_server.utils.cache import cache_root
+from ml_inference_server.utils.cache import working_folder
 from ml_inference_server.utils.cpu import cpu_flags
 from ml_inference_server.utils.errors import ModelError
 
@@ -38,6 +36,8 @@ _CHECK_LENGTHS = (40, 9, 2, 23)
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 512 * 2**20
+# What the machine code of a small model takes, its weights included.
+_ROOM_BYTES = 128 * 2**20
 
 
 class CompiledModel:
@@ -132,12 +132,6 @@ def _check_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 def _use_cache(model_sha256: str, threads: int) -> None:
     """Let torch keep its machine code in our cache folder, one folder for each of what it depends on."""
     key = {"torch": torch.__version__, "model": model_sha256, "flags": sorted(cpu_flags()), "threads": threads}
-    folder = cache_root() / "compiled" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        folder = Path(tempfile.mkdtemp(prefix="mlis-"))
-        log.warning("the cache %s cannot be written (%s): using %s", cache_root(), error.strerror, folder)
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = working_folder("compiled", name, room_bytes=_ROOM_BYTES)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -13,6 +13,7 @@ from ml_inference_server.benchmark.results import ResultFiles, read_document
 from ml_inference_server.benchmark.session import contents, show
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.process import begin_process
 
 EXIT_REGRESSION = 1
 
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        begin_process()
         if arguments.command == "report":
             return _report(arguments.files, arguments.output)
         return _compare(arguments.before, arguments.after, arguments.max_regression)

@@ -35,6 +35,7 @@ from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.utils.config import BASE_CONFIG, EXPERIMENTS_DIR, load_settings
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
+    EXIT_HUNG_UP,
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
     EXIT_MODEL,
@@ -82,7 +83,7 @@ def verdict(outcome: Outcome) -> str:
         return "refused in part" if outcome.document else "refused"
     if outcome.exit_code == EXIT_FAILED_RUN:
         return "FAILURES"
-    if outcome.exit_code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+    if outcome.exit_code in (EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED):
         return "interrupted"
     return f"FAILED (exit code {outcome.exit_code})"
 

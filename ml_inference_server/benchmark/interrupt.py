@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM as something that a coroutine can be raced against."""
+"""Ctrl-C, SIGTERM and a hang-up as something that a coroutine can be raced against."""
 
 import asyncio
 import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from ml_inference_server.utils.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from ml_inference_server.utils.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
+from ml_inference_server.utils.process import hangup_signal, leave_dead_streams
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM; the second one means at once."""
+    """Set by the first SIGINT, SIGTERM or SIGHUP; the second one means at once."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -27,10 +28,17 @@ class Stop:
         self.exit_code = EXIT_INTERRUPTED
 
     def listen(self) -> None:
-        """Take over both signals for the rest of the running loop's life."""
+        """Take over the signals for the rest of the running loop's life."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self.request, EXIT_INTERRUPTED)
         loop.add_signal_handler(signal.SIGTERM, self.request, EXIT_TERMINATED)
+        if (hangup := hangup_signal()) is not None:
+            loop.add_signal_handler(hangup, self._hang_up)
+
+    def _hang_up(self) -> None:
+        leave_dead_streams()
+        if not self.requested.is_set():  # a shell and its terminal may both send one
+            self.request(EXIT_HUNG_UP)
 
     def request(self, exit_code: int) -> None:
         if self.requested.is_set():

@@ -23,6 +23,7 @@ from ml_inference_server.benchmark.slo import search
 from ml_inference_server.benchmark.suite import Bench, refuse_oversized, run_suite
 from ml_inference_server.utils.errors import EXIT_INTERRUPTED, StartError
 from ml_inference_server.utils.experiment import ExperimentSettings
+from ml_inference_server.utils.process import begin_process, leave_dead_streams
 
 
 async def measure(
@@ -91,6 +92,7 @@ def finish(result: Result) -> None:
     """
     document, raw = result.document, result.raw
     document["finished_at"] = now()
+    leave_dead_streams()
     show(document, raw)
     files = contents(document, raw, result.files)
     try:
@@ -127,6 +129,7 @@ def run_to_exit_code(work: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
         return await work(stop)
 
     try:
+        begin_process()
         with asyncio.Runner(loop_factory=event_loop) as runner:
             return runner.run(listening())
     except StartError as error:

@@ -234,6 +234,8 @@ async def _listen(host: str, port: int) -> socket.socket:
             raise ConfigError(
                 f"port {port} on {host} needs more rights: pass --http-port with one above 1023"
             ) from error
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise ConfigError(f"metrics.host {host!r}, port {port}: {error.strerror}") from error
         raise ConfigError(
             f"metrics.host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all"
         ) from error

@@ -31,8 +31,16 @@ from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings
-from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, ConfigError
+from ml_inference_server.utils.errors import (
+    EXIT_FAILED_RUN,
+    EXIT_HUNG_UP,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    ConfigError,
+)
 from ml_inference_server.utils.files import replace_file
+from ml_inference_server.utils.process import end_process, hangup_signal, leave_dead_streams
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,15 +52,18 @@ _REPLY_GRACE_S = 1.0
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first asks for a drain, a second SIGINT ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP: the first asks for a drain, a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.exit_code = EXIT_OK
+        self.early_exit_code = EXIT_TERMINATED
         self._in_flight: Callable[[], int] = lambda: 0
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.stop)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        if (hangup := hangup_signal()) is not None:
+            loop.add_signal_handler(hangup, self._hang_up)
 
     def report(self, in_flight: Callable[[], int]) -> None:
         """From now on the first Ctrl-C says how many requests it waits for."""
@@ -61,9 +72,14 @@ class StopSignals:
     def stop(self) -> None:
         self.asked.set()
 
+    def _hang_up(self) -> None:
+        leave_dead_streams()
+        self.early_exit_code = EXIT_HUNG_UP
+        self.stop()
+
     def _interrupt(self) -> None:
         if self.asked.is_set():
-            os._exit(EXIT_INTERRUPTED)
+            end_process(EXIT_INTERRUPTED)
         self.exit_code = EXIT_INTERRUPTED
         print(
             f"\nfinishing {self._in_flight()} requests; press Ctrl-C again to stop at once", file=sys.stderr, flush=True
@@ -99,7 +115,7 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
         if exit_with_parent:
             stack.callback(asyncio.create_task(watch_parent(signals.stop)).cancel)
         if not await _load(state, metrics, signals):
-            return signals.exit_code or EXIT_TERMINATED
+            return signals.exit_code or signals.early_exit_code
         # What is here now stays: full collections need not visit it again, which took 30 ms of silence each.
         gc.collect()
         gc.freeze()

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -34,9 +35,11 @@ def huge_pages_for_children() -> Iterator[None]:
 
 
 def begin_child() -> None:
-    """Leave Ctrl-C and SIGTERM, which may go to the whole group, to the parent; end when the parent has ended."""
+    """Leave the signals that may go to the whole group to the parent; end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Else libraries make one that is shared between processes, which is reported as leaked once this one is killed.
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()

@@ -1,7 +1,7 @@
 """The errors of the project.
 
 StartError                    the process ends, with `exit_code` and one line on stderr
-├── ConfigError          2    a setting is unknown, ill-typed or contradicts another
+├── ConfigError          2    a setting is unknown, ill-typed or contradicts another; or a limit is too low
 ├── ModelError           3    the model cannot be found, read or run as asked
 └── PortInUse            4    a port is taken
 ServiceError                  one request is answered with an error; the server goes on
@@ -24,6 +24,7 @@ EXIT_MODEL = 3
 EXIT_PORT = 4
 EXIT_FAILED_RUN = 5
 EXIT_INTERNAL = 70
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
