@@ -18,7 +18,13 @@ from ml_inference_server.utils.config import Given, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_INTERNAL, ConfigError, StartError
 from ml_inference_server.utils.files import replaceable
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
-from ml_inference_server.utils.process import begin_process, end_process, limit_behind
+from ml_inference_server.utils.process import (
+    ENGINE_ADDRESS_SPACE_BYTES,
+    begin_process,
+    check_address_space,
+    end_process,
+    limit_behind,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
+        if settings.model.backend != "fake":
+            check_address_space(ENGINE_ADDRESS_SPACE_BYTES)
         writable_root(quiet=True)
         # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
         from ml_inference_server.server.lifecycle import serve

@@ -1,6 +1,7 @@
 """What the client and the runner have in common: measure one server, write and show the result, end the process."""
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ def finish(result: Result) -> None:
     document, raw = result.document, result.raw
     document["finished_at"] = now()
     leave_dead_streams()
-    show(document, raw)
+    with contextlib.suppress(OSError):  # a terminal may go at any moment, and the files count more
+        show(document, raw)
     files = contents(document, raw, result.files)
     try:
         write(files)

@@ -30,6 +30,7 @@ _LEAST_FREE_BYTES = 1 * _MIB
 
 # What this process has to remove: (its pid, for forks must not) the folder that stands in, and entries being made.
 _temporary: set[tuple[int, Path]] = set()
+_told: set[str] = set()
 
 
 def cache_root() -> Path:
@@ -75,7 +76,8 @@ def writable_root(*, quiet: bool = False) -> Path:
                 f"MLIS_CACHE_DIR to a folder that can"
             ) from error
         _to_remove(Path(stand_in))
-    if not quiet:
+    if not quiet and stand_in not in _told:
+        _told.add(stand_in)
         log.warning(
             "the cache %s cannot be written (%s): using %s, which is removed at the end; set MLIS_CACHE_DIR to a "
             "folder that stays",

@@ -18,8 +18,10 @@ if sys.platform != "win32":
 
 # Measured at the start: about 40 with PyTorch. Every connection takes one more.
 _LEAST_FILES = 128
-# Below that, gRPC's threads do not start, and the process aborts without a word. Engines need more.
+# Below these, libraries abort, crash or wait for ever, where no exception can be caught: gRPC's threads do not start,
+# or one of the numerical libraries that come with an engine asks for memory again and again.
 _LEAST_ADDRESS_SPACE_BYTES = 1 << 30
+ENGINE_ADDRESS_SPACE_BYTES = 3 << 30
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
@@ -34,11 +36,18 @@ def begin_process() -> None:
             f"only {files} files may be open at once, and {_LEAST_FILES} are needed, more for many connections: "
             f"ulimit -n 4096"
         )
+    check_address_space(_LEAST_ADDRESS_SPACE_BYTES)
+
+
+def check_address_space(least_bytes: int) -> None:
+    """ConfigError if this process may not have as much."""
+    if sys.platform == "win32":
+        return
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if space != resource.RLIM_INFINITY and space < _LEAST_ADDRESS_SPACE_BYTES:
+    if space != resource.RLIM_INFINITY and space < least_bytes:
         raise ConfigError(
-            f"the address space is limited to {space >> 20} MiB, and {_LEAST_ADDRESS_SPACE_BYTES >> 20} MiB are needed,"
-            f" with a model a few times as much: ulimit -v unlimited"
+            f"the address space is limited to {space >> 20} MiB, and {least_bytes >> 20} MiB are needed, with a large "
+            f"model more: ulimit -v unlimited"
         )
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,13 @@ def arguments(*extra: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def server_process(tmp_path: Path, *extra: str) -> Iterator[ServerProcess]:
-    """A server with the fake backend unless `extra` says otherwise."""
+def server_process(tmp_path: Path, *extra: str, closed: Sequence[int] = ()) -> Iterator[ServerProcess]:
+    """A server with the fake backend unless `extra` says otherwise, with these standard streams closed."""
     ready_file = tmp_path / "ready.json"
     command = arguments("--set", "model.backend=fake", "--ready-file", str(ready_file), *extra)
+    if closed:
+        closing = " ".join(f"{number}>&-" for number in closed)
+        command = ["sh", "-c", f'exec "$0" "$@" {closing}', *command]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield ServerProcess(process, ready_file)
@@ -54,8 +57,8 @@ def server_process(tmp_path: Path, *extra: str) -> Iterator[ServerProcess]:
         process.communicate()
 
 
-def run_to_end(*extra: str) -> tuple[int, str]:
-    """(exit code, last line of stderr) of a server that cannot start."""
+def run_to_end(*extra: str, preexec: Callable[[], None] | None = None) -> tuple[int, str]:
+    """(exit code, last line of stderr) of a server that cannot start. preexec: run in its process before it begins."""
     done = subprocess.run(
         arguments("--set", "model.backend=fake", *extra),
         cwd=ROOT,
@@ -63,6 +66,7 @@ def run_to_end(*extra: str) -> tuple[int, str]:
         text=True,
         timeout=120,
         check=False,
+        preexec_fn=preexec,
     )
     lines = done.stderr.strip().splitlines()
     return done.returncode, lines[-1] if lines else ""

@@ -192,7 +192,7 @@ def test_a_stalled_server_costs_one_deadline(pairs: Path) -> None:
     assert (row["ok"], row["errors"]) == (5, {"DEADLINE_EXCEEDED": 1})
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interruption_keeps_what_was_measured(pairs: Path, tmp_path: Path, number: int, expected: int) -> None:
     with scripted(hold_at=8) as server:
         process = python("-m", "ml_inference_server.client", "--port", str(server.port), "--dataset", str(pairs),

@@ -21,7 +21,7 @@ from ml_inference_server.benchmark.interrupt import Stop
 from ml_inference_server.benchmark.runner import Experiment, run_experiment
 from ml_inference_server.benchmark.server_process import ServerOptions, ServerProcess
 from ml_inference_server.utils.errors import ConfigError
-from tests.integration.benchmark_kit import ROOT, SCRIPTED, python, write_pairs
+from tests.integration.benchmark_kit import ENVIRONMENT, ROOT, SCRIPTED, python, write_pairs
 
 # The end of a process that was told to end; far above what it takes, so that only a real orphan reaches it.
 END_TIMEOUT_S = 60
@@ -210,7 +210,7 @@ def running(tmp_path: Path) -> "Iterator[tuple[subprocess.Popen[str], psutil.Pro
                     child.kill()
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interruption_leaves_no_server_and_keeps_the_row(tmp_path: Path, number: int, expected: int) -> None:
     with running(tmp_path) as (process, server):
         os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
@@ -221,6 +221,34 @@ def test_an_interruption_leaves_no_server_and_keeps_the_row(tmp_path: Path, numb
     assert "press Ctrl-C again" not in (tmp_path / "out_server.log").read_text()  # only the runner was interrupted
     if (tmp_path / "out.json").exists():  # the signal may come before the first row
         assert read(tmp_path / "out.json")["interrupted"] is True
+
+
+def test_a_terminal_that_closes_costs_no_result(tmp_path: Path) -> None:
+    """Everything that is printed after that fails; what was measured is written nevertheless."""
+    program = (
+        "import fcntl, os, runpy, sys, termios; os.setsid(); fcntl.ioctl(1, termios.TIOCSCTTY, 0);"
+        "runpy.run_module('ml_inference_server.benchmark.runner', run_name='__main__')"
+    )
+    master, terminal = os.openpty()
+    command = [sys.executable, "-c", program, str(write_experiment(tmp_path, repeats=100))]
+    process = subprocess.Popen(
+        [*command, "--set", "experiment.duration_s=0.2", "--output", "out.md"],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=ENVIRONMENT, cwd=tmp_path,
+    )  # fmt: skip
+    os.close(terminal)
+    with process:
+        try:
+            while not (tmp_path / "out.partial.json").exists():  # the first row is there
+                assert process.poll() is None
+                os.read(master, 65536)
+            os.close(master)
+            assert process.wait(END_TIMEOUT_S) == 129
+        finally:
+            process.kill()
+    document = read(tmp_path / "out.json")
+    assert document["interrupted"] is True
+    assert document["runs"]
+    assert "INTERRUPTED" in (tmp_path / "out.md").read_text()
 
 
 def test_ctrl_c_twice_loses_nothing(tmp_path: Path) -> None:

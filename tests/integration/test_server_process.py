@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -255,13 +256,104 @@ def test_a_model_that_always_fails_turns_health_until_a_probe_succeeds(tmp_path:
     asyncio.run(check())
 
 
-def test_sigterm_while_loading_ends_it_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_loading_ends_it_at_once(tmp_path: Path, number: signal.Signals, expected: int) -> None:
     """The real model takes seconds to load; the port is open meanwhile and says NOT_SERVING."""
     with server_process(tmp_path, "--set", "model.backend=pytorch") as server:
         wait_for_line(server.process, lambda line: "dashboard and metrics on" in line)
-        server.signal(signal.SIGTERM)
+        server.signal(number)
         code, _ = server.end()
-    assert code == 143
+    assert code == expected
+
+
+@pytest.mark.parametrize("engines", ["false", "true"])
+def test_a_hang_up_finishes_the_work_as_sigterm_does(tmp_path: Path, engines: str) -> None:
+    """The whole group gets it when a terminal closes, the engines' processes, too."""
+
+    async def check() -> None:
+        faults = ("--set", "server.enable_test_faults=true", "--set", f"model.process_per_stream={engines}")
+        with server_process(tmp_path, *faults) as server:
+            ports = server.ready()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+                stub = rpc.InferenceServiceStub(channel)
+                call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["!slow:300"])))
+                await until_busy(ports["http_port"])
+                os.killpg(server.process.pid, signal.SIGHUP)
+                assert (await call).count == 1
+            code, stderr = await asyncio.to_thread(server.end)
+        assert code == 0, stderr
+
+    asyncio.run(check())
+
+
+def test_what_nohup_started_stays_when_the_terminal_goes(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it
+    try:
+        with server_process(tmp_path) as server:
+            ports = server.ready()
+            server.signal(signal.SIGHUP)
+            with grpc.insecure_channel(f"127.0.0.1:{ports['grpc_port']}") as channel:
+                assert rpc.InferenceServiceStub(channel).Embed(pb.EmbedRequest(texts=["a"])).count == 1
+            server.signal(signal.SIGTERM)
+            assert server.end()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_closed_standard_streams_change_nothing(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    with server_process(tmp_path, closed=closed) as server:
+        ports = server.ready()
+        streams = {number: str(Path(f"/proc/{ports['pid']}/fd/{number}").readlink()) for number in closed}
+        assert set(streams.values()) == {os.devnull}, "else a socket takes the number, and libraries print into it"
+        server.signal(signal.SIGTERM)
+        assert server.end()[0] == 0
+
+
+LIMITS = [
+    ("files", resource.RLIMIT_NOFILE, 20, "only 20 files may be open at once, and 128 are needed"),
+    ("a third of the address space", resource.RLIMIT_AS, 400 << 20, "limited to 400 MiB, and 1024 MiB are needed"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "limit", "says"), LIMITS, ids=[row[0] for row in LIMITS])
+def test_a_limit_that_is_too_low_is_named_with_its_remedy(name: str, kind: int, limit: int, says: str) -> None:
+    code, line = run_to_end(preexec=lambda: resource.setrlimit(kind, (limit, limit)))
+    assert (code, line.startswith("error: ")) == (2, True), line
+    assert says in line
+    assert "ulimit -" in line
+
+
+def test_an_engine_that_finds_too_little_memory_is_no_bug_of_the_program() -> None:
+    """Enough for the server, too little for PyTorch, whose libraries would crash, or wait for ever."""
+    limit = 1300 << 20
+    code, line = run_to_end(
+        "--set", "model.backend=pytorch", preexec=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    )
+    assert code == 2, line
+    assert "and 3072 MiB are needed" in line
+
+
+def test_no_end_leaves_the_stand_in_of_the_cache_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MLIS_CACHE_DIR", str(tmp_path / "a file"))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+
+    def left() -> list[Path]:
+        return list(temporary.glob("mlis-*"))
+
+    code, _ = run_to_end("--set", "model.backend=no-such-backend")
+    assert (code, left()) == (3, [])
+    for signals, expected in (([signal.SIGTERM], 0), ([signal.SIGINT], 130)):
+        with server_process(tmp_path) as server:
+            server.ready()
+            assert len(left()) == 1
+            for number in signals:
+                server.signal(number)
+            assert (server.end()[0], left()) == (expected, [])
+            server.ready_file.unlink(missing_ok=True)
 
 
 def wait_for_line(process, wanted: Callable[[str], bool]) -> None:
