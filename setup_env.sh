@@ -10,6 +10,11 @@ VENV="$ROOT/.venv"
 UNFINISHED="$VENV/.setup-unfinished" # there while pip runs; a set-up that was cut short leaves it behind
 PYTHON=""
 
+# What is opened next would take the number of a stream that the caller has closed, and be printed into.
+{ : <&0; } 2>/dev/null || exec </dev/null
+{ : >&1; } 2>/dev/null || exec >/dev/null
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
+
 say() { printf '%s\n' "$*" >&2; }
 
 fail() { # exit status, message

@@ -106,7 +106,8 @@ def finish(result: Result) -> None:
             raise ResultsNotWritten(f"{error}; there is no room anywhere, so all figures stand above as JSON") from None
         raise ResultsNotWritten(f"{error}; they are in {folder} instead") from None
     result.forget_partial()
-    print(f"Results: {result.files.markdown} and {result.files.data}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"Results: {result.files.markdown} and {result.files.data}", flush=True)
 
 
 def show(document: dict[str, Any], raw: dict[str, Records]) -> None:

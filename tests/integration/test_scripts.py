@@ -66,6 +66,12 @@ def test_arguments_folder_and_exit_code_pass_unharmed(echoing: Path, tmp_path: P
     assert err == "", "an environment that is up to date needs no word"
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_does_not_keep_a_script_from_running(echoing: Path, tmp_path: Path, closed: str) -> None:
+    command = ["sh", "-c", f'exec "$0" {closed}', str(echoing / "run_server.sh")]
+    assert subprocess.run(command, cwd=tmp_path, env=clean_env(), check=False, timeout=60).returncode == 7
+
+
 def test_run_experiment_knows_its_default_file(echoing: Path, tmp_path: Path) -> None:
     default = str(echoing / "ml_inference_server/experiments/minilm_baseline.yaml")
     script = echoing / "run_experiment.sh"
