@@ -105,8 +105,11 @@ class NativeServicer:
                 while (message := await _next_or_none(messages, draining)) is not None:
                     await free.acquire()
                     group.create_task(answer(message))
-        except* ServiceError as errors:
-            raise errors.exceptions[0] from None
+        except BaseExceptionGroup as errors:
+            refused = errors.subgroup(ServiceError)
+            if refused is None:
+                raise
+            raise refused.exceptions[0] from None
         finally:
             draining.cancel()
         if self._state.draining.is_set():
