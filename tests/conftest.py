@@ -108,6 +108,7 @@ async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     resolution = resolve(settings.model)
     backend = FakeBackend(resolution.model)
     backend.load_model()
+    backend.keep_log()
     described = Described(resolution=resolution, info=backend.info, tokenizer=backend.tokenizer)
     if settings.server.enable_test_faults:
         backend.enable_faults()

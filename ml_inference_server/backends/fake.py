@@ -100,7 +100,10 @@ class ExecutedBatch:
 
 
 class FakeBackend:
-    """Deterministic answers, a log of what was executed, and a gate that holds batches until a test lets them go."""
+    """Deterministic answers, a gate that holds batches until a test lets them go, and a log of what was executed.
+
+    log: empty until `keep_log`, as it grows with every batch.
+    """
 
     def __init__(self, model: ModelSettings, *, faults: bool = False) -> None:
         self._settings = model
@@ -109,6 +112,7 @@ class FakeBackend:
         self._base_s, self._per_token_s = _service_time(model.name)
         self._raised: set[tuple[int, ...]] = set()
         self.log: list[ExecutedBatch] = []
+        self._keeps_log = False
         self._open = threading.Event()
         self._open.set()
 
@@ -129,6 +133,10 @@ class FakeBackend:
     def release(self) -> None:
         self._open.set()
 
+    def keep_log(self) -> None:
+        """Add every batch from now on to `log`."""
+        self._keeps_log = True
+
     def enable_faults(self) -> None:
         """Obey fault words from now on."""
         self._faults = True
@@ -138,7 +146,8 @@ class FakeBackend:
             tuple(int(i) for i in ids[: int(mask.sum())])
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
-        self.log.append(ExecutedBatch(tuple(rows), batch.input_ids.size))
+        if self._keeps_log:
+            self.log.append(ExecutedBatch(tuple(rows), batch.input_ids.size))
         self._open.wait()
         delay_s = self._base_s + self._per_token_s * batch.input_ids.size
         if delay_s:

@@ -6,47 +6,43 @@ special tokens, such as [SEP], are looked for across them. docs/performance.md s
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
-import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from ml_inference_server.backends.base import Encoded
-
 _MOST_CHARACTERS = 1 << 19  # of all words that are kept: some 75,000 words, 16 MB
+_CHARACTERS_AT_ONCE = 1 << 15  # when tokens are only counted
 # At blanks, and round each mark of ASCII's punctuation.
 _split = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]").findall
 
 
 class WordCache:
-    """Answers as `tokenizer` does, for some texts. Safe to share between threads."""
+    """Token ids as `tokenizer` gives them without special tokens, for some texts. Safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
-        """tokenizer: one that `fits`, without truncation. Texts are cut on the right, at max_tokens."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """tokenizer: one that `fits`, without truncation."""
         self._tokenizer = tokenizer
         self._lowers = tokenizer.normalizer.lowercase
         self._special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._before, self._after = _frame(tokenizer)
-        self._room = max_tokens - len(self._before) - len(self._after)
         self._known: dict[str, list[int]] = {}
         self._characters = 0  # of the words that are known
 
     @staticmethod
     def fits(tokenizer: Tokenizer) -> bool:
-        """Whether this is a BERT tokenizer from end to end, with one segment and special tokens taken literally."""
+        """Whether this is a BERT tokenizer from end to end, with special tokens taken literally."""
         is_bert = (
             isinstance(tokenizer.normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
             and isinstance(tokenizer.model, WordPiece)
         )
         literal = not any(token.normalized for token in tokenizer.get_added_tokens_decoder().values())
-        return is_bert and literal and not any(tokenizer.encode("a").type_ids)
+        return is_bert and literal
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded | None]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int] | None]:
         """None for a text that has to be tokenised as a whole."""
         split = [self._words(text) for text in texts]
         known = self._known
@@ -58,7 +54,23 @@ class WordCache:
                 new = {word for words in split for word in words or ()}
                 self._characters = sum(map(len, new))
             known.update(self._tokenize(list(new)))
-        return [None if words is None else self._framed(map(known.__getitem__, words)) for words in split]
+        return [None if words is None else list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
+
+    def count(self, text: str) -> int | None:
+        """How many tokens `text` has, however long it is; None where it has to be tokenised as a whole."""
+        if any(token in text for token in self._special):
+            return None
+        count = start = 0
+        while start < len(text):
+            blank = text.find(" ", start + _CHARACTERS_AT_ONCE)
+            end = len(text) if blank < 0 else blank
+            if end - start > 2 * _CHARACTERS_AT_ONCE:
+                return None
+            ids = self.tokenize([text[start:end]])[0]
+            assert ids is not None  # noqa: S101 - no part of it is special
+            count += len(ids)
+            start = end
+        return count
 
     def _words(self, text: str) -> list[str] | None:
         for token in self._special:
@@ -74,18 +86,3 @@ class WordCache:
             assert place is not None  # noqa: S101 - only special tokens have no word
             ids[words[place]].append(token_id)
         return ids
-
-    def _framed(self, words: Iterable[list[int]]) -> Encoded:
-        ids = list(chain(self._before, *words))
-        room = len(self._before) + self._room
-        truncated = len(ids) > room
-        del ids[room:]
-        ids += self._after
-        return Encoded(np.array(ids, np.int32), None, truncated)
-
-
-def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens before and after a text, such as [CLS] and [SEP]."""
-    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:at], whole[at + len(bare) :]

@@ -49,8 +49,10 @@ SHUTDOWN_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
 protocol_log = logging.getLogger(f"{__name__}.protocol")
-# aiohttp logs a traceback for each malformed request: whoever can connect could fill the disk.
-protocol_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+# What a client can cause by itself: a malformed request, a body that is broken or ends too soon, a connection cut off.
+CLIENT_FAULTS = (HttpProcessingError, web.RequestPayloadError, ConnectionError)
+# aiohttp logs a traceback for each of them: whoever can connect could fill the disk.
+protocol_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_FAULTS)))
 
 
 class Sidecar:
@@ -146,6 +148,11 @@ class Sidecar:
         except web.HTTPException as error:
             allow = error.headers.get("Allow")
             return json_error(error.status, error.reason, {"Allow": allow} if allow else None)
+        except CLIENT_FAULTS as error:
+            log.debug("%s %s: the client left or its request is broken: %s", request.method, request.path, error)
+            response = json_error(400, "the body is broken or ended too soon")
+            response.force_close()
+            return response
         except Exception:
             request_id = secrets.token_hex(8)
             log.exception("%s %s failed (request %s)", request.method, request.path, request_id)

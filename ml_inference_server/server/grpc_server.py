@@ -1,6 +1,7 @@
 """The grpc.aio server: options, health, reflection, port."""
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -10,12 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from ml_inference_server.server.servicers.library import health_handlers, reflection_handlers
 from ml_inference_server.server.servicers.native import SERVICE, NativeServicer
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import ConfigError, PortInUse
+
+log = logging.getLogger(__name__)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """False where an answer could not be sent: its caller left a moment before. gRPC logs a traceback for each."""
+    if record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError):
+        log.debug("a caller left before its answer was sent")
+        return False
+    return True
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -57,12 +72,12 @@ async def start_grpc(settings: ServerSettings, servicer: NativeServicer) -> Grpc
     _check_bindable(settings.host, settings.port)
     with _socket_threads_wait_their_turn():
         server = grpc.aio.server(options=server_options(settings))
-    server.add_generic_rpc_handlers((servicer.handlers(),))
     health_servicer = health.aio.HealthServicer()
+    described = reflection.aio.ReflectionServicer((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    handlers = servicer.handlers(), health_handlers(health_servicer), reflection_handlers(described)
+    server.add_generic_rpc_handlers(handlers)
     built = GrpcServer(server, health_servicer, 0)
     await built.set_serving(False)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         built.port = server.add_insecure_port(f"{host}:{settings.port}")

@@ -1,6 +1,7 @@
 """The server's own wire over a real channel: answers, errors with their status and hints, and a server that goes on."""
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import grpc
@@ -144,6 +145,56 @@ async def test_a_message_above_the_limit_is_refused_and_the_next_one_served() ->
         error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["x" * 70_000])))
         assert error.code() is Code.RESOURCE_EXHAUSTED
         await assert_still_serving(server)
+
+
+SMALL = {"max_message_bytes": 65_536, "max_text_bytes": 65_536, "max_texts": 20_000}
+
+
+def reply_errors(server: FakeServer, method: str) -> dict[str, int]:
+    return {code: n for code, n in server.metrics.snapshot()["totals"]["by_method_and_code"][method].items() if n}
+
+
+async def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed() -> None:
+    """gRPC refuses to send it, after all the work, and the caller is not told how many would fit."""
+    async with fake_server(server=dict(SMALL), batching={"max_queue_tokens": 1_000_000}) as server:
+        many = pb.EmbedRequest(texts=["x"] * 2050)  # of 8 numbers each
+        error = await refusal(server.stub.Embed(many))
+        assert error.code() is Code.INVALID_ARGUMENT
+        assert details(error) == ("REPLY_TOO_LARGE", ["texts"])
+        assert "send at most 2044 at once, or raise server.max_message_bytes" in (error.details() or "")
+        replies = await stream(server, [pb.EmbedStreamRequest(id=1, request=many)])
+        assert replies[1].error.reason == "REPLY_TOO_LARGE"
+        documents = ["x"] * 6000
+        error = await refusal(server.stub.Rerank(pb.RerankRequest(query="q", documents=documents)))
+        assert details(error) == ("REPLY_TOO_LARGE", ["documents"])
+        assert server.backend.log == []
+        for method in ("Embed", "EmbedStream", "Rerank"):
+            assert reply_errors(server, method) == {"INVALID_ARGUMENT": 1}, method
+        assert server.metrics.snapshot()["totals"]["errors_by_reason"] == {"REPLY_TOO_LARGE": 3}
+        await assert_still_serving(server)
+
+
+async def test_the_largest_answers_that_fit_are_given() -> None:
+    async with fake_server(server=dict(SMALL), batching={"max_queue_tokens": 1_000_000}) as server:
+        largest = pb.EmbedRequest(texts=["x"] * 2044)
+        assert (await server.stub.Embed(largest)).count == 2044
+        message = pb.EmbedStreamRequest(id=2**64 - 1, request=largest)
+        assert (await stream(server, [message]))[2**64 - 1].response.count == 2044
+        documents = ["x"] * 5946
+        reply = await server.stub.Rerank(pb.RerankRequest(query="q", documents=documents))
+        assert len(reply.ranks) == 5946
+        reply = await server.stub.Rerank(pb.RerankRequest(query="q", documents=["x"] * 19_000, top_k=10))
+        assert len(reply.ranks) == 10
+        pairs = [pb.Pair(query="q", passage="p")] * 8191
+        assert len((await server.stub.Score(pb.ScoreRequest(pairs=pairs))).scores) == 8191
+
+
+async def test_a_limit_below_a_single_embedding_names_the_setting() -> None:
+    async with fake_server(server=dict(SMALL)) as server:
+        assert server.state.info is not None
+        server.state.info = dataclasses.replace(server.state.info, dimension=20_000)
+        error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["x"])))
+        assert (error.details() or "").endswith("the limit is 65536: raise server.max_message_bytes")
 
 
 async def test_an_unknown_method_is_unimplemented(server: FakeServer) -> None:

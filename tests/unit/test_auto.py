@@ -224,7 +224,7 @@ def test_without_a_reference_only_fp32_is_trusted() -> None:
 def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[FakeBackend] = []
     load = FakeBackend.load_model
-    monkeypatch.setattr(FakeBackend, "load_model", lambda self: (ran.append(self), load(self))[1])
+    monkeypatch.setattr(FakeBackend, "load_model", lambda self: (ran.append(self), self.keep_log(), load(self))[2])
     got = probe(ModelSettings(backend="fake", streams=2))
     assert got.texts_per_s > 0
     assert (got.parity, got.limit, got.fp32) == (pytest.approx(1), 0.9999, True)

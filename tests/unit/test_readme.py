@@ -8,6 +8,7 @@ import pytest
 
 from ml_inference_server import client, main
 from ml_inference_server.benchmark import all_experiments, runner
+from ml_inference_server.metrics.table import REASONS
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils import errors
 from ml_inference_server.utils.config import setting_rows
@@ -54,6 +55,13 @@ def test_every_flag_of_the_benchmark_is_listed(
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     assert {flag for flag in flags if f"`{flag}" not in row} == set()
+
+
+def test_every_reason_of_a_refusal_is_counted_by_its_name() -> None:
+    rows = re.findall(r"^\| `[A-Z_]+` \| (`[A-Z_`, ]+`) \|", README, re.MULTILINE)
+    listed = {reason for row in rows for reason in re.findall("[A-Z_]+", row)}
+    assert "EMPTY_REQUEST" in listed
+    assert listed - set(REASONS) == set()
 
 
 def test_every_exit_code_is_listed() -> None:

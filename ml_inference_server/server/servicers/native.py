@@ -15,11 +15,13 @@ from ml_inference_server.server.service import Timing
 from ml_inference_server.server.servicers.shell import Call, Reply, Shell
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.status import grpc_code
-from ml_inference_server.utils.errors import ServiceError, Unavailable
+from ml_inference_server.utils.errors import InvalidRequest, ServiceError, Unavailable
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 # Unanswered requests of one stream; beyond it the server stops reading, which the client feels as flow control.
 MAX_STREAM_IN_FLIGHT = 64
+# Bytes of an answer: a number of an embedding, a rank (its index below 65,536), and all that does not grow with it.
+_FLOAT_BYTES, _RANK_BYTES, _REST_BYTES = 4, 11, 128
 
 
 class NativeServicer:
@@ -46,7 +48,10 @@ class NativeServicer:
         )
 
     async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply:
-        answer = await self._state.require_service().embed(
+        service, info = self._state.require_service(), self._state.info
+        if info is not None:
+            self._check_reply_size("texts", len(request.texts), len(request.texts), info.dimension * _FLOAT_BYTES)
+        answer = await service.embed(
             request.texts,
             call.deadline,
             prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
@@ -63,13 +68,16 @@ class NativeServicer:
         return Reply(message, texts=count, truncated=answer.truncated, timing=answer.timing)
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> Reply:
+        """A score is smaller than the pair that asks for it, so the answer always fits where the request did."""
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
         answer = await self._state.require_service().score(pairs, call.deadline, truncate=_truncate(request))
         message = pb.ScoreResponse(scores=answer.values, timing=_timing(answer.timing), truncated=answer.truncated)
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, timing=answer.timing)
 
     async def rerank(self, request: pb.RerankRequest, call: Call) -> Reply:
-        ranking = await self._state.require_service().rerank(
+        service, count = self._state.require_service(), len(request.documents)
+        self._check_reply_size("documents", count, min(count, request.top_k or count), _RANK_BYTES)
+        ranking = await service.rerank(
             request.query, request.documents, request.top_k, call.deadline, truncate=_truncate(request)
         )
         message = pb.RerankResponse(
@@ -77,7 +85,7 @@ class NativeServicer:
             timing=_timing(ranking.timing),
             truncated=ranking.truncated,
         )
-        return Reply(message, pairs=len(request.documents), truncated=ranking.truncated, timing=ranking.timing)
+        return Reply(message, pairs=count, truncated=ranking.truncated, timing=ranking.timing)
 
     async def embed_stream(
         self, messages: AsyncIterator[pb.EmbedStreamRequest], write: Callable[[Message], Awaitable[None]], call: Call
@@ -105,12 +113,28 @@ class NativeServicer:
                 while (message := await _next_or_none(messages, draining)) is not None:
                     await free.acquire()
                     group.create_task(answer(message))
-        except* ServiceError as errors:
-            raise errors.exceptions[0] from None
+        except BaseExceptionGroup as errors:
+            refused = errors.subgroup(ServiceError)
+            if refused is None:
+                raise
+            raise refused.exceptions[0] from None
         finally:
             draining.cancel()
         if self._state.draining.is_set():
             raise Unavailable("the server is shutting down; open the stream to another one")
+
+    def _check_reply_size(self, field: str, items: int, rows: int, row_bytes: int) -> None:
+        """InvalidRequest where gRPC could not send the answer: before it is computed and not afterwards."""
+        limits = self._state.settings.server
+        most = (limits.max_message_bytes - _REST_BYTES) // row_bytes
+        if rows <= most or items > limits.max_texts:  # too many items are refused for that
+            return
+        split = f"send at most {most} at once, or " if most else ""
+        message = (
+            f"the answer would have {rows * row_bytes} bytes, the limit is {limits.max_message_bytes}: "
+            f"{split}raise server.max_message_bytes"
+        )
+        raise InvalidRequest(f"{field}: {message}", reason="REPLY_TOO_LARGE", violations=[(field, message)])
 
     async def get_metrics(self, request: pb.GetMetricsRequest, call: Call) -> Reply:
         figures = self._metrics.snapshot()

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -65,14 +65,13 @@ class Shell:
 
             async def answer() -> Reply:
                 nonlocal body
-                reply = await run(_decoded(request, raw), call)
+                reply = await run(decoded(request, raw), call)
                 body = reply.message.SerializeToString()
                 return reply
 
             reply, error = await self.observe(method, call, answer, counted=counted)
             if reply is None:
-                await _refuse(context, error or ServiceError("internal error"), call.request_id)
-                raise AssertionError("abort always raises")
+                await refuse(context, error or ServiceError("internal error"), call.request_id)
             context.set_trailing_metadata((("request-id", call.request_id),))
             return body
 
@@ -89,14 +88,20 @@ class Shell:
         async def handle(messages: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
             call = self._call(context)
 
-            async def decoded() -> AsyncIterator[Any]:
+            async def each() -> AsyncIterator[Any]:
                 async for raw in messages:
-                    yield _decoded(request, raw)
+                    yield decoded(request, raw)
+
+            async def write(message: Message) -> None:
+                try:
+                    await context.write(message)
+                except grpc.aio.InternalError:  # the caller has left: gRPC's own cancellation comes a moment later
+                    raise asyncio.CancelledError from None
 
             try:
-                await run(decoded(), context.write, call)
+                await run(each(), write, call)
             except ServiceError as error:
-                await _refuse(context, error, call.request_id)
+                await refuse(context, error, call.request_id)
 
         return grpc.stream_stream_rpc_method_handler(
             handle, response_serializer=lambda answer: answer.SerializeToString()
@@ -204,7 +209,8 @@ class Shell:
         return Call(given, self.last_call_at + timeout_s, parent if isinstance(parent, str) else "")
 
 
-def _decoded(request: type[Message], raw: bytes) -> Any:
+def decoded(request: type[Message], raw: bytes) -> Any:
+    """The message; InvalidRequest if `raw` is none."""
     try:
         return request.FromString(raw)
     except (DecodeError, UnicodeDecodeError):
@@ -212,6 +218,7 @@ def _decoded(request: type[Message], raw: bytes) -> Any:
         raise InvalidRequest(text, reason="MALFORMED_REQUEST") from None
 
 
-async def _refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: ServiceError, request_id: str) -> None:
+async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: ServiceError, request_id: str = "") -> NoReturn:
     """abort, and nothing else: only a reply without message and initial metadata is retried by stock clients."""
     await context.abort(grpc_code(error), status_text(error), trailing_metadata(error, request_id))
+    raise AssertionError("abort always raises")
