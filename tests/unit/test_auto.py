@@ -250,7 +250,7 @@ def test_a_slow_candidate_is_timed_once_and_a_fast_one_several_times(monkeypatch
 
 
 def test_auto_without_quantized_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantization is auto but quantized is false: set quantized: true"):
+    with pytest.raises(ConfigError, match="quantization is auto but model.quantized is false: set quantized: true"):
         config.load_settings(overrides=["model.quantization=auto"])
 
 
