@@ -15,7 +15,7 @@ from ml_inference_server.backends import limits
 from ml_inference_server.backends.base import Company, TextTokenizer
 from ml_inference_server.backends.library_tokenizer import Variant
 from ml_inference_server.backends.model_files import ModelFiles, architecture_of, find_model
-from ml_inference_server.backends.model_kind import Task, kind_of
+from ml_inference_server.backends.model_kind import ModelKind, Task, kind_of
 from ml_inference_server.backends.text_input import Prepared, prepare
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
@@ -78,8 +78,9 @@ class TokenModule(torch.nn.Module):
 
 def load_model(settings: ModelSettings) -> LoadedModel:
     """Find, verify and load `settings.name`. ModelError if it is not fit to run."""
-    files, task = locate(settings)
-    model = plain_model(settings, files, task)
+    files, kind = locate(settings)
+    log.info("%s is %s: serving it as %s", settings.name, kind.sentence, kind.task)
+    model = plain_model(settings, files, kind.task)
     prepared = prepare(model, settings.max_tokens, files)
     first = model[0]
     module = TokenModule(model, prepared.variants, getattr(model, "truncate_dim", None)).eval().requires_grad_(False)
@@ -89,7 +90,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         transformer=first,
         base=first.model if isinstance(first, Transformer) else None,
         files=files,
-        task=task,
+        task=kind.task,
         similarity="logit" if isinstance(model, CrossEncoder) else str(model.similarity_fn_name),
         tokenizer=prepared.tokenizer,
         company=company,
@@ -99,14 +100,13 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     )
 
 
-def locate(settings: ModelSettings) -> tuple[ModelFiles, Task]:
+def locate(settings: ModelSettings) -> tuple[ModelFiles, ModelKind]:
     """The verified files of `settings.name`, and what they can be served as. ModelError if they cannot."""
     if settings.random_weights:
-        return architecture_of(settings.name), "cross_encoder" if settings.task == "cross_encoder" else "embedding"
+        task: Task = "cross_encoder" if settings.task == "cross_encoder" else "embedding"
+        return architecture_of(settings.name), ModelKind(task, "an architecture with random weights")
     files = find_model(settings.name)
-    kind = kind_of(files.folder, settings.task)
-    log.info("%s is %s: serving it as %s", settings.name, kind.sentence, kind.task)
-    return files, kind.task
+    return files, kind_of(files.folder, settings.task)
 
 
 def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:

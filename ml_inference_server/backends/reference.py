@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import DOCUMENT_PROMPTS
 from ml_inference_server.backends.model_files import ModelFiles, check_safetensors
+from ml_inference_server.backends.model_kind import Task
 from ml_inference_server.utils.cache import cached, find
 from ml_inference_server.utils.config import ModelSettings
 
@@ -72,7 +73,8 @@ def reference_for(settings: ModelSettings) -> Reference | None:
         return _of_the_fake(settings)
     from ml_inference_server.backends.loading import locate
 
-    files, task = locate(settings)
+    files, kind = locate(settings)
+    task = kind.task
     key = {
         "version": _VERSION,
         "model": files.model_sha256,
@@ -126,14 +128,14 @@ def probes(names: Sequence[str | None], limit: int) -> list[tuple[str, str | Non
 
 
 def _answers(
-    settings: ModelSettings, files: ModelFiles, task: str
+    settings: ModelSettings, files: ModelFiles, task: Task
 ) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
     import torch
 
     from ml_inference_server.backends.loading import plain_model
     from ml_inference_server.backends.text_input import set_limits
 
-    model = plain_model(settings, files, task)  # type: ignore[arg-type]
+    model = plain_model(settings, files, task)
     limit = set_limits(model[0], settings.max_tokens)
     if task == "cross_encoder":
         asked: list[tuple[Any, str | None]] = [(text, None) for text in _pairs(limit)]
