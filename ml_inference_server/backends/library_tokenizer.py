@@ -23,8 +23,10 @@ from ml_inference_server.utils.errors import ModelError
 
 # What Encoded holds; all else that `preprocess` gives is passed to the model with each text (see `Variant`).
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "offsets")
-# As in FastTokenizer: a text is cut before tokenising at so many characters for each token of the limit.
+# As in FastTokenizer: a text is cut before tokenising at so many characters for each token of the limit, then at
+# _GROWTH times as many.
 _CHARACTERS_PER_TOKEN = 16
+_GROWTH = 4
 _MARGIN_TOKENS = 256
 
 
@@ -138,12 +140,17 @@ class LibraryTokenizer:
         return Encoded(ids, segments if segments is not None and segments.any() else None, is_cut, way.variant)
 
     def _shortened(self, text: str, way: Way) -> str:
-        """The part of a long text that fills the limit, with a margin; all of it where no such part does."""
-        limit = self.max_tokens * _CHARACTERS_PER_TOKEN
-        if len(text) <= limit:
-            return text
-        part = text[:limit] if self._side == "right" else text[-limit:]
-        return part if self._uncut_tokens(part, way) >= self.max_tokens + _MARGIN_TOKENS else text
+        """The part of a long text that fills the limit, with a margin; all of it where no such part does.
+
+        No more than that: for a pair, the library builds every combination of what it cuts off.
+        """
+        size = self.max_tokens * _CHARACTERS_PER_TOKEN
+        while size < len(text):
+            part = text[:size] if self._side == "right" else text[-size:]
+            if self._uncut_tokens(part, way) >= self.max_tokens + _MARGIN_TOKENS:
+                return part
+            size *= _GROWTH
+        return text
 
     def _uncut_tokens(self, text: str | tuple[str, str], way: Way) -> int:
         features = self._preprocess(text, way, processing_kwargs={"text": {"truncation": False}})
