@@ -125,7 +125,15 @@ def unlike(before: Document, after: Document) -> list[str]:
     ):
         if a != b:
             found.append(f"the {what} differ: {a} before, {b} now" if what != "what ran" else f"before {a}, now {b}")
+    a, b = _gains(before), _gains(after)
+    if a and b and a != b:
+        found.append(f"nDCG@10 has the gain {a} before and {b} now: its figures and its gates cannot be compared")
     return found
+
+
+def _gains(document: Document) -> str:
+    measured = (server["quality"] for server in document["servers"] if server.get("quality"))
+    return ", ".join(sorted({tables.ndcg_gain(found) for found in measured if "ndcg10" in found}))
 
 
 def _weights(document: Document) -> str:

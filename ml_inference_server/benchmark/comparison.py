@@ -60,7 +60,7 @@ def _table(found: Comparison) -> str:
             tables.latency(alone, 50) if alone else "-",
             "1" if is_base else tables.ratio(found.delay(configuration)),
             tables.alike(quality),
-            tables.signed(quality.get("ndcg10_difference")) if quality else "-",
+            tables.ndcg_change(quality),
             _of_in_process(configuration, row),
             "front" if configuration.name in found.front else "",
             _gate(row),
@@ -152,12 +152,12 @@ def _said(found: Comparison, configuration: Configuration) -> str:
     quality = configuration.quality
     if quality is None or "ndcg10" not in quality:
         return ", ".join([*said, "quality not measured"])
-    change = quality["ndcg10_difference"]
+    change, said_change = quality["ndcg10_difference"], tables.ndcg_change(quality)
     if quality["cosine_mean"] is not None:
         said.append(f"mean cosine to FP32 {quality['cosine_mean']:.5f}")
     if change:
         lost = "no significant change" if change["low"] <= 0 <= change["high"] else "a significant change"
-        said.append(f"nDCG@10 {tables.signed(change)}, {lost} over {quality['slice']['queries']} queries")
+        said.append(f"nDCG@10 {said_change}, {lost} over {quality['slice']['queries']} queries")
     return ", ".join(said)
 
 
@@ -191,6 +191,13 @@ def _notes(document: Mapping[str, Any], found: Comparison) -> list[str]:
     machines = {entry["fingerprint"] for entry in document["experiments"] if entry["fingerprint"]}
     if len(machines) > 1:
         notes.append("the experiments were measured on different machines, so the ratios mean little")
+    gains: dict[str, list[str]] = {}
+    for configuration in found.all:
+        if (quality := configuration.quality) and "ndcg10" in quality:
+            gains.setdefault(tables.ndcg_gain(quality), []).append(configuration.name)
+    if len(gains) > 1:
+        each = "; ".join(f"{gain} for {', '.join(names)}" for gain, names in gains.items())
+        notes.append(f"nDCG@10 was computed with different gains, so its changes cannot be compared: {each}")
     who: dict[str, list[str]] = {}
     for configuration in found.all:
         for said in configuration.entry["warnings"]:

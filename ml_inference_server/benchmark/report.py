@@ -9,6 +9,7 @@ from ml_inference_server.benchmark.conditions import trouble
 from ml_inference_server.benchmark.records import Records
 from ml_inference_server.benchmark.stats import BEYOND
 from ml_inference_server.benchmark.tables import figure, items_unit, plain
+from ml_inference_server.utils.ranking import NDCG_GAIN
 
 # A client process that computes for so much of the time may be what was measured.
 _BUSY_CLIENT = 0.85
@@ -210,8 +211,8 @@ def _quality(document: Document) -> str:
         lines.append(
             [
                 server["variant"] or "-",
-                f"{found['ndcg10']:.4f}",
-                tables.signed(found["ndcg10_difference"]),
+                tables.of_gain(f"{found['ndcg10']:.4f}", found),
+                tables.ndcg_change(found),
                 f"{found['mrr10']:.4f}",
                 tables.signed(found["mrr10_difference"]),
                 overlap,
@@ -225,8 +226,20 @@ def _quality(document: Document) -> str:
         f"\n\nThrough the server, over the {facts['queries']} judged queries ({facts['pairs']} pairs) of"
         f" {plain(facts['name'])}; changes are to {plain(reference['title']) if reference else 'nothing'}"
         f"{', weights sha256 ' + reference['weights_sha256'][:16] if reference else ''}, query by query, with 95 %"
-        " intervals by paired bootstrap."
+        f" intervals by paired bootstrap. {_gains(found for _, found in measured)}"
     )
+
+
+def _gains(qualities: Iterable[Mapping[str, Any]]) -> str:
+    gains = {tables.ndcg_gain(found) for found in qualities if "ndcg10" in found}
+    lines = [
+        "The gain of nDCG is the grade, as trec_eval has it."
+        if gain == NDCG_GAIN
+        else f"The gain of nDCG is {gain}, as earlier versions had it: compare it neither with published figures nor"
+        " with results of later versions."
+        for gain in sorted(gains)
+    ]
+    return " ".join(lines)
 
 
 def _bullets(prefix: str, texts: Iterable[str]) -> list[str]:

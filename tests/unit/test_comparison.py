@@ -157,6 +157,25 @@ def test_noise_is_no_regression_however_low_the_figure() -> None:
     assert compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.25).regressions == []
 
 
+def test_ndcg_of_two_definitions_is_never_compared_silently() -> None:
+    """A summary can hold experiments of an earlier version (--resume), which took 2^grade - 1 as the gain."""
+    old = entry("old", (198, 200, 202), cosine=0.99)
+    del old["server"]["quality"]["ndcg_gain"]
+    text = comparison.markdown(summary(BASE, old), [])
+    assert "nDCG@10 was computed with different gains" in text
+    assert "grade for minilm_baseline; 2^grade - 1 for old" in text
+    assert "nDCG@10 -0.0100 [-0.0100, -0.0100] (gain 2^grade - 1), a significant change" in text
+    assert "different gains" not in comparison.markdown(summary(BASE, INT8), [])
+
+    before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
+    before["servers"][0]["quality"] = quality()
+    after["servers"][0]["quality"] = quality()
+    assert compare(before, after, ({}, {}), 0.05).notes == []
+    del before["servers"][0]["quality"]["ndcg_gain"]
+    (note,) = compare(before, after, ({}, {}), 0.05).notes
+    assert note.startswith("nDCG@10 has the gain 2^grade - 1 before and grade now")
+
+
 def test_a_gate_that_fails_now_is_a_regression() -> None:
     before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
     before["servers"][0]["quality"] = quality(gate={"passed": True, "reasons": []})

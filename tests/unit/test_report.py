@@ -154,6 +154,25 @@ def test_a_row_that_fails_its_gate_is_struck_through_and_never_the_best() -> Non
     assert "nothing to compare" in text, "a ratio to a wrong answer is no ratio"
 
 
+def earlier(found: dict[str, Any]) -> dict[str, Any]:
+    """As a version left it that took 2^grade - 1 as the gain of nDCG, and did not say so."""
+    return {name: value for name, value in found.items() if name != "ndcg_gain"}
+
+
+def test_a_report_says_which_gain_its_ndcg_has() -> None:
+    passed = quality(gate={"passed": True, "reasons": []})
+    document = make_document([make_run()])
+    document["servers"][0]["quality"] = passed
+    text = report.markdown(document, {})
+    assert "The gain of nDCG is the grade, as trec_eval has it." in text
+    assert "2^grade" not in text
+    document["servers"][0]["quality"] = earlier(passed)
+    text = report.markdown(document, {})
+    assert "The gain of nDCG is 2^grade - 1, as earlier versions had it: compare it neither with published" in text
+    assert "0.5500 (gain 2^grade - 1)" in text
+    assert table(document)[0]["nDCG@10 change"] == "-0.0300 [-0.0500, -0.0100] (gain 2^grade - 1)"
+
+
 def test_everything_doubtful_is_said() -> None:
     conditions = {"steal_share": 0.3, "others_share": 0.4, "clock_mhz": [3000.0, 1500.0], "throttled": 2}
     bad = make_run(
