@@ -14,6 +14,7 @@ from ml_inference_server.benchmark.stats import Figure
 Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 PERCENTILES = (50, 95, 99)
+_SURELY_BEHIND = 0.85
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,18 @@ class Row:
         return self.status == "valid" and self.passed and self.speed is not None
 
     @property
+    def fell_behind(self) -> bool:
+        """Whether a repeat of an open loop was answered more slowly than it was offered."""
+        return any(_fell_behind(run) for run in self.runs)
+
+    @property
     def load(self) -> str:
-        return load_of(self.first["concurrency"], self.first["rate_per_s"])
+        """Of an open loop, also what was answered of it."""
+        load = load_of(self.first["concurrency"], self.first["rate_per_s"])
+        if not self.first["rate_per_s"]:
+            return load
+        answered = statistics.median(run["requests_per_s"] for run in self.runs)
+        return f"{load}, {answered:.3g} answered" + (" (fell behind)" if self.fell_behind else "")
 
     @property
     def same_load(self) -> tuple[Any, ...]:
@@ -69,6 +80,13 @@ class Row:
     def __str__(self) -> str:
         variant = f"{self.variant}, " if self.variant else ""
         return f"{variant}batch size {self.first['batch_size']}, {self.load}"
+
+
+def _fell_behind(run: Run) -> bool:
+    if run.get("fell_behind") is not None or not run["rate_per_s"]:
+        return bool(run.get("fell_behind"))
+    # An earlier version left only the rates. They differ by chance and by the wait for the last answer, too.
+    return bool(run["requests_per_s"] < _SURELY_BEHIND * run["rate_per_s"])
 
 
 def items_per_s(run: Run) -> float:
@@ -120,12 +138,14 @@ def _latency(runs: Sequence[Run], raw: Mapping[str, Records], percentile: int) -
 def best(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     """(highest throughput in items, lowest median latency) among the sound rows; None where there is none.
 
-    What an open loop answers is what it was offered, so the throughput is that of a closed loop where there is one.
+    What an open loop answers is at most what it was offered, so the throughput is that of a closed loop where there is
+    one. The latency of a row that fell behind grows with its length, so it is the lowest only where there is no other.
     """
     sound = [row for row in rows if row.is_sound]
     if not sound:
         return None
-    by_latency = [row for row in sound if row.latency_ms[50] is not None] or sound
+    steady = [row for row in sound if not row.fell_behind] or sound
+    by_latency = [row for row in steady if row.latency_ms[50] is not None] or steady
     closed = [row for row in sound if row.first["concurrency"]] or sound
     return max(closed, key=_speed_of), min(by_latency, key=median_ms)
 

@@ -97,6 +97,8 @@ def _worse(change: Change, before: Row, bound: float) -> list[str]:
     # Both must say so: the interval excludes "no change", and the figure itself is beyond the bound.
     if speed and speed.value < 1 - bound and (math.isnan(speed.high) or speed.high < 1):
         found.append(f"{row}: throughput {tables.ratio(speed)} of before")
+    if row.fell_behind and not before.fell_behind:
+        found.append(f"{row}: kept up with what was offered before")
     is_open = bool(row.first["rate_per_s"])
     if p50 and is_open and p50.value > 1 + bound and (math.isnan(p50.low) or p50.low > 1):
         found.append(f"{row}: median latency {tables.ratio(p50)} of before")

@@ -129,6 +129,11 @@ def _footnotes(rows: Sequence[Row]) -> str:
             "Latency counts from when a request was due, also in a row with a rate: a stall is not left out because"
             " the client waited, too."
         )
+    if any(row.fell_behind for row in rows):
+        notes.append(
+            "A row that fell behind was answered more slowly than it was offered: its latency grows with its length and"
+            " says nothing about the server."
+        )
     if any(row.status != "valid" for row in rows):
         notes.append("Latency and throughput count answered requests only; rows that are not valid are never the best.")
     return " ".join(notes)
@@ -143,7 +148,7 @@ def summary(document: Document, rows: Sequence[Row]) -> list[str]:
     unit = items_unit(rows)
     lines = [
         f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}"
-        + (", which is what was offered" if fastest.first["rate_per_s"] else ""),
+        + (", which is what was offered" if fastest.first["rate_per_s"] and not fastest.fell_behind else ""),
         f"- **Best latency:** p50 {aggregate.median_ms(quickest):.2f} ms at {quickest}",
     ]
     for server in document["servers"]:

@@ -6,6 +6,7 @@ from typing import Any
 from ml_inference_server.benchmark import aggregate, comparison
 from ml_inference_server.benchmark.compare import compare
 from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
+from ml_inference_server.benchmark.slo import meets
 from tests.unit.report_kit import make_document, quality, repeats
 
 
@@ -155,6 +156,17 @@ def test_noise_is_no_regression_however_low_the_figure() -> None:
     steady = make_document(repeats(79, 80, 81))
     assert len(compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.05).regressions) == 1
     assert compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.25).regressions == []
+
+
+def test_a_rate_that_is_no_longer_kept_up_with_is_a_regression() -> None:
+    load = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
+    before = make_document(repeats(59, 60, 61, **load, requests_per_s=60.0, fell_behind=False))
+    after = make_document(repeats(59, 60, 61, **load, requests_per_s=50.0, fell_behind=True))
+    (said,) = compare(before, after, ({}, {}), 0.05).regressions
+    assert said.endswith("50 answered (fell behind): kept up with what was offered before")
+    assert compare(after, after, ({}, {}), 0.05).regressions == []
+    assert not meets(after["runs"][0], p99_ms=1000.0), "a rate is not borne by falling behind within the bound"
+    assert meets(before["runs"][0], p99_ms=1000.0)
 
 
 def test_ndcg_of_two_definitions_is_never_compared_silently() -> None:

@@ -23,7 +23,8 @@ from ml_inference_server.benchmark.results import (
     result_files,
     write_results,
 )
-from ml_inference_server.benchmark.row import latency_summary_ms
+from ml_inference_server.benchmark.row import figures, latency_summary_ms
+from ml_inference_server.benchmark.schedule import arrivals_s
 from ml_inference_server.utils.errors import ConfigError
 from tests.unit.report_kit import make_document, make_run, quality, repeats
 
@@ -120,11 +121,81 @@ def test_only_valid_rows_can_be_the_best() -> None:
 
 def test_an_offered_rate_is_no_throughput_that_was_reached() -> None:
     closed = make_run(pairs_per_s=300.0)
-    offered = make_run(concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0)
+    offered = make_run(
+        concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0, requests_per_s=499, fell_behind=False
+    )
     best = aggregate.best(aggregate.rows_of(make_document([closed, offered]), {}))
     assert best is not None
     assert best[0].first == closed
     assert "which is what was offered" in report.markdown(make_document([offered]), {})
+
+
+def served_in_turn(due_s: Any, service_s: float) -> Any:
+    """Records of requests that one server answers one after the other."""
+    free_s, rows = 0.0, []
+    for due in due_s:
+        free_s = max(due, free_s) + service_s
+        rows.append(record(due, due, free_s, "OK", (1, 2, 3, 6)))
+    return as_records(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("load", "behind"), [(0.3, False), (0.7, False), (1.2, True), (60 / 41.5, True), (3.0, True)])
+def test_a_row_that_is_offered_more_than_is_answered_fell_behind(load: float, behind: bool, seed: int) -> None:
+    due_s = arrivals_s("poisson", 60.0, requests=1000, duration_s=0.0, seed=seed, repeat=1)
+    found = figures(served_in_turn(due_s, load / 60), batch_size=1, scores=False, is_open=True)
+    assert found["fell_behind"] is behind
+
+
+def test_a_short_row_whose_last_answer_takes_its_time_kept_up() -> None:
+    """The answers end a latency after the requests, here a third of the row: that is no backlog."""
+    records = as_records([record(n / 60, n / 60, n / 60 + 0.5, "OK", (1, 2, 3, 6)) for n in range(60)])
+    found = figures(records, batch_size=1, scores=False, is_open=True)
+    assert found["requests_per_s"] < 0.7 * 60
+    assert found["fell_behind"] is False
+    assert figures(records, batch_size=1, scores=False, is_open=False)["fell_behind"] is None
+
+
+def test_a_server_that_refuses_what_is_too_much_fell_behind() -> None:
+    codes = ["OK", "RESOURCE_EXHAUSTED", "OK"]
+    records = as_records([record(n / 60, n / 60, n / 60 + 0.01, codes[n % 3], (1, 2, 3, 6)) for n in range(60)])
+    assert figures(records, batch_size=1, scores=False, is_open=True)["fell_behind"] is True
+
+
+OFFERED = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
+
+
+def test_a_row_that_fell_behind_says_so_wherever_it_stands() -> None:
+    """60 requests/s offered and 41.5 answered is not "60 requests/s, which is what was offered"."""
+    behind = make_run(**OFFERED, requests_per_s=41.5, pairs_per_s=166.0, fell_behind=True)
+    document = make_document([behind])
+    (row,) = table(document)
+    assert row["load"] == "60 requests/s offered, 41.5 answered (fell behind)"
+    text = report.markdown(document, {})
+    assert (
+        "**Best throughput:** 166 pairs/s at batch size 4, 60 requests/s offered, 41.5 answered (fell behind)" in text
+    )
+    assert "which is what was offered" not in text
+    assert "A row that fell behind was answered more slowly than it was offered" in text
+    kept_up = make_document([make_run(**OFFERED, requests_per_s=59.6, fell_behind=False)])
+    assert table(kept_up)[0]["load"] == "60 requests/s offered, 59.6 answered"
+    assert "fell behind" not in report.markdown(kept_up, {})
+
+
+def test_the_latency_of_a_row_that_fell_behind_is_not_the_best() -> None:
+    quick = dict.fromkeys(("avg", "p50", "p95", "p99"), 1.0)
+    behind = make_run(**OFFERED, requests_per_s=41.5, fell_behind=True, latency_ms=quick)
+    closed = make_run()
+    best = aggregate.best(aggregate.rows_of(make_document([behind, closed]), {}))
+    assert best is not None
+    assert best[1].first == closed
+
+
+@pytest.mark.parametrize(("answered", "said"), [(41.5, " (fell behind)"), (57.0, "")])
+def test_a_result_of_an_earlier_version_is_judged_by_its_rates(answered: float, said: str) -> None:
+    run = make_run(**OFFERED, requests_per_s=answered)
+    del run["fell_behind"]
+    assert table(make_document([run]))[0]["load"] == f"60 requests/s offered, {answered:.3g} answered{said}"
 
 
 def test_one_bad_repeat_spoils_the_row() -> None:
