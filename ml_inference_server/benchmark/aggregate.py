@@ -15,6 +15,8 @@ Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 PERCENTILES = (50, 95, 99)
 _SURELY_BEHIND = 0.85
+# So far apart may the tokens of a text be for two figures to be of the same work.
+_SAME_WORK = 0.05
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Row:
         """The median of the repeats; a pair is two texts."""
         return float(statistics.median(run["texts_per_s"] for run in self.runs))
 
+    @property
+    def tokens_per_text(self) -> float | None:
+        """Real tokens that the server computed, over the texts that were sent; None where it did not tell."""
+        known = [(run["batches"]["tokens"], run["texts"]) for run in self.runs if (run["batches"] or {}).get("tokens")]
+        tokens, texts = (sum(part) for part in zip(*known, strict=True)) if known else (0, 0)
+        return tokens / texts if texts else None
+
     def __str__(self) -> str:
         variant = f"{self.variant}, " if self.variant else ""
         return f"{variant}batch size {self.first['batch_size']}, {self.load}"
@@ -133,6 +142,18 @@ def _latency(runs: Sequence[Run], raw: Mapping[str, Records], percentile: int) -
         done = ok_only(records)
         return stats.of_percentile((done["done_s"] - done["due_s"]) * 1e3, percentile)
     return stats.of_repeats([run["latency_ms"][f"p{percentile}"] for run in answered])
+
+
+def unlike_in_process(row: Row, inside: Mapping[str, Any]) -> str:
+    """Why the backend without a server did other work than this row, so that no share can be told; "" if it did not."""
+    if "batch_size" not in inside:
+        return "it ran other texts, as earlier versions did"
+    if (row.first["workload"], row.first["batch_size"]) != (inside["workload"], inside["batch_size"]):
+        return f"it ran requests of batch size {inside['batch_size']}"
+    ours, theirs = row.tokens_per_text, inside["tokens_per_text"]
+    if ours is not None and abs(ours / theirs - 1) > _SAME_WORK:
+        return f"it ran other work, {theirs:.1f} tokens a text for {ours:.1f}"
+    return ""
 
 
 def best(rows: Sequence[Row]) -> tuple[Row, Row] | None:

@@ -12,6 +12,7 @@ from ml_inference_server.benchmark.contenders import Comparison, Configuration
 from ml_inference_server.benchmark.results import ResultFiles, encode
 from ml_inference_server.benchmark.stats import Ratio
 from ml_inference_server.benchmark.tables import plain
+from ml_inference_server.utils.share import of_limit
 
 
 def markdown(document: Mapping[str, Any], plot_files: Sequence[str]) -> str:
@@ -78,9 +79,9 @@ def _gate(row: Row) -> str:
 
 def _of_in_process(configuration: Configuration, row: Row) -> str:
     inside = configuration.entry["server"].get("in_process")
-    if not inside or "error" in inside:
+    if not inside or "error" in inside or aggregate.unlike_in_process(row, inside):
         return "-"
-    return f"{row.texts_per_s / inside['texts_per_s']:.0%}"
+    return of_limit(row.texts_per_s / inside["texts_per_s"])
 
 
 def _legend(found: Comparison) -> str:
@@ -90,8 +91,8 @@ def _legend(found: Comparison) -> str:
         f"Throughput at the heaviest load (batch size {heavy and heavy.first['batch_size']}, {heavy and heavy.load}),"
         f" latency at the lightest (batch size {light and light.first['batch_size']}, {light and light.load}); ratios"
         f" are to {base}; [in brackets] 95 % intervals: a ratio whose interval holds 1 is no difference. *front*:"
-        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches without a"
-        " server. A row that is struck through failed its quality gate: do not run it."
+        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches with the"
+        " same requests without a server. A row that is struck through failed its quality gate: do not run it."
     )
 
 

@@ -10,6 +10,7 @@ from ml_inference_server.benchmark.records import Records
 from ml_inference_server.benchmark.stats import BEYOND
 from ml_inference_server.benchmark.tables import figure, items_unit, plain
 from ml_inference_server.utils.ranking import NDCG_GAIN
+from ml_inference_server.utils.share import of_limit
 
 # A client process that computes for so much of the time may be what was measured.
 _BUSY_CLIENT = 0.85
@@ -157,7 +158,7 @@ def summary(document: Document, rows: Sequence[Row]) -> list[str]:
 
 
 def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """How the server's best row stands to the same backend without a server."""
+    """How the server's best row of the same requests stands to the same backend without a server."""
     inside = server.get("in_process")
     if not inside:
         return []
@@ -165,9 +166,15 @@ def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     if "error" in inside:
         return [f"- **In process{who}:** not measured: {plain(inside['error'])}"]
     ours = [row for row in rows if row.variant == server["variant"] and row.speed and row.status == "valid"]
-    texts = [row.texts_per_s for row in ours]
+    alike = [row for row in ours if not aggregate.unlike_in_process(row, inside)]
+    against = ""
+    if alike:
+        best = max(alike, key=lambda row: row.texts_per_s)
+        share = of_limit(best.texts_per_s / inside["texts_per_s"])
+        against = f"; the server's best row of the same requests ({best}) reaches {share} of it"
+    elif ours:
+        against = f"; no row can be set against it: {aggregate.unlike_in_process(ours[-1], inside)}"
     other = "" if inside["title"] == server["info"]["title"] else f" (there ran {plain(inside['title'])})"
-    against = f"; the server's best row reaches {max(texts) / inside['texts_per_s']:.0%} of it" if texts else ""
     return [
         f"- **In process{who}:** the same backend without a server runs {inside['texts_per_s']:.1f} texts/s"
         f" ({inside['lowest']:.1f}-{inside['highest']:.1f}){other}{against}"

@@ -114,7 +114,7 @@ def _server_ms(answered: Records) -> dict[str, float] | None:
 
 
 def batch_figures(counters: dict[str, float] | None) -> dict[str, float | None] | None:
-    """padding_share 0..1 and mean_batch (texts), from the differences of the server's counters over the row."""
+    """padding_share 0..1, mean_batch (texts), and the real tokens, from the server's counters over the row."""
     if counters is None:
         return None
     tokens, padding = counters["mlis_tokens_total"], counters["mlis_padding_tokens_total"]
@@ -122,6 +122,7 @@ def batch_figures(counters: dict[str, float] | None) -> dict[str, float | None] 
     return {
         "padding_share": padding / (tokens + padding) if tokens + padding else None,
         "mean_batch": counters["mlis_batch_texts_sum"] / batches if batches else None,
+        "tokens": tokens,
     }
 
 

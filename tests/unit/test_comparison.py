@@ -158,6 +158,19 @@ def test_noise_is_no_regression_however_low_the_figure() -> None:
     assert compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.25).regressions == []
 
 
+def test_the_share_of_the_in_process_speed_is_of_the_same_requests() -> None:
+    """At the baseline's heaviest load, 8 pairs a request; texts/s of the rows are 800."""
+    inside = {"title": "int8 ran", "texts_per_s": 1000.0, "workload": "pairs", "batch_size": 8, "tokens_per_text": 50.0}
+    shares = []
+    for changes in ({}, {"texts_per_s": 500.0}, {"batch_size": 4}):
+        int8 = entry("int8", (198, 200, 202))
+        int8["server"]["in_process"] = inside | changes
+        text = comparison.markdown(summary(BASE, int8), [])
+        (line,) = (line for line in text.splitlines() if line.startswith("| int8"))
+        shares.append([cell.strip() for cell in line.split("|")][9])
+    assert shares == ["80%", "160% (more than all: an error of the measurement)", "-"]
+
+
 def test_a_rate_that_is_no_longer_kept_up_with_is_a_regression() -> None:
     load = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
     before = make_document(repeats(59, 60, 61, **load, requests_per_s=60.0, fell_behind=False))

@@ -433,13 +433,60 @@ def test_results_that_find_no_room_are_written_elsewhere(
     assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"
 
 
+INSIDE = {
+    "title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0, "workload": "pairs",
+    "batch_size": 4, "tokens_per_text": 50.0,
+}  # fmt: skip
+
+
+def tax(document: dict[str, Any]) -> str:
+    return "".join(report.summary(document, aggregate.rows_of(document, {})))
+
+
 def test_the_servers_tax_is_told() -> None:
     document = make_document([make_run(texts_per_s=800.0), make_run(batch_size=1, texts_per_s=100.0)])
     server = document["servers"][0]
-    server["in_process"] = {"title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
-    said = "".join(report.summary(document, aggregate.rows_of(document, {})))
-    assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row reaches 80% of it" in said
+    server["in_process"] = dict(INSIDE)
+    said = tax(document)
+    assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row of the same requests" in said
+    assert "(batch size 4, concurrency 2) reaches 80% of it" in said
     server["in_process"]["title"] = "another thing"
-    assert "there ran another thing" in "".join(report.summary(document, aggregate.rows_of(document, {})))
+    assert "there ran another thing" in tax(document)
     server["in_process"] = {"error": "no such program"}
-    assert "not measured: no such program" in "".join(report.summary(document, aggregate.rows_of(document, {})))
+    assert "not measured: no such program" in tax(document)
+
+
+def test_a_row_is_set_against_the_same_requests_only() -> None:
+    """Equal texts of a request are computed once, and pairs are half queries: other requests are other work."""
+    other = make_run(batch_size=8, texts_per_s=1260.0)
+    document = make_document([other, make_run(texts_per_s=800.0)])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    assert "(batch size 4, concurrency 2) reaches 80% of it" in tax(document)
+    document["runs"] = [other]
+    assert "no row can be set against it: it ran requests of batch size 4" in tax(document)
+    document["runs"] = [make_run(workload="passages", pairs_per_s=None)]
+    assert "no row can be set against it" in tax(document)
+
+
+@pytest.mark.parametrize(("tokens", "is_same"), [(80_000, True), (77_000, True), (70_000, False), (92_000, False)])
+def test_other_tokens_than_the_servers_are_other_work(tokens: int, is_same: bool) -> None:
+    run = make_run(batches={"padding_share": 0.1, "mean_batch": 9.0, "tokens": tokens}, texts=1600)
+    document = make_document([run])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    said = "reaches 80% of it" if is_same else f"it ran other work, 50.0 tokens a text for {tokens / 1600:.1f}"
+    assert said in tax(document)
+    del run["batches"]["tokens"]
+    assert "reaches 80% of it" in tax(document), "what the server did not tell is no difference"
+
+
+def test_a_server_that_is_faster_than_its_engine_is_an_error_of_the_measurement() -> None:
+    document = make_document([make_run(texts_per_s=1260.0)])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    assert "reaches 126% (more than all: an error of the measurement) of it" in tax(document)
+
+
+def test_an_earlier_result_without_the_requests_gets_no_share() -> None:
+    document = make_document([make_run(texts_per_s=1260.0)])
+    document["servers"][0]["in_process"] = {"title": "t", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
+    assert "no row can be set against it: it ran other texts, as earlier versions did" in tax(document)
+    assert "126%" not in tax(document)
