@@ -39,7 +39,7 @@ from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
-from ml_inference_server.utils.share import is_impossible
+from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible
 
 STORE = DOCS / "speed.json"
 _KINDS: tuple[Kind, ...] = ("queries", "passages")
@@ -49,8 +49,6 @@ _TIMEOUT_S = 60.0
 # Of the saturation load: so little that hardly any query meets another one.
 _LIGHT = 0.02
 _MAX_OPEN_S = 60.0
-_MARK = "(!)"
-_IMPOSSIBLE = "a share above 1 is an error of the measurement: measure again on an idle machine, and longer"
 
 
 @dataclass
@@ -191,7 +189,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
             f"{p99_ms / idle_ms:.1f}x the p50 of one after the other"
         )
     if impossible := [name for name, share in shares.items() if is_impossible(share)]:
-        print(f"\nNot to be believed: {'; '.join(impossible)}: {_IMPOSSIBLE}", file=sys.stderr)
+        print(f"\nNot to be believed: {'; '.join(impossible)}: {NOTE}", file=sys.stderr)
         return EXIT_FAILED_RUN
     if args.update:
         _store(args.store, settings.name, {"shares": shares, "commit": git_facts(), "machine": machine_facts()})
@@ -219,8 +217,8 @@ def _report(
     for load in loads:
         rates, ceiling = load.texts_per_s, ceilings[load.kind]
         roofs = [each["roofline_texts_per_s"] for each in ceiling if each.get("roofline_texts_per_s")]
-        roof = _said(statistics.median(rates) / statistics.median(roofs)) if roofs else "-"
-        before, share = stored.get("shares", {}).get(str(load)), _said(shares[str(load)])
+        roof = cell(statistics.median(rates) / statistics.median(roofs)) if roofs else "-"
+        before, share = stored.get("shares", {}).get(str(load)), cell(shares[str(load)])
         lines.append(
             f"| {load} | {statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}) | {share} |"
             f" {'-' if before is None else f'{before:.2f}'} | {roof} | {statistics.median(load.server_cpu_ms):.2f} |"
@@ -236,13 +234,9 @@ def _report(
         lines.append(
             f"\nIn-process ceiling, {kind}: {', '.join(f'{rate:.0f}' for rate in rates)} texts/s (before, after)"
         )
-    if any(_MARK in line for line in lines):
-        lines.append(f"\n{_MARK} {_IMPOSSIBLE}")
+    if any(MARK in line for line in lines):
+        lines.append(f"\n{MARK} {NOTE}")
     return "\n".join(lines)
-
-
-def _said(share: float) -> str:
-    return f"{share:.2f}" + (f" {_MARK}" if is_impossible(share) else "")
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The limits of a server's speed: what is run, how often, and what is counted of it."""
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,10 +11,9 @@ import pytest
 
 from ml_inference_server.backends import ceiling
 from ml_inference_server.backends.base import Encoded, TokenBatch
-from ml_inference_server.backends.ceiling import Ceiling, batches_of, read_requests, read_texts, run_pass, work_of
+from ml_inference_server.backends.ceiling import batches_of, read_requests, read_texts, run_pass, work_of
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import ConfigError
-from ml_inference_server.utils.share import is_impossible, of_limit
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).lognormal(4.3, 0.5, 600).clip(8, 256)]
 ROWS = [Encoded(np.ones(length, np.int32)) for length in LENGTHS]
@@ -145,16 +143,3 @@ def test_the_texts_of_a_file_are_a_fair_choice(tmp_path: Path, monkeypatch: pyte
     assert found == read_texts(file, "passages")
     assert np.mean([len(text) for text in found]) == pytest.approx(100, rel=0.2)
     assert read_texts(file, "queries") == ["q"]
-
-
-FOUND = Ceiling("t", 100.0, 90.0, 110.0, 8000.0, 0.05, 80.0, 20.0, 0.2, 2e9, 100.0, 3)
-
-
-def test_more_than_all_is_an_error_of_the_measurement_and_says_so() -> None:
-    assert ceiling.report(FOUND).endswith("the ceiling is 100% of it")
-    assert "5% of the computed tokens are padding" in ceiling.report(FOUND)
-    inflated = json.loads(json.dumps(ceiling.asdict(FOUND))) | {"texts_per_s": 186.0}
-    said = ceiling.report(Ceiling(**inflated))
-    assert said.endswith("the ceiling is 186% (more than all: an error of the measurement) of it")
-    assert [is_impossible(share) for share in (0.5, 1.0, 1.004, 1.006, 2.0)] == [False, False, False, True, True]
-    assert of_limit(0.837) == "84%"
