@@ -122,7 +122,8 @@ async def _confirm(bench: Bench, batch_size: int, rate: float, found: dict[str, 
 def _probe(run: dict[str, Any], rate: float, p99_ms: float) -> dict[str, Any]:
     p99 = run["latency_ms"] and round(run["latency_ms"]["p99"], 3)
     late = run["reason"].startswith(CLIENT_LATE)
-    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": run["reason"], "client_late": late}
+    reason = run["reason"] or ("it fell behind" if run["fell_behind"] else "")
+    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": reason, "client_late": late}
 
 
 async def _closed_rate(bench: Bench, batch_size: int) -> float:
