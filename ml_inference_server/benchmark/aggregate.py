@@ -9,12 +9,12 @@ from ml_inference_server.benchmark import stats
 from ml_inference_server.benchmark.cell import key, load_of
 from ml_inference_server.benchmark.conditions import trouble
 from ml_inference_server.benchmark.records import Records, ok_only
+from ml_inference_server.benchmark.row import KEPT_UP_SHARE
 from ml_inference_server.benchmark.stats import Figure
 
 Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 PERCENTILES = (50, 95, 99)
-_SURELY_BEHIND = 0.85
 # So far apart may the tokens of a text be for two figures to be of the same work.
 _SAME_WORK = 0.05
 
@@ -66,8 +66,12 @@ class Row:
         load = load_of(self.first["concurrency"], self.first["rate_per_s"])
         if not self.first["rate_per_s"]:
             return load
-        answered = statistics.median(run["requests_per_s"] for run in self.runs)
-        return f"{load}, {answered:.3g} answered" + (" (fell behind)" if self.fell_behind else "")
+        return f"{load}, {self.answered_per_s:.3g} answered" + (" (fell behind)" if self.fell_behind else "")
+
+    @property
+    def answered_per_s(self) -> float:
+        """Requests, the median of the repeats."""
+        return float(statistics.median(run["requests_per_s"] for run in self.runs))
 
     @property
     def same_load(self) -> tuple[Any, ...]:
@@ -92,10 +96,13 @@ class Row:
 
 
 def _fell_behind(run: Run) -> bool:
-    if run.get("fell_behind") is not None or not run["rate_per_s"]:
+    if run.get("fell_behind") is not None or not run["rate_per_s"] or not run["latency_ms"]:
         return bool(run.get("fell_behind"))
-    # An earlier version left only the rates. They differ by chance and by the wait for the last answer, too.
-    return bool(run["requests_per_s"] < _SURELY_BEHIND * run["rate_per_s"])
+    # A summary of an earlier version has no records. A row that takes longer than its schedule may have been drawn
+    # sparse, or have waited for its last answer; where a queue grew, latencies are spread over all that it took longer.
+    longer_ms = 1e3 * (run["seconds"] - run["requests"] / run["rate_per_s"])
+    spread_ms = run["latency_ms"]["p95"] - run["latency_ms"]["p50"]
+    return bool(run["requests_per_s"] < KEPT_UP_SHARE * run["rate_per_s"] and spread_ms > longer_ms / 4)
 
 
 def items_per_s(run: Run) -> float:
