@@ -37,6 +37,7 @@ from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ConfigError, StartError
 from ml_inference_server.utils.ranking import mean_ndcg_at, read_qrels
+from ml_inference_server.utils.share import MARK, NOTE, cell
 
 BATCH_SIZE, BATCH_TOKENS = 32, 2048
 MODES = ("random", "grouped", "direct")
@@ -251,8 +252,10 @@ def markdown(rows: Sequence[Row]) -> str:
             quality = f"{row.cosine_mean:.5f} / {row.cosine_min:.5f} | {row.ndcg:.4f} | {row.rss_mib:.0f}"
         lines.append(
             f"| {row.name} | {spread['random']} | {spread['grouped']} | {middle['grouped'] / base:.2f}x |"
-            f" {statistics.median(ratios):.2f} | {quality} | {row.load_s:.1f} |"
+            f" {cell(statistics.median(ratios))} | {quality} | {row.load_s:.1f} |"
         )
+    if any(MARK in line for line in lines):
+        lines.append(f"\n{MARK} {NOTE}")
     return "\n".join(lines)
 
 

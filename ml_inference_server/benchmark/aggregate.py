@@ -9,11 +9,14 @@ from ml_inference_server.benchmark import stats
 from ml_inference_server.benchmark.cell import key, load_of
 from ml_inference_server.benchmark.conditions import trouble
 from ml_inference_server.benchmark.records import Records, ok_only
+from ml_inference_server.benchmark.row import KEPT_UP_SHARE
 from ml_inference_server.benchmark.stats import Figure
 
 Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 PERCENTILES = (50, 95, 99)
+# So far apart may the tokens of a text be for two figures to be of the same work.
+_SAME_WORK = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,22 @@ class Row:
         return self.status == "valid" and self.passed and self.speed is not None
 
     @property
+    def fell_behind(self) -> bool:
+        """Whether a repeat of an open loop was answered more slowly than it was offered."""
+        return any(_fell_behind(run) for run in self.runs)
+
+    @property
     def load(self) -> str:
-        return load_of(self.first["concurrency"], self.first["rate_per_s"])
+        """Of an open loop, also what was answered of it."""
+        load = load_of(self.first["concurrency"], self.first["rate_per_s"])
+        if not self.first["rate_per_s"]:
+            return load
+        return f"{load}, {self.answered_per_s:.3g} answered" + (" (fell behind)" if self.fell_behind else "")
+
+    @property
+    def answered_per_s(self) -> float:
+        """Requests, the median of the repeats."""
+        return float(statistics.median(run["requests_per_s"] for run in self.runs))
 
     @property
     def same_load(self) -> tuple[Any, ...]:
@@ -66,9 +83,26 @@ class Row:
         """The median of the repeats; a pair is two texts."""
         return float(statistics.median(run["texts_per_s"] for run in self.runs))
 
+    @property
+    def tokens_per_text(self) -> float | None:
+        """Real tokens that the server computed, over the texts that were sent; None where it did not tell."""
+        known = [(run["batches"]["tokens"], run["texts"]) for run in self.runs if (run["batches"] or {}).get("tokens")]
+        tokens, texts = (sum(part) for part in zip(*known, strict=True)) if known else (0, 0)
+        return tokens / texts if texts else None
+
     def __str__(self) -> str:
         variant = f"{self.variant}, " if self.variant else ""
         return f"{variant}batch size {self.first['batch_size']}, {self.load}"
+
+
+def _fell_behind(run: Run) -> bool:
+    if run.get("fell_behind") is not None or not run["rate_per_s"] or not run["latency_ms"]:
+        return bool(run.get("fell_behind"))
+    # A summary of an earlier version has no records. A row that takes longer than its schedule may have been drawn
+    # sparse, or have waited for its last answer; where a queue grew, latencies are spread over all that it took longer.
+    longer_ms = 1e3 * (run["seconds"] - run["requests"] / run["rate_per_s"])
+    spread_ms = run["latency_ms"]["p95"] - run["latency_ms"]["p50"]
+    return bool(run["requests_per_s"] < KEPT_UP_SHARE * run["rate_per_s"] and spread_ms > longer_ms / 4)
 
 
 def items_per_s(run: Run) -> float:
@@ -117,15 +151,29 @@ def _latency(runs: Sequence[Run], raw: Mapping[str, Records], percentile: int) -
     return stats.of_repeats([run["latency_ms"][f"p{percentile}"] for run in answered])
 
 
+def unlike_in_process(row: Row, inside: Mapping[str, Any]) -> str:
+    """Why the backend without a server did other work than this row, so that no share can be told; "" if it did not."""
+    if "batch_size" not in inside:
+        return "it ran other texts, as earlier versions did"
+    if (row.first["workload"], row.first["batch_size"]) != (inside["workload"], inside["batch_size"]):
+        return f"it ran requests of batch size {inside['batch_size']}"
+    ours, theirs = row.tokens_per_text, inside["tokens_per_text"]
+    if ours is not None and abs(ours / theirs - 1) > _SAME_WORK:
+        return f"it ran other work, {theirs:.1f} tokens a text for {ours:.1f}"
+    return ""
+
+
 def best(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     """(highest throughput in items, lowest median latency) among the sound rows; None where there is none.
 
-    What an open loop answers is what it was offered, so the throughput is that of a closed loop where there is one.
+    What an open loop answers is at most what it was offered, so the throughput is that of a closed loop where there is
+    one. The latency of a row that fell behind grows with its length, so it is the lowest only where there is no other.
     """
     sound = [row for row in rows if row.is_sound]
     if not sound:
         return None
-    by_latency = [row for row in sound if row.latency_ms[50] is not None] or sound
+    steady = [row for row in sound if not row.fell_behind] or sound
+    by_latency = [row for row in steady if row.latency_ms[50] is not None] or steady
     closed = [row for row in sound if row.first["concurrency"]] or sound
     return max(closed, key=_speed_of), min(by_latency, key=median_ms)
 

@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
 
 def load_of(concurrency: int | None, rate_per_s: float | None) -> str:
-    return f"{rate_per_s:g} requests/s" if rate_per_s else f"concurrency {concurrency}"
+    return f"{rate_per_s:g} requests/s offered" if rate_per_s else f"concurrency {concurrency}"
 
 
 def cells_of(experiment: ExperimentSettings) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""The benchmark's only way to a server: gRPC, nothing else."""
+"""How the benchmark asks a server for answers: gRPC alone. Counters and progress go through `sidecar`, over HTTP."""
 
 import asyncio
 import json

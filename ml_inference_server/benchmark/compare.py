@@ -97,6 +97,8 @@ def _worse(change: Change, before: Row, bound: float) -> list[str]:
     # Both must say so: the interval excludes "no change", and the figure itself is beyond the bound.
     if speed and speed.value < 1 - bound and (math.isnan(speed.high) or speed.high < 1):
         found.append(f"{row}: throughput {tables.ratio(speed)} of before")
+    if row.fell_behind and not before.fell_behind:
+        found.append(f"{row}: kept up with what was offered before")
     is_open = bool(row.first["rate_per_s"])
     if p50 and is_open and p50.value > 1 + bound and (math.isnan(p50.low) or p50.low > 1):
         found.append(f"{row}: median latency {tables.ratio(p50)} of before")
@@ -125,7 +127,15 @@ def unlike(before: Document, after: Document) -> list[str]:
     ):
         if a != b:
             found.append(f"the {what} differ: {a} before, {b} now" if what != "what ran" else f"before {a}, now {b}")
+    a, b = _gains(before), _gains(after)
+    if a and b and a != b:
+        found.append(f"nDCG@10 has the gain {a} before and {b} now: its figures and its gates cannot be compared")
     return found
+
+
+def _gains(document: Document) -> str:
+    measured = (server["quality"] for server in document["servers"] if server.get("quality"))
+    return ", ".join(sorted({tables.ndcg_gain(found) for found in measured if "ndcg10" in found}))
 
 
 def _weights(document: Document) -> str:

@@ -12,6 +12,7 @@ from ml_inference_server.benchmark.contenders import Comparison, Configuration
 from ml_inference_server.benchmark.results import ResultFiles, encode
 from ml_inference_server.benchmark.stats import Ratio
 from ml_inference_server.benchmark.tables import plain
+from ml_inference_server.utils.share import of_limit
 
 
 def markdown(document: Mapping[str, Any], plot_files: Sequence[str]) -> str:
@@ -60,7 +61,7 @@ def _table(found: Comparison) -> str:
             tables.latency(alone, 50) if alone else "-",
             "1" if is_base else tables.ratio(found.delay(configuration)),
             tables.alike(quality),
-            tables.signed(quality.get("ndcg10_difference")) if quality else "-",
+            tables.ndcg_change(quality),
             _of_in_process(configuration, row),
             "front" if configuration.name in found.front else "",
             _gate(row),
@@ -78,9 +79,9 @@ def _gate(row: Row) -> str:
 
 def _of_in_process(configuration: Configuration, row: Row) -> str:
     inside = configuration.entry["server"].get("in_process")
-    if not inside or "error" in inside:
+    if not inside or "error" in inside or aggregate.unlike_in_process(row, inside):
         return "-"
-    return f"{row.texts_per_s / inside['texts_per_s']:.0%}"
+    return of_limit(row.texts_per_s / inside["texts_per_s"])
 
 
 def _legend(found: Comparison) -> str:
@@ -90,8 +91,8 @@ def _legend(found: Comparison) -> str:
         f"Throughput at the heaviest load (batch size {heavy and heavy.first['batch_size']}, {heavy and heavy.load}),"
         f" latency at the lightest (batch size {light and light.first['batch_size']}, {light and light.load}); ratios"
         f" are to {base}; [in brackets] 95 % intervals: a ratio whose interval holds 1 is no difference. *front*:"
-        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches without a"
-        " server. A row that is struck through failed its quality gate: do not run it."
+        " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches with the"
+        " same requests without a server. A row that is struck through failed its quality gate: do not run it."
     )
 
 
@@ -152,12 +153,12 @@ def _said(found: Comparison, configuration: Configuration) -> str:
     quality = configuration.quality
     if quality is None or "ndcg10" not in quality:
         return ", ".join([*said, "quality not measured"])
-    change = quality["ndcg10_difference"]
+    change, said_change = quality["ndcg10_difference"], tables.ndcg_change(quality)
     if quality["cosine_mean"] is not None:
         said.append(f"mean cosine to FP32 {quality['cosine_mean']:.5f}")
     if change:
         lost = "no significant change" if change["low"] <= 0 <= change["high"] else "a significant change"
-        said.append(f"nDCG@10 {tables.signed(change)}, {lost} over {quality['slice']['queries']} queries")
+        said.append(f"nDCG@10 {said_change}, {lost} over {quality['slice']['queries']} queries")
     return ", ".join(said)
 
 
@@ -191,6 +192,13 @@ def _notes(document: Mapping[str, Any], found: Comparison) -> list[str]:
     machines = {entry["fingerprint"] for entry in document["experiments"] if entry["fingerprint"]}
     if len(machines) > 1:
         notes.append("the experiments were measured on different machines, so the ratios mean little")
+    gains: dict[str, list[str]] = {}
+    for configuration in found.all:
+        if (quality := configuration.quality) and "ndcg10" in quality:
+            gains.setdefault(tables.ndcg_gain(quality), []).append(configuration.name)
+    if len(gains) > 1:
+        each = "; ".join(f"{gain} for {', '.join(names)}" for gain, names in gains.items())
+        notes.append(f"nDCG@10 was computed with different gains, so its changes cannot be compared: {each}")
     who: dict[str, list[str]] = {}
     for configuration in found.all:
         for said in configuration.entry["warnings"]:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,26 @@ from ml_inference_server.benchmark.machine import child_environment
 _MODULE = "ml_inference_server.backends.ceiling"
 
 
+def requests_of(workload: Workload, batch_size: int, most: int | None) -> Iterable[list[Any]]:
+    """The first requests that a row of this batch size sends, at most `most`, until the workload starts over."""
+    count = -(-len(workload.items) // batch_size)
+    return (workload.batch(index, batch_size) for index in range(count if most is None else min(count, most)))
+
+
 async def time_in_process(
-    python: str, experiment: Sequence[str], workload: Workload, seconds: float, timeout_s: float
+    python: str, experiment: Sequence[str], requests: Iterable[list[Any]], seconds: float, timeout_s: float
 ) -> dict[str, Any]:
     """texts_per_s with its lowest and highest, and the title of what ran; `error` alone where it cannot be had.
 
-    experiment: the arguments that name the settings. The server under test must be idle or gone meanwhile.
+    experiment: the arguments that name the settings. requests: of texts or pairs; the program takes the first of them.
+    The server under test must be idle or gone meanwhile.
     """
-    items = workload.items
-    texts = [text for pair in items for text in pair] if workload.kind == "pairs" else list(items)
     with tempfile.TemporaryDirectory(prefix="ml_inference_server-") as folder:
-        given, out = Path(folder) / "texts.txt", Path(folder) / "out.json"
-        given.write_text("".join(" ".join(text.split()) + "\n" for text in dict.fromkeys(texts)), encoding="utf-8")
+        given, out = Path(folder) / "requests.jsonl", Path(folder) / "out.json"
+        given.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
         process = await asyncio.create_subprocess_exec(
             *(python, "-m", _MODULE, *experiment),
-            *("--workload", "queries" if workload.kind == "queries" else "passages"),
-            *("--texts", str(given), "--seconds", str(seconds), "--json", str(out)),
+            *("--requests", str(given), "--seconds", str(seconds), "--json", str(out)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -54,6 +58,7 @@ async def time_in_process(
                 "texts_per_s": float(found["texts_per_s"]),
                 "lowest": float(found["lowest"]),
                 "highest": float(found["highest"]),
+                "tokens_per_text": float(found["tokens_per_text"]),
                 "roofline_texts_per_s": found["roofline_texts_per_s"],
             }
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -129,6 +129,7 @@ def describe(run: dict[str, Any]) -> str:
     """One finished row in one line."""
     latency = run["latency_ms"]
     figures = f"{run['requests_per_s']:.1f} requests/s, p50 {latency['p50']:.1f} ms" if latency else "no success"
+    figures += ", fell behind" if run["fell_behind"] else ""
     errors = ", ".join(f"{count} {code}" for code, count in run["errors"].items()) or "0 errors"
     verdict = "" if run["status"] == "valid" else f" - {run['status'].upper()}: {run['reason']}"
     variant = f"{run['variant']}, " if run["variant"] else ""

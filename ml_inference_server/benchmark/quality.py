@@ -16,7 +16,7 @@ from ml_inference_server.benchmark.dataset import SAMPLE, Row, read_file
 from ml_inference_server.benchmark.stats import paired_bootstrap
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import QualitySettings
-from ml_inference_server.utils.ranking import Qrels, mrr_at, ndcg_at, read_qrels
+from ml_inference_server.utils.ranking import NDCG_GAIN, Qrels, mrr_at, ndcg_at, read_qrels
 
 DEPTH = 10
 _BATCH = 32
@@ -152,6 +152,7 @@ def judge(labelled: Slice, ours: Answers, fp32: Answers | None) -> dict[str, Any
     mrr = np.array([mrr_at(DEPTH, ranked[q], labelled.qrels[q]) for q in queries])
     found: dict[str, Any] = {
         "slice": labelled.facts(),
+        "ndcg_gain": NDCG_GAIN,
         "ndcg10": float(ndcg.mean()),
         "mrr10": float(mrr.mean()),
         "per_query": {"qid": queries, "ndcg10": _rounded(ndcg), "mrr10": _rounded(mrr)},

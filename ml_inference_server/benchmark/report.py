@@ -7,8 +7,11 @@ from ml_inference_server.benchmark import aggregate, tables
 from ml_inference_server.benchmark.aggregate import Document, Row, Run
 from ml_inference_server.benchmark.conditions import trouble
 from ml_inference_server.benchmark.records import Records
+from ml_inference_server.benchmark.row import KEPT_UP_SHARE
 from ml_inference_server.benchmark.stats import BEYOND
 from ml_inference_server.benchmark.tables import figure, items_unit, plain
+from ml_inference_server.utils.ranking import NDCG_GAIN
+from ml_inference_server.utils.share import of_limit
 
 # A client process that computes for so much of the time may be what was measured.
 _BUSY_CLIENT = 0.85
@@ -128,6 +131,11 @@ def _footnotes(rows: Sequence[Row]) -> str:
             "Latency counts from when a request was due, also in a row with a rate: a stall is not left out because"
             " the client waited, too."
         )
+    if any(row.fell_behind for row in rows):
+        notes.append(
+            "A row that fell behind was answered more slowly than it was offered: its latency grows with its length and"
+            " says nothing about the server."
+        )
     if any(row.status != "valid" for row in rows):
         notes.append("Latency and throughput count answered requests only; rows that are not valid are never the best.")
     return " ".join(notes)
@@ -141,8 +149,7 @@ def summary(document: Document, rows: Sequence[Row]) -> list[str]:
     fastest, quickest = found
     unit = items_unit(rows)
     lines = [
-        f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}"
-        + (", which is what was offered" if fastest.first["rate_per_s"] else ""),
+        f"- **Best throughput:** {figure(fastest.speed)} {unit}/s at {fastest}{_all_offered(fastest)}",
         f"- **Best latency:** p50 {aggregate.median_ms(quickest):.2f} ms at {quickest}",
     ]
     for server in document["servers"]:
@@ -150,8 +157,17 @@ def summary(document: Document, rows: Sequence[Row]) -> list[str]:
     return ["\n".join(lines)]
 
 
+def _all_offered(row: Row) -> str:
+    """A server that keeps up with a fixed rate could perhaps do more."""
+    rate = row.first["rate_per_s"]
+    if not rate or row.fell_behind:
+        return ""
+    said = ", which is what was offered"
+    return said if row.answered_per_s >= KEPT_UP_SHARE * rate else f"{said}: its schedule was drawn sparser than that"
+
+
 def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """How the server's best row stands to the same backend without a server."""
+    """How the server's best row of the same requests stands to the same backend without a server."""
     inside = server.get("in_process")
     if not inside:
         return []
@@ -159,9 +175,15 @@ def _tax(server: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     if "error" in inside:
         return [f"- **In process{who}:** not measured: {plain(inside['error'])}"]
     ours = [row for row in rows if row.variant == server["variant"] and row.speed and row.status == "valid"]
-    texts = [row.texts_per_s for row in ours]
+    alike = [row for row in ours if not aggregate.unlike_in_process(row, inside)]
+    against = ""
+    if alike:
+        best = max(alike, key=lambda row: row.texts_per_s)
+        share = of_limit(best.texts_per_s / inside["texts_per_s"])
+        against = f"; the server's best row of the same requests ({best}) reaches {share} of it"
+    elif ours:
+        against = f"; no row can be set against it: {aggregate.unlike_in_process(ours[-1], inside)}"
     other = "" if inside["title"] == server["info"]["title"] else f" (there ran {plain(inside['title'])})"
-    against = f"; the server's best row reaches {max(texts) / inside['texts_per_s']:.0%} of it" if texts else ""
     return [
         f"- **In process{who}:** the same backend without a server runs {inside['texts_per_s']:.1f} texts/s"
         f" ({inside['lowest']:.1f}-{inside['highest']:.1f}){other}{against}"
@@ -210,8 +232,8 @@ def _quality(document: Document) -> str:
         lines.append(
             [
                 server["variant"] or "-",
-                f"{found['ndcg10']:.4f}",
-                tables.signed(found["ndcg10_difference"]),
+                tables.of_gain(f"{found['ndcg10']:.4f}", found),
+                tables.ndcg_change(found),
                 f"{found['mrr10']:.4f}",
                 tables.signed(found["mrr10_difference"]),
                 overlap,
@@ -225,8 +247,20 @@ def _quality(document: Document) -> str:
         f"\n\nThrough the server, over the {facts['queries']} judged queries ({facts['pairs']} pairs) of"
         f" {plain(facts['name'])}; changes are to {plain(reference['title']) if reference else 'nothing'}"
         f"{', weights sha256 ' + reference['weights_sha256'][:16] if reference else ''}, query by query, with 95 %"
-        " intervals by paired bootstrap."
+        f" intervals by paired bootstrap. {_gains(found for _, found in measured)}"
     )
+
+
+def _gains(qualities: Iterable[Mapping[str, Any]]) -> str:
+    gains = {tables.ndcg_gain(found) for found in qualities if "ndcg10" in found}
+    lines = [
+        "The gain of nDCG is the grade, as trec_eval has it."
+        if gain == NDCG_GAIN
+        else f"The gain of nDCG is {gain}, as earlier versions had it: compare it neither with published figures nor"
+        " with results of later versions."
+        for gain in sorted(gains)
+    ]
+    return " ".join(lines)
 
 
 def _bullets(prefix: str, texts: Iterable[str]) -> list[str]:

@@ -12,12 +12,14 @@ LATE_SHARE = 0.1
 # So many late requests are an accident; more void an open-loop row.
 LATE_REQUESTS_SHARE = 0.01
 CLIENT_LATE = "the client itself was late"
+# A server keeps up while it answers this share of the requests, and as many of them as come meanwhile.
+KEPT_UP_SHARE = 0.95
 
 
 def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -> dict[str, Any]:
     """Counts, rates, latencies of the answered requests (from the moment when each was due), and the server's share.
 
-    latency_ms, lag_ms, server_ms: None where there is nothing to tell.
+    latency_ms, lag_ms, server_ms: None where there is nothing to tell. fell_behind: None of a closed loop.
     """
     by_code = counts(records)
     ok = by_code.pop("OK", 0)
@@ -41,6 +43,7 @@ def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -
         "pairs_per_s": per_s(pairs) if scores else None,
         "texts_per_s": per_s(texts),
         "latency_ms": latency_summary_ms((answered["done_s"] - answered["due_s"]) * 1e3),
+        "fell_behind": fell_behind(records) if is_open else None,
         "lag_ms": _lag_ms(records) if is_open else None,
         "server_ms": _server_ms(answered),
     }
@@ -52,6 +55,23 @@ def latency_summary_ms(latencies_ms: Any) -> dict[str, float] | None:
         return None
     p50, p95, p99 = np.percentile(latencies_ms, (50, 95, 99))
     return {"avg": float(np.mean(latencies_ms)), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def fell_behind(records: Records) -> bool:
+    """Whether an open loop was answered more slowly than it was offered, so that its queue grew all the time.
+
+    Then latency grows from the first fifth of the requests to the last. The end of the row alone does not tell: the
+    last answer comes a latency after the last request, also from a server that keeps up.
+    """
+    answered = ok_only(records)
+    if len(answered) < KEPT_UP_SHARE * len(records):
+        return True
+    if not len(answered):
+        return False
+    edge = max(1, len(answered) // 5)
+    due_s, latency_s = answered["due_s"], answered["done_s"] - answered["due_s"]
+    lasted_s, grown_s = (float(np.median(x[-edge:]) - np.median(x[:edge])) for x in (due_s, latency_s))
+    return lasted_s < KEPT_UP_SHARE * (lasted_s + grown_s)
 
 
 def _lags_ms(records: Records) -> Any:
@@ -94,7 +114,7 @@ def _server_ms(answered: Records) -> dict[str, float] | None:
 
 
 def batch_figures(counters: dict[str, float] | None) -> dict[str, float | None] | None:
-    """padding_share 0..1 and mean_batch (texts), from the differences of the server's counters over the row."""
+    """padding_share 0..1, mean_batch (texts), and the real tokens, from the server's counters over the row."""
     if counters is None:
         return None
     tokens, padding = counters["mlis_tokens_total"], counters["mlis_padding_tokens_total"]
@@ -102,6 +122,7 @@ def batch_figures(counters: dict[str, float] | None) -> dict[str, float | None] 
     return {
         "padding_share": padding / (tokens + padding) if tokens + padding else None,
         "mean_batch": counters["mlis_batch_texts_sum"] / batches if batches else None,
+        "tokens": tokens,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_inference_server.benchmark.cell import planned_rows
 from ml_inference_server.benchmark.dataset import Dataset, load_dataset
-from ml_inference_server.benchmark.in_process import time_in_process
+from ml_inference_server.benchmark.in_process import requests_of, time_in_process
 from ml_inference_server.benchmark.interrupt import Interrupted, Stop
 from ml_inference_server.benchmark.progress import Progress, work
 from ml_inference_server.benchmark.quality import load_slice
@@ -156,7 +156,7 @@ class _Visits:
         total = sum(work(settings.experiment) for settings in variants.values())
         self._progress = Progress(document["name"], document["planned_rows"], total)
         self._refused: set[str] = set()
-        self._timed: dict[str, dict[str, Any]] = {}
+        self._timed: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     async def run(self) -> None:
         """Interrupted as soon as the stop comes; what was measured is in the result."""
@@ -213,22 +213,25 @@ class _Visits:
         """Once for each model among the variants: what the variants change besides it is the server's business."""
         settings, document = self._variants[variant], self._result.document
         server = next((s for s in document["servers"] if s["variant"] == variant), None)
-        if server is None or settings.model.backend == "fake" or settings.model.task == "cross_encoder":
+        if server is None or settings.model.backend == "fake":
             return
-        model = settings.model.model_dump_json()
-        if model not in self._timed:
+        load = settings.experiment
+        batch_size = max(load.batch_sizes)
+        most = None if load.duration_s else load.benchmark_requests
+        same = (settings.model.model_dump_json(), load.workload, load.seed, batch_size, most)
+        if same not in self._timed:
             self._progress.say("timing the same backend without a server")
-            workload = self._dataset.workload(settings.experiment.workload, settings.experiment.seed)
-            self._timed[model] = await self._stop.race(
+            timed = await self._stop.race(
                 time_in_process(
                     sys.executable,
                     self._experiment.settings_arguments(variant),
-                    workload,
-                    settings.experiment.in_process_s,
+                    requests_of(self._dataset.workload(load.workload, load.seed), batch_size, most),
+                    load.in_process_s,
                     self._experiment.start_timeout_s,
                 )
             )
-        server["in_process"] = self._timed[model]
+            self._timed[same] = {**timed, "workload": load.workload, "batch_size": batch_size}
+        server["in_process"] = self._timed[same]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

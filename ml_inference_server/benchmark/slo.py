@@ -52,8 +52,8 @@ class RateSearch:
 
 
 def meets(run: dict[str, Any], p99_ms: float) -> bool:
-    """Whether a row kept the bound: every request answered, the sender in time, and the percentile within it."""
-    return run["status"] == "valid" and float(run["latency_ms"]["p99"]) <= p99_ms
+    """Whether a row kept the bound: all answered as fast as offered, the sender in time, the percentile within it."""
+    return run["status"] == "valid" and not run["fell_behind"] and float(run["latency_ms"]["p99"]) <= p99_ms
 
 
 def requests_of(bench: Bench) -> int:
@@ -122,7 +122,8 @@ async def _confirm(bench: Bench, batch_size: int, rate: float, found: dict[str, 
 def _probe(run: dict[str, Any], rate: float, p99_ms: float) -> dict[str, Any]:
     p99 = run["latency_ms"] and round(run["latency_ms"]["p99"], 3)
     late = run["reason"].startswith(CLIENT_LATE)
-    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": run["reason"], "client_late": late}
+    reason = run["reason"] or ("it fell behind" if run["fell_behind"] else "")
+    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": reason, "client_late": late}
 
 
 async def _closed_rate(bench: Bench, batch_size: int) -> float:

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ml_inference_server.benchmark.channel import Target
 from ml_inference_server.benchmark.conditions import process_cpu_s
 from ml_inference_server.benchmark.dataset import Dataset, Kind, load_dataset
 from ml_inference_server.benchmark.drive import Driver, Left, Share
-from ml_inference_server.benchmark.in_process import time_in_process
+from ml_inference_server.benchmark.in_process import requests_of, time_in_process
 from ml_inference_server.benchmark.interrupt import Stop
 from ml_inference_server.benchmark.machine import git_facts, machine_facts
 from ml_inference_server.benchmark.records import ok_only
@@ -40,8 +40,10 @@ from ml_inference_server.benchmark.stats import samples_needed
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible
 
 STORE = DOCS / "speed.json"
+_KINDS: tuple[Kind, ...] = ("queries", "passages")
 _STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
 _WARMUP_S = 2.0
 _TIMEOUT_S = 60.0
@@ -134,17 +136,19 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     settings = load_settings(args.experiment, overrides=args.overrides)
     dataset = await load_dataset(args.dataset)
     loads = [Load("queries", 1, 32), Load("passages", 1, 32), Load("passages", 32, 8)]
-    ceilings: dict[str, list[dict[str, Any]]] = {"queries": [], "passages": []}
+    # The texts of a call are all different, so the work is the same however many a call holds.
+    texts = {kind: list(requests_of(dataset.workload(kind, 0), 1, None)) for kind in _KINDS}
+    ceilings: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in _KINDS}
     steps = tqdm(total=2 * len(ceilings) + args.repeats * len(loads) + 3, desc="speed", disable=None)
 
     async def time_ceilings() -> None:
-        for kind, found in ceilings.items():
+        for kind in _KINDS:
             one = await stop.race(
-                time_in_process(sys.executable, experiment, dataset.workload(kind, 0), args.seconds, START_TIMEOUT_S)  # type: ignore[arg-type]
+                time_in_process(sys.executable, experiment, texts[kind], args.seconds, START_TIMEOUT_S)
             )
             if "error" in one:
                 raise ConfigError(f"the backend cannot be timed without a server: {one['error']}")
-            found.append(one)
+            ceilings[kind].append(one)
             steps.update()
 
     await time_ceilings()
@@ -186,20 +190,23 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
             f"At {share:.0%} of the saturation load: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, "
             f"{p99_ms / idle_ms:.1f}x the p50 of one after the other"
         )
+    if impossible := [name for name, share in shares.items() if is_impossible(share)]:
+        print(f"\nNot to be believed: {'; '.join(impossible)}: {NOTE}", file=sys.stderr)
+        return EXIT_FAILED_RUN
     if args.update:
         _store(args.store, settings.name, {"shares": shares, "commit": git_facts(), "machine": machine_facts()})
         print(f"Stored in {args.store}")
     return EXIT_FAILED_RUN if any(load.errors for load in loads) else EXIT_OK
 
 
-def _share(load: Load, ceilings: Sequence[dict[str, Any]]) -> float:
+def _share(load: Load, ceilings: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median(load.texts_per_s) / statistics.median(float(each["texts_per_s"]) for each in ceilings)
 
 
 def _report(
     title: str,
     loads: Sequence[Load],
-    ceilings: dict[str, list[dict[str, Any]]],
+    ceilings: Mapping[Kind, Sequence[Mapping[str, Any]]],
     shares: dict[str, float],
     stored: dict[str, Any],
 ) -> str:
@@ -212,10 +219,10 @@ def _report(
     for load in loads:
         rates, ceiling = load.texts_per_s, ceilings[load.kind]
         roofs = [each["roofline_texts_per_s"] for each in ceiling if each.get("roofline_texts_per_s")]
-        roof = f"{statistics.median(rates) / statistics.median(roofs):.2f}" if roofs else "-"
-        before = stored.get("shares", {}).get(str(load))
+        roof = cell(statistics.median(rates) / statistics.median(roofs)) if roofs else "-"
+        before, share = stored.get("shares", {}).get(str(load)), cell(shares[str(load)])
         lines.append(
-            f"| {load} | {statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}) | {shares[str(load)]:.2f} |"
+            f"| {load} | {statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f}) | {share} |"
             f" {'-' if before is None else f'{before:.2f}'} | {roof} | {statistics.median(load.server_cpu_ms):.2f} |"
             f" {statistics.median(load.client_cpu_ms):.2f} | {load.errors} |"
         )
@@ -229,6 +236,8 @@ def _report(
         lines.append(
             f"\nIn-process ceiling, {kind}: {', '.join(f'{rate:.0f}' for rate in rates)} texts/s (before, after)"
         )
+    if any(MARK in line for line in lines):
+        lines.append(f"\n{MARK} {NOTE}")
     return "\n".join(lines)
 
 

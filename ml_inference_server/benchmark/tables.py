@@ -7,6 +7,7 @@ from typing import Any
 from ml_inference_server.benchmark import stats
 from ml_inference_server.benchmark.aggregate import PERCENTILES, Row, Run
 from ml_inference_server.benchmark.stats import Figure, Ratio
+from ml_inference_server.utils.ranking import NDCG_GAIN
 
 
 def plain(text: str) -> str:
@@ -66,6 +67,24 @@ def signed(found: Mapping[str, float] | None) -> str:
     return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
 
 
+def ndcg_gain(quality: Mapping[str, Any]) -> str:
+    """What a grade was worth in this nDCG. A result that does not say it is of a version that took 2^grade - 1."""
+    return str(quality.get("ndcg_gain", "2^grade - 1"))
+
+
+def of_gain(cell: str, quality: Mapping[str, Any]) -> str:
+    """A cell with a figure of nDCG, marked where it is not the nDCG of this version."""
+    gain = ndcg_gain(quality)
+    return cell if gain == NDCG_GAIN or cell == "-" else f"{cell} (gain {gain})"
+
+
+def ndcg_change(quality: Mapping[str, Any] | None) -> str:
+    """nDCG@10 less that of FP32, with its interval."""
+    if quality is None or "ndcg10" not in quality:
+        return "-"
+    return of_gain(signed(quality["ndcg10_difference"]), quality)
+
+
 def alike(quality: Mapping[str, Any] | None) -> str:
     """Mean and least cosine to FP32, of a cross-encoder the correlation."""
     if quality is None or "ndcg10" not in quality:
@@ -114,7 +133,7 @@ def _result(row: Row, has_variants: bool) -> list[str]:
         spread(row.speed) if len(row.runs) > 1 else "1",
         *(latency(row, p) for p in PERCENTILES),
         alike(quality),
-        signed(quality.get("ndcg10_difference")) if quality else "-",
+        ndcg_change(quality),
         status(row),
     ]
 

@@ -1,6 +1,6 @@
 """Start order, signals, drain, stop order.
 
-Start: ports, then model, then warm-up, then SERVING. Stop: NOT_SERVING, drain, gRPC, sidecar, worker.
+Start: ports, then model, then warm-up, then SERVING. Stop: NOT_SERVING, drain, workers, gRPC, sidecar, traces.
 """
 
 import asyncio

@@ -374,7 +374,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
 
 
 def setting_rows() -> list[tuple[str, Any, str]]:
-    """(dotted key, default, description) of every leaf, in order: what --help, README and the tests read."""
+    """(dotted key, default, description) of every leaf, in order: what the tests hold the README's table to."""
     return list(_leaves(Settings, ""))
 
 

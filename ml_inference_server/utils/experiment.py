@@ -76,7 +76,10 @@ class ExperimentSettings(Section):
         0, ge=0, le=64, description="Processes that send; 0: one for each 500 requests/s of an open loop, else one."
     )
     in_process_s: float = Field(
-        3.0, ge=0, le=600, description="Time the same backend without a server for so long, beside a suite; 0: do not."
+        3.0,
+        ge=0,
+        le=600,
+        description="Time the same backend without a server for at least so long, beside a suite; 0: do not.",
     )
     arrival: ArrivalSettings = Field(default_factory=ArrivalSettings, description="The open loop.")
     slo: SloSettings = Field(default_factory=SloSettings, description="The search for the highest rate.")

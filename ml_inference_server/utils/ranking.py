@@ -1,4 +1,4 @@
-"""How good a ranking is against graded judgements: nDCG@k and MRR@k. Source: trec_eval's definitions."""
+"""How good a ranking is against graded judgements: nDCG@k and MRR@k, as trec_eval defines them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,9 @@ import numpy as np
 from ml_inference_server.utils.errors import ConfigError
 
 Qrels = Mapping[str, Mapping[str, int]]
+
+# What a passage's grade is worth in nDCG. Results keep it, because earlier versions took another gain.
+NDCG_GAIN = "grade"
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
@@ -30,13 +33,13 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def ndcg_at(k: int, ranked: Sequence[str], grades: Mapping[str, int]) -> float:
-    """Normalised discounted cumulative gain of `ranked` passage ids, gain 2^grade - 1, 0..1.
+    """Normalised discounted cumulative gain of `ranked` passage ids, the gain is the grade, 0..1.
 
     The ideal is over all judged passages, found or not. 0 where nothing relevant is judged.
     """
     discounts = 1 / np.log2(np.arange(2, k + 2))
-    gains = np.array([2.0 ** max(grades.get(passage, 0), 0) - 1 for passage in ranked[:k]])
-    ideal = np.array(sorted((2.0 ** max(grade, 0) - 1 for grade in grades.values()), reverse=True)[:k])
+    gains = np.array([max(grades.get(passage, 0), 0) for passage in ranked[:k]])
+    ideal = np.array(sorted((max(grade, 0) for grade in grades.values()), reverse=True)[:k])
     best = float((ideal * discounts[: len(ideal)]).sum())
     return float((gains * discounts[: len(gains)]).sum()) / best if best else 0.0
 

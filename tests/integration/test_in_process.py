@@ -9,29 +9,43 @@ import pytest
 
 from ml_inference_server.benchmark import in_process
 from ml_inference_server.benchmark.dataset import Workload
-from ml_inference_server.benchmark.in_process import time_in_process
+from ml_inference_server.benchmark.in_process import requests_of, time_in_process
 
-PAIRS = Workload("pairs", (("one", "first\tpassage"), ("one", "second")))
-FIGURES = {"title": "t", "texts_per_s": 100.0, "lowest": 90, "highest": 110, "roofline_texts_per_s": None}
+PAIRS = Workload("pairs", (("one", "first\tpassage\n"), ("one", "second"), ("two", "ünd")))
+FIGURES = {
+    "title": "t", "texts_per_s": 100.0, "lowest": 90, "highest": 110, "tokens_per_text": 7.5,
+    "roofline_texts_per_s": None,
+}  # fmt: skip
 
 
 async def timed(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float = 30) -> dict[str, Any]:
     (folder / "stand_in.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setattr(in_process, "_MODULE", "stand_in")
-    return await time_in_process(sys.executable, ["--experiment", "x.yaml"], PAIRS, 1.5, timeout_s)
+    return await time_in_process(
+        sys.executable, ["--experiment", "x.yaml"], requests_of(PAIRS, 2, None), 1.5, timeout_s
+    )
 
 
-async def test_it_is_given_the_settings_and_all_distinct_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_given_the_settings_and_the_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import json, sys\nargs = sys.argv[1:]\nvalue = dict(zip(args[::2], args[1::2]))\n"
-        f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([value, open(value['--texts']).read()]))\n"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([value, open(value['--requests']).read()]))\n"
         f"json.dump({FIGURES!r}, open(value['--json'], 'w'))\n"
     )
     assert await timed(tmp_path, monkeypatch, program) == FIGURES
-    arguments, texts = json.loads((tmp_path / "seen").read_text())
-    assert (arguments["--experiment"], arguments["--workload"], arguments["--seconds"]) == ("x.yaml", "passages", "1.5")
-    assert texts == "one\nfirst passage\nsecond\n"
+    arguments, lines = json.loads((tmp_path / "seen").read_text())
+    assert (arguments["--experiment"], arguments["--seconds"]) == ("x.yaml", "1.5")
+    assert [json.loads(line) for line in lines.splitlines()] == [
+        [["one", "first\tpassage\n"], ["one", "second"]],
+        [["two", "ünd"], ["one", "first\tpassage\n"]],
+    ]
+
+
+@pytest.mark.parametrize(("size", "most", "count"), [(1, None, 5), (2, None, 3), (2, 1, 1), (2, 99, 3), (8, None, 1)])
+def test_the_requests_are_those_of_a_row_until_the_texts_start_over(size: int, most: int | None, count: int) -> None:
+    workload = Workload("passages", tuple("abcde"))
+    assert list(requests_of(workload, size, most)) == [workload.batch(index, size) for index in range(count)]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_damaged_weights_are_struck_through_and_never_the_best(tiny: Path, tmp_p
     experiment.write_text(
         f"name: damaged\nmodel: {{name: {tiny}, backend: pytorch, device: cpu}}\n"
         "experiment: {batch_sizes: [1], concurrency_levels: [2], benchmark_requests: 20, warmup_iterations: 2,"
-        f" repeats: 1, dataset: sample, in_process_s: 0, quality: {{max_ndcg_loss: 1}}}}\n"
+        f" repeats: 1, dataset: sample, in_process_s: 0.05, quality: {{max_ndcg_loss: 1}}}}\n"
         f"variants:\n  sound: {{}}\n  damaged: {{model.name: {damaged}, experiment.quality.reference: {tiny}}}\n"
     )
     assert runner.main([str(experiment), "--output", str(tmp_path / "out.md")]) == 0
@@ -44,6 +44,10 @@ def test_damaged_weights_are_struck_through_and_never_the_best(tiny: Path, tmp_p
     assert sound["ndcg10_difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert broken["gate"]["passed"] is False
     assert broken["cosine_mean"] < 0.97
+    for run, server in zip(document["runs"], document["servers"], strict=True):
+        inside = server["in_process"]
+        assert inside["texts_per_s"] > 0
+        assert inside["tokens_per_text"] == run["batches"]["tokens"] / run["texts"], "the same requests, all of them"
     text = (tmp_path / "out.md").read_text()
     assert "| ~~damaged~~ |" in text
     assert "damaged: QUALITY GATE FAILED" in text

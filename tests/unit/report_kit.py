@@ -12,7 +12,8 @@ def make_run(**changes: Any) -> dict[str, Any]:
         "workload": "pairs", "repeat": 1, "slo": None, "status": "valid", "reason": "", "lost": False, "requests": 200,
         "by_time": False, "started": 200, "ok": 200, "errors": {}, "unfinished": 0, "pairs": 800, "texts": 1600,
         "distinct_texts": 300, "seconds": 2.0, "requests_per_s": 100.0, "pairs_per_s": 400.0, "texts_per_s": 800.0,
-        "latency_ms": {"avg": 10.0, "p50": 9.0, "p95": 15.0, "p99": 19.0}, "lag_ms": None, "server_ms": None,
+        "latency_ms": {"avg": 10.0, "p50": 9.0, "p95": 15.0, "p99": 19.0}, "fell_behind": None, "lag_ms": None,
+        "server_ms": None,
         "batches": None, "first_error": None, "raw": "run_0001", "conditions": None,
         "client": {"processes": 1, "cpu_share": 0.1},
         "warmup": {"requests": 5, "ok": 5, "errors": {}, "rounds": 2, "settled": True},
@@ -51,7 +52,8 @@ def make_document(runs: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
 
 def quality(**changes: Any) -> dict[str, Any]:
     found = {
-        "slice": {"name": "s", "sha256": "ef", "queries": 40, "pairs": 400}, "ndcg10": 0.55, "mrr10": 0.9,
+        "slice": {"name": "s", "sha256": "ef", "queries": 40, "pairs": 400},
+        "ndcg_gain": "grade", "ndcg10": 0.55, "mrr10": 0.9,
         "cosine_mean": 0.94, "cosine_min": 0.8, "correlation": None, "overlap10": 0.9,
         "ndcg10_difference": {"value": -0.03, "low": -0.05, "high": -0.01},
         "mrr10_difference": {"value": 0.0, "low": 0.0, "high": 0.0},

@@ -6,6 +6,7 @@ from typing import Any
 from ml_inference_server.benchmark import aggregate, comparison
 from ml_inference_server.benchmark.compare import compare
 from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
+from ml_inference_server.benchmark.slo import meets
 from tests.unit.report_kit import make_document, quality, repeats
 
 
@@ -155,6 +156,49 @@ def test_noise_is_no_regression_however_low_the_figure() -> None:
     steady = make_document(repeats(79, 80, 81))
     assert len(compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.05).regressions) == 1
     assert compare(make_document(repeats(99, 100, 101)), steady, ({}, {}), 0.25).regressions == []
+
+
+def test_the_share_of_the_in_process_speed_is_of_the_same_requests() -> None:
+    """At the baseline's heaviest load, 8 pairs a request; texts/s of the rows are 800."""
+    inside = {"title": "int8 ran", "texts_per_s": 1000.0, "workload": "pairs", "batch_size": 8, "tokens_per_text": 50.0}
+    shares = []
+    for changes in ({}, {"texts_per_s": 500.0}, {"batch_size": 4}):
+        int8 = entry("int8", (198, 200, 202))
+        int8["server"]["in_process"] = inside | changes
+        text = comparison.markdown(summary(BASE, int8), [])
+        (line,) = (line for line in text.splitlines() if line.startswith("| int8"))
+        shares.append([cell.strip() for cell in line.split("|")][9])
+    assert shares == ["80%", "160% (more than all: an error of the measurement)", "-"]
+
+
+def test_a_rate_that_is_no_longer_kept_up_with_is_a_regression() -> None:
+    load = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
+    before = make_document(repeats(59, 60, 61, **load, requests_per_s=60.0, fell_behind=False))
+    after = make_document(repeats(59, 60, 61, **load, requests_per_s=50.0, fell_behind=True))
+    (said,) = compare(before, after, ({}, {}), 0.05).regressions
+    assert said.endswith("50 answered (fell behind): kept up with what was offered before")
+    assert compare(after, after, ({}, {}), 0.05).regressions == []
+    assert not meets(after["runs"][0], p99_ms=1000.0), "a rate is not borne by falling behind within the bound"
+    assert meets(before["runs"][0], p99_ms=1000.0)
+
+
+def test_ndcg_of_two_definitions_is_never_compared_silently() -> None:
+    """A summary can hold experiments of an earlier version (--resume), which took 2^grade - 1 as the gain."""
+    old = entry("old", (198, 200, 202), cosine=0.99)
+    del old["server"]["quality"]["ndcg_gain"]
+    text = comparison.markdown(summary(BASE, old), [])
+    assert "nDCG@10 was computed with different gains" in text
+    assert "grade for minilm_baseline; 2^grade - 1 for old" in text
+    assert "nDCG@10 -0.0100 [-0.0100, -0.0100] (gain 2^grade - 1), a significant change" in text
+    assert "different gains" not in comparison.markdown(summary(BASE, INT8), [])
+
+    before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
+    before["servers"][0]["quality"] = quality()
+    after["servers"][0]["quality"] = quality()
+    assert compare(before, after, ({}, {}), 0.05).notes == []
+    del before["servers"][0]["quality"]["ndcg_gain"]
+    (note,) = compare(before, after, ({}, {}), 0.05).notes
+    assert note.startswith("nDCG@10 has the gain 2^grade - 1 before and grade now")
 
 
 def test_a_gate_that_fails_now_is_a_regression() -> None:

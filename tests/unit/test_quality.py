@@ -40,19 +40,19 @@ def vectors(labelled: Slice, seed: int, noise: float = 0.0) -> Answers:
 
 
 def test_every_query_agrees_with_trec_eval(labelled: Slice) -> None:
-    """trec_eval's nDCG takes the grade itself as gain, ours 2^grade - 1: give it those as grades."""
     scores = np.round(np.random.default_rng(2).normal(size=len(labelled.rows)), 1).astype(np.float32)  # with ties
     found = judge(labelled, Answers(scores, None), None)
-    gains = {q: {p: 2**grade - 1 for p, grade in grades.items()} for q, grades in labelled.qrels.items()}
+    judged = {q: dict(grades) for q, grades in labelled.qrels.items()}
     run: dict[str, dict[str, float]] = {}
     for row, score in zip(labelled.rows, scores, strict=True):
         run.setdefault(row.qid, {})[row.pid] = float(score)
-    theirs = pytrec_eval.RelevanceEvaluator(gains, {"ndcg_cut.10", "recip_rank"}).evaluate(run)
+    theirs = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recip_rank"}).evaluate(run)
     per_query = found["per_query"]
     for qid, ndcg, mrr in zip(per_query["qid"], per_query["ndcg10"], per_query["mrr10"], strict=True):
         assert ndcg == pytest.approx(theirs[qid]["ndcg_cut_10"], abs=1e-5)
         first = theirs[qid]["recip_rank"]
         assert mrr == pytest.approx(first if first >= 1 / 10 else 0.0, abs=1e-5)
+    assert found["ndcg_gain"] == "grade"
     assert found["ndcg10"] == pytest.approx(np.mean([t["ndcg_cut_10"] for t in theirs.values()]), abs=1e-6)
 
 

@@ -18,13 +18,13 @@ def test_ndcg_of_a_perfect_ranking_is_one() -> None:
 
 
 def test_ndcg_by_hand() -> None:
-    ideal = 7 / log2(2) + 1 / log2(3)
-    assert ndcg_at(10, ["c", "a", "x", "b"], GRADES) == pytest.approx((7 / log2(3) + 1 / log2(5)) / ideal)
-    assert ndcg_at(1, ["b", "a"], GRADES) == pytest.approx(1 / 7)
+    ideal = 3 / log2(2) + 1 / log2(3)
+    assert ndcg_at(10, ["c", "a", "x", "b"], GRADES) == pytest.approx((3 / log2(3) + 1 / log2(5)) / ideal)
+    assert ndcg_at(1, ["b", "a"], GRADES) == pytest.approx(1 / 3)
 
 
 def test_the_ideal_counts_relevant_passages_that_were_not_found() -> None:
-    assert ndcg_at(10, ["b"], GRADES) < 0.2
+    assert ndcg_at(10, ["b"], GRADES) < 0.3
 
 
 def test_nothing_relevant_is_zero() -> None:
@@ -51,18 +51,19 @@ def test_qrels_are_read_and_a_bad_line_is_named(tmp_path: Path) -> None:
 
 
 def test_random_rankings_equal_trec_evals() -> None:
-    """trec_eval's gain is the grade itself: it is given 2^grade - 1 as the grade, and grades above 0 are relevant."""
+    """The same qrels to both, also with a grade below 0 (spam in some TREC tracks), which gains nothing."""
     rng = random.Random(0)
     qrels: dict[str, dict[str, int]] = {}
     runs: dict[str, list[str]] = {}
     for query in map(str, range(200)):
         passages = [f"p{i}" for i in range(rng.randint(1, 40))]
-        qrels[query] = {passage: rng.choice([0, 0, 1, 2, 3]) for passage in passages if rng.random() < 0.7} or {"p0": 1}
+        qrels[query] = {passage: rng.choice([-1, 0, 0, 1, 2, 3]) for passage in passages if rng.random() < 0.7} or {
+            "p0": 1
+        }
         runs[query] = rng.sample(passages, rng.randint(1, len(passages)))
     scores = {query: {p: -float(rank) for rank, p in enumerate(ranked)} for query, ranked in runs.items()}
-    gains = {query: {p: 2**grade - 1 for p, grade in grades.items()} for query, grades in qrels.items()}
     first_ten = {query: dict(list(each.items())[:10]) for query, each in scores.items()}
-    ndcg = pytrec_eval.RelevanceEvaluator(gains, {"ndcg_cut.10"}).evaluate(scores)
+    ndcg = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(scores)
     mrr = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(first_ten)
     values = [ndcg[query]["ndcg_cut_10"] for query in runs]
     assert len({round(value, 6) for value in values}) > 100

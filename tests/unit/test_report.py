@@ -23,7 +23,8 @@ from ml_inference_server.benchmark.results import (
     result_files,
     write_results,
 )
-from ml_inference_server.benchmark.row import latency_summary_ms
+from ml_inference_server.benchmark.row import figures, latency_summary_ms
+from ml_inference_server.benchmark.schedule import arrivals_s
 from ml_inference_server.utils.errors import ConfigError
 from tests.unit.report_kit import make_document, make_run, quality, repeats
 
@@ -120,11 +121,93 @@ def test_only_valid_rows_can_be_the_best() -> None:
 
 def test_an_offered_rate_is_no_throughput_that_was_reached() -> None:
     closed = make_run(pairs_per_s=300.0)
-    offered = make_run(concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0)
+    offered = make_run(
+        concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0, requests_per_s=499, fell_behind=False
+    )
     best = aggregate.best(aggregate.rows_of(make_document([closed, offered]), {}))
     assert best is not None
     assert best[0].first == closed
     assert "which is what was offered" in report.markdown(make_document([offered]), {})
+
+
+def served_in_turn(due_s: Any, service_s: float) -> Any:
+    """Records of requests that one server answers one after the other."""
+    free_s, rows = 0.0, []
+    for due in due_s:
+        free_s = max(due, free_s) + service_s
+        rows.append(record(due, due, free_s, "OK", (1, 2, 3, 6)))
+    return as_records(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("load", "behind"), [(0.3, False), (0.7, False), (1.2, True), (60 / 41.5, True), (3.0, True)])
+def test_a_row_that_is_offered_more_than_is_answered_fell_behind(load: float, behind: bool, seed: int) -> None:
+    due_s = arrivals_s("poisson", 60.0, requests=1000, duration_s=0.0, seed=seed, repeat=1)
+    found = figures(served_in_turn(due_s, load / 60), batch_size=1, scores=False, is_open=True)
+    assert found["fell_behind"] is behind
+
+
+def test_a_short_row_whose_last_answer_takes_its_time_kept_up() -> None:
+    """The answers end a latency after the requests, here a third of the row: that is no backlog."""
+    records = as_records([record(n / 60, n / 60, n / 60 + 0.5, "OK", (1, 2, 3, 6)) for n in range(60)])
+    found = figures(records, batch_size=1, scores=False, is_open=True)
+    assert found["requests_per_s"] < 0.7 * 60
+    assert found["fell_behind"] is False
+    assert figures(records, batch_size=1, scores=False, is_open=False)["fell_behind"] is None
+
+
+def test_a_server_that_refuses_what_is_too_much_fell_behind() -> None:
+    codes = ["OK", "RESOURCE_EXHAUSTED", "OK"]
+    records = as_records([record(n / 60, n / 60, n / 60 + 0.01, codes[n % 3], (1, 2, 3, 6)) for n in range(60)])
+    assert figures(records, batch_size=1, scores=False, is_open=True)["fell_behind"] is True
+
+
+OFFERED = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
+
+
+def test_a_row_that_fell_behind_says_so_wherever_it_stands() -> None:
+    """60 requests/s offered and 41.5 answered is not "60 requests/s, which is what was offered"."""
+    behind = make_run(**OFFERED, requests_per_s=41.5, pairs_per_s=166.0, fell_behind=True)
+    document = make_document([behind])
+    (row,) = table(document)
+    assert row["load"] == "60 requests/s offered, 41.5 answered (fell behind)"
+    text = report.markdown(document, {})
+    assert (
+        "**Best throughput:** 166 pairs/s at batch size 4, 60 requests/s offered, 41.5 answered (fell behind)" in text
+    )
+    assert "which is what was offered" not in text
+    assert "A row that fell behind was answered more slowly than it was offered" in text
+    kept_up = make_document([make_run(**OFFERED, requests_per_s=59.6, fell_behind=False)])
+    assert table(kept_up)[0]["load"] == "60 requests/s offered, 59.6 answered"
+    assert "fell behind" not in report.markdown(kept_up, {})
+
+
+def test_the_latency_of_a_row_that_fell_behind_is_not_the_best() -> None:
+    quick = dict.fromkeys(("avg", "p50", "p95", "p99"), 1.0)
+    behind = make_run(**OFFERED, requests_per_s=41.5, fell_behind=True, latency_ms=quick)
+    closed = make_run()
+    best = aggregate.best(aggregate.rows_of(make_document([behind, closed]), {}))
+    assert best is not None
+    assert best[1].first == closed
+
+
+@pytest.mark.parametrize(
+    ("p50", "p95", "said"),
+    [
+        (370.0, 700.0, " (fell behind)"),  # a queue that grew for 0.74 s
+        (15.0, 30.0, ""),  # by chance, few requests were due
+        (740.0, 745.0, ""),  # the last answer takes its time, like all of them
+    ],
+)
+def test_a_summary_of_an_earlier_version_is_judged_by_what_it_has(p50: float, p95: float, said: str) -> None:
+    latency = {"avg": p50, "p50": p50, "p95": p95, "p99": p95}
+    run = make_run(**OFFERED, requests=100, ok=100, seconds=2.41, requests_per_s=41.5, latency_ms=latency)
+    del run["fell_behind"]
+    document = make_document([run])
+    assert table(document)[0]["load"] == f"60 requests/s offered, 41.5 answered{said}"
+    assert ("which is what was offered: its schedule was drawn sparser" in report.markdown(document, {})) is (
+        said == ""
+    )
 
 
 def test_one_bad_repeat_spoils_the_row() -> None:
@@ -152,6 +235,25 @@ def test_a_row_that_fails_its_gate_is_struck_through_and_never_the_best() -> Non
     text = report.markdown(document, {})
     assert "bad: QUALITY GATE FAILED" in text
     assert "nothing to compare" in text, "a ratio to a wrong answer is no ratio"
+
+
+def earlier(found: dict[str, Any]) -> dict[str, Any]:
+    """As a version left it that took 2^grade - 1 as the gain of nDCG, and did not say so."""
+    return {name: value for name, value in found.items() if name != "ndcg_gain"}
+
+
+def test_a_report_says_which_gain_its_ndcg_has() -> None:
+    passed = quality(gate={"passed": True, "reasons": []})
+    document = make_document([make_run()])
+    document["servers"][0]["quality"] = passed
+    text = report.markdown(document, {})
+    assert "The gain of nDCG is the grade, as trec_eval has it." in text
+    assert "2^grade" not in text
+    document["servers"][0]["quality"] = earlier(passed)
+    text = report.markdown(document, {})
+    assert "The gain of nDCG is 2^grade - 1, as earlier versions had it: compare it neither with published" in text
+    assert "0.5500 (gain 2^grade - 1)" in text
+    assert table(document)[0]["nDCG@10 change"] == "-0.0300 [-0.0500, -0.0100] (gain 2^grade - 1)"
 
 
 def test_everything_doubtful_is_said() -> None:
@@ -343,13 +445,60 @@ def test_results_that_find_no_room_are_written_elsewhere(
     assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"
 
 
+INSIDE = {
+    "title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0, "workload": "pairs",
+    "batch_size": 4, "tokens_per_text": 50.0,
+}  # fmt: skip
+
+
+def tax(document: dict[str, Any]) -> str:
+    return "".join(report.summary(document, aggregate.rows_of(document, {})))
+
+
 def test_the_servers_tax_is_told() -> None:
     document = make_document([make_run(texts_per_s=800.0), make_run(batch_size=1, texts_per_s=100.0)])
     server = document["servers"][0]
-    server["in_process"] = {"title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
-    said = "".join(report.summary(document, aggregate.rows_of(document, {})))
-    assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row reaches 80% of it" in said
+    server["in_process"] = dict(INSIDE)
+    said = tax(document)
+    assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row of the same requests" in said
+    assert "(batch size 4, concurrency 2) reaches 80% of it" in said
     server["in_process"]["title"] = "another thing"
-    assert "there ran another thing" in "".join(report.summary(document, aggregate.rows_of(document, {})))
+    assert "there ran another thing" in tax(document)
     server["in_process"] = {"error": "no such program"}
-    assert "not measured: no such program" in "".join(report.summary(document, aggregate.rows_of(document, {})))
+    assert "not measured: no such program" in tax(document)
+
+
+def test_a_row_is_set_against_the_same_requests_only() -> None:
+    """Equal texts of a request are computed once, and pairs are half queries: other requests are other work."""
+    other = make_run(batch_size=8, texts_per_s=1260.0)
+    document = make_document([other, make_run(texts_per_s=800.0)])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    assert "(batch size 4, concurrency 2) reaches 80% of it" in tax(document)
+    document["runs"] = [other]
+    assert "no row can be set against it: it ran requests of batch size 4" in tax(document)
+    document["runs"] = [make_run(workload="passages", pairs_per_s=None)]
+    assert "no row can be set against it" in tax(document)
+
+
+@pytest.mark.parametrize(("tokens", "is_same"), [(80_000, True), (77_000, True), (70_000, False), (92_000, False)])
+def test_other_tokens_than_the_servers_are_other_work(tokens: int, is_same: bool) -> None:
+    run = make_run(batches={"padding_share": 0.1, "mean_batch": 9.0, "tokens": tokens}, texts=1600)
+    document = make_document([run])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    said = "reaches 80% of it" if is_same else f"it ran other work, 50.0 tokens a text for {tokens / 1600:.1f}"
+    assert said in tax(document)
+    del run["batches"]["tokens"]
+    assert "reaches 80% of it" in tax(document), "what the server did not tell is no difference"
+
+
+def test_a_server_that_is_faster_than_its_engine_is_an_error_of_the_measurement() -> None:
+    document = make_document([make_run(texts_per_s=1260.0)])
+    document["servers"][0]["in_process"] = dict(INSIDE)
+    assert "reaches 126% (more than all: an error of the measurement) of it" in tax(document)
+
+
+def test_an_earlier_result_without_the_requests_gets_no_share() -> None:
+    document = make_document([make_run(texts_per_s=1260.0)])
+    document["servers"][0]["in_process"] = {"title": "t", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
+    assert "no row can be set against it: it ran other texts, as earlier versions did" in tax(document)
+    assert "126%" not in tax(document)
