@@ -23,7 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_inference_server.backends.base import Backend, Encoded, TextTokenizer, TokenBatch, collate, packed_size
+from ml_inference_server.backends.base import (
+    DOCUMENT_PROMPTS,
+    Backend,
+    Encoded,
+    TextTokenizer,
+    TokenBatch,
+    collate,
+    packed_size,
+)
 from ml_inference_server.backends.compare import grouped_batches
 from ml_inference_server.backends.reference import sample_pairs
 from ml_inference_server.backends.resolve import title
@@ -134,10 +142,22 @@ def work_of(requests: Sequence[Sequence[Item]], tokenizer: TextTokenizer, *, is_
         asked = [[(query, item) if isinstance(item, str) else item for item in request] for request in requests]
         pairs = [pair for request in asked for pair in dict.fromkeys(request)]
         return Work(tokenizer.encode_pairs(pairs), _texts_of(requests))
-    texts: list[str] = []
+    query_prompt = "query" if "query" in tokenizer.prompts else None
+    document_prompt = next((name for name in DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
+    keys: list[tuple[str | None, str]] = []
     for request in requests:
-        texts += dict.fromkeys(text for item in request for text in ((item,) if isinstance(item, str) else item))
-    return Work(tokenizer.encode(texts), _texts_of(requests))
+        asked_keys: dict[tuple[str | None, str], None] = {}
+        for item in request:
+            if isinstance(item, str):
+                asked_keys[None, item] = None
+            else:
+                asked_keys |= {(query_prompt, item[0]): None, (document_prompt, item[1]): None}
+        keys += asked_keys
+    rows = {
+        prompt: iter(tokenizer.encode([text for name, text in keys if name == prompt], prompt))
+        for prompt in {name for name, _ in keys}
+    }
+    return Work([next(rows[prompt]) for prompt, _ in keys], _texts_of(requests))
 
 
 def _texts_of(requests: Sequence[Sequence[Item]]) -> int:

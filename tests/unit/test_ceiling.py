@@ -88,8 +88,12 @@ def test_batches_hold_every_text_once_in_an_order_that_tells_nothing_of_length()
 class Words:
     """A tokenizer of one token for each character."""
 
+    def __init__(self, **prompts: str) -> None:
+        self.prompts = prompts
+
     def encode(self, texts: list[str], prompt_name: str | None = None) -> list[Encoded]:
-        return [Encoded(np.ones(len(text), np.int32)) for text in texts]
+        prompt = "" if prompt_name is None else self.prompts[prompt_name]
+        return [Encoded(np.ones(len(prompt + text), np.int32)) for text in texts]
 
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[Encoded]:
         return [Encoded(np.ones(len(query + passage), np.int32)) for query, passage in pairs]
@@ -111,6 +115,13 @@ def test_the_work_is_what_a_server_would_compute_for_the_requests(
     found = work_of(requests, Words(), is_cross_encoder=cross_encoder)  # type: ignore[arg-type]
     assert [row.length for row in found.rows] == lengths
     assert found.texts == texts
+
+
+def test_queries_and_passages_of_pairs_have_their_prompts_as_in_the_server() -> None:
+    words = Words(query="find: ", passage="p: ")
+    requests: Any = [[("a", "a"), ("a", "bb")], ["a"]]
+    found = work_of(requests, words, is_cross_encoder=False)  # type: ignore[arg-type]
+    assert [row.length for row in found.rows] == [7, 4, 5, 1]
 
 
 def test_requests_are_read_and_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
