@@ -127,6 +127,9 @@ def unlike(before: Document, after: Document) -> list[str]:
     ):
         if a != b:
             found.append(f"the {what} differ: {a} before, {b} now" if what != "what ran" else f"before {a}, now {b}")
+    a, b = _model_files(before), _model_files(after)
+    if a and b and a != b and _weights(before) == _weights(after):
+        found.append(f"the models differ in other files than their weights: {a} before, {b} now")
     a, b = _gains(before), _gains(after)
     if a and b and a != b:
         found.append(f"nDCG@10 has the gain {a} before and {b} now: its figures and its gates cannot be compared")
@@ -136,6 +139,11 @@ def unlike(before: Document, after: Document) -> list[str]:
 def _gains(document: Document) -> str:
     measured = (server["quality"] for server in document["servers"] if server.get("quality"))
     return ", ".join(sorted({tables.ndcg_gain(found) for found in measured if "ndcg10" in found}))
+
+
+def _model_files(document: Document) -> str:
+    """Empty for results of versions that told only the hash of the weights."""
+    return ", ".join(sorted({s["info"]["resolved"].get("model_sha256", "")[:16] for s in document["servers"]}))
 
 
 def _weights(document: Document) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_inference_server.benchmark import aggregate, comparison
-from ml_inference_server.benchmark.compare import compare
+from ml_inference_server.benchmark.compare import compare, unlike
 from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
 from ml_inference_server.benchmark.slo import meets
 from tests.unit.report_kit import make_document, quality, repeats
@@ -208,3 +208,13 @@ def test_a_gate_that_fails_now_is_a_regression() -> None:
     said = compare(before, after, ({}, {}), 0.05).regressions
     assert any("is QUALITY now" in line for line in said)
     assert any("fails its quality gate: mean cosine" in line for line in said)
+
+
+def test_models_that_share_their_weights_and_differ_in_other_files_are_told() -> None:
+    """Another pooling or prompt gives other vectors from the same weights."""
+    before, after = make_document(repeats(100.0)), make_document(repeats(100.0))
+    for document, digest in ((before, "1" * 64), (after, "2" * 64)):
+        document["servers"][0]["info"]["resolved"]["model_sha256"] = digest
+    assert any("differ in other files than their weights: 1111" in line for line in unlike(before, after))
+    del before["servers"][0]["info"]["resolved"]["model_sha256"]  # a result of an earlier version
+    assert not any("other files" in line for line in unlike(before, after))

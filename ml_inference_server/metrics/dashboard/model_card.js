@@ -48,9 +48,11 @@ function details({ resolved, server_version, pid, instance_id, auto_choice }) {
     ["Parallelism", `${count(resolved.concurrency, "batch", "batches")} in flight, ${count(resolved.threads, "thread", "threads")} each`],
     ["Input", `up to ${number(resolved.max_tokens)} tokens`],
     ["Output", count(resolved.dimension, "dimension", "dimensions")],
+    ["Scores by", resolved.similarity],
     ["Parameters", number(resolved.parameters)],
     ["Weights", [resolved.weights_file, resolved.source].filter(Boolean).join(" · ")],
     ["SHA-256", resolved.weights_sha256 && `${resolved.weights_sha256.slice(0, 16)} …`],
+    ["All files", resolved.model_sha256 && `SHA-256 ${resolved.model_sha256.slice(0, 16)} …`],
     ["Versions", versions],
     ...own,
   ].filter(([, text]) => text);
