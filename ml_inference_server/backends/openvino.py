@@ -69,6 +69,8 @@ class OpenVinoBackend:
             "NUM_STREAMS": str(self._settings.streams),
             "INFERENCE_NUM_THREADS": str(self._settings.threads * self._settings.streams),
             "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
+            # It would put its threads on the first cores, and those of every process and server on the same ones.
+            "ENABLE_CPU_PINNING": "NO",
         }
         with engine_errors(f"OpenVINO cannot run {self._exported.describe(file)}"):
             self.compiled = core.compile_model(core.read_model(str(file)), "CPU", configuration)
