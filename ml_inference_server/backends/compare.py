@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ml_inference_server.backends import BACKENDS, create_backend
 from ml_inference_server.backends.base import Encoded, TokenBatch, collate
 from ml_inference_server.backends.export import graph_inputs
+from ml_inference_server.backends.own_process import start_errors
 from ml_inference_server.backends.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
@@ -106,9 +107,10 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
     begin_child()
     try:
         started = time.perf_counter()
-        backend = create_backend(settings)
-        backend.load_model()
-        backend.warmup(lambda done, total: None)
+        with start_errors(settings):
+            backend = create_backend(settings)
+            backend.load_model()
+            backend.warmup(lambda done, total: None)
         connection.send({"load_s": time.perf_counter() - started})
     except StartError as error:
         connection.send({"error": str(error)})

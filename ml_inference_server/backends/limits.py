@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Company, Encoded, collate
 from ml_inference_server.backends.model_files import ModelFiles
+from ml_inference_server.backends.own_process import one_line
 from ml_inference_server.utils.errors import ModelError
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def usable_tokens(model: Any, told: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if _runs(model, middle) else (low, middle)
     if low < 2:
-        raise ModelError("the model cannot run a text of two tokens: its files do not belong together")
+        raise ModelError(
+            "the model cannot run a text of two tokens: its files do not belong together; download it again"
+        )
     return low
 
 
@@ -125,8 +128,9 @@ def _undisturbed(module: torch.nn.Module, texts: Sequence[Encoded], pad_id: int)
         alone = np.concatenate([run_alone(module, text) for text in texts])
     except Exception as error:
         log.debug("a probe failed", exc_info=error)
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(f"the model cannot run a text ({type(error).__name__}: {first[:200]})") from error
+        raise ModelError(
+            f"the model cannot run a text ({one_line(error)}): its files do not belong together; download it again"
+        ) from error
     try:
         together = _run(module, texts, pad_id)
     except Exception as error:

@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 from ml_inference_server.backends import limits
 from ml_inference_server.backends.base import Company, TextTokenizer
 from ml_inference_server.backends.library_tokenizer import Variant
+from ml_inference_server.backends.load_guard import LoadGuard
+from ml_inference_server.backends.misfits import cannot_load, check_fit
 from ml_inference_server.backends.model_files import ModelFiles, architecture_of, find_model
 from ml_inference_server.backends.model_kind import ModelKind, Task, kind_of
+from ml_inference_server.backends.reference import errors_of_the_model
 from ml_inference_server.backends.text_input import Prepared, prepare
 from ml_inference_server.utils.config import ModelSettings
-from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.errors import ModelError, StartError
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +84,13 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     files, kind = locate(settings)
     log.info("%s is %s: serving it as %s", settings.name, kind.sentence, kind.task)
     model = plain_model(settings, files, kind.task)
-    prepared = prepare(model, settings.max_tokens, files)
     first = model[0]
-    module = TokenModule(model, prepared.variants, getattr(model, "truncate_dim", None)).eval().requires_grad_(False)
-    company = _settle(module, first, prepared, files)
+    truncate_dim = getattr(model, "truncate_dim", None)
+    with errors_of_the_model(files):
+        prepared = prepare(model, settings.max_tokens, files)
+        module = TokenModule(model, prepared.variants, truncate_dim).eval().requires_grad_(False)
+        company = _settle(module, first, prepared, files)
+        dimension = _dimension(module, prepared)
     return LoadedModel(
         module=module,
         transformer=first,
@@ -94,7 +100,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         similarity="logit" if isinstance(model, CrossEncoder) else str(model.similarity_fn_name),
         tokenizer=prepared.tokenizer,
         company=company,
-        dimension=_dimension(module, prepared),
+        dimension=dimension,
         takes_token_type_ids=prepared.takes_token_type_ids,
         variants=len(prepared.variants),
     )
@@ -127,21 +133,31 @@ def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:
         "model_kwargs": {"use_safetensors": True, "dtype": torch.float32},
     }
     try:
-        with _reports() as reports:
+        with LoadGuard(files), _reports() as reports:
             if task == "cross_encoder":
                 labels = {"num_labels": 1} if settings.random_weights else {}
                 model: Any = CrossEncoder(str(files.folder), **options, **labels)
             else:
                 model = SentenceTransformer(str(files.folder), **options)
+    except StartError:
+        raise
     except Exception as error:
         raise cannot_load(files, error) from error
     if settings.random_weights:
         _randomise(model)
     else:
         _check_complete(model, reports, files)
+        check_fit(model, files)
     if task == "cross_encoder" and model.num_labels != 1:
         raise ModelError(
-            f"a cross-encoder gives one score; this model has {model.num_labels} labels: it is a classifier"
+            f"a cross-encoder gives one score; this model has {model.num_labels} labels: it is a classifier; "
+            f"use a model with one"
+        )
+    kept = getattr(model, "truncate_dim", None)
+    if kept is not None and not (isinstance(kept, int) and kept > 0):
+        raise ModelError(
+            f"{files.folder}/config_sentence_transformers.json says truncate_dim: {kept!r}: set it to how many numbers "
+            f"of a vector are kept, or remove it"
         )
     model.eval()
     return model
@@ -179,7 +195,7 @@ def _check_complete(model: Any, reports: list[Mapping[str, Any]], files: ModelFi
         if missing:
             raise ModelError(
                 f"{files.weights_file} holds no weights for {missing[0]} and {len(missing) - 1} more tensors: "
-                f"the files belong to another architecture"
+                f"the files belong to another architecture, or are damaged; download it again"
             )
 
 
@@ -213,11 +229,3 @@ def _randomise(model: Any) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.05, generator=generator)
-
-
-def cannot_load(files: ModelFiles, error: Exception) -> ModelError:
-    """The one line for whatever a library raises about a model's files."""
-    log.debug("loading failed", exc_info=error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-    return ModelError(f"model {files.folder} cannot be loaded ({reason}): check its files, or download it again")

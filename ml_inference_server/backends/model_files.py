@@ -4,14 +4,13 @@ import concurrent.futures
 import functools
 import hashlib
 import importlib.util
-import json
 import logging
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ml_inference_server.backends.file_checks import check_configurations, check_regular, check_safetensors, read_json
 from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -159,7 +158,8 @@ def _verified(folder: Path, source: str, expected_sha256: str | None = None) -> 
         return _verify(folder, source, expected_sha256)
     except OSError as error:
         raise ModelError(
-            f"model folder {folder} cannot be read: {error.strerror or error} ({error.filename})"
+            f"model folder {folder} cannot be read: {error.strerror or error} ({str(error.filename)[:200]}): check the "
+            f"path and its permissions, or download it again"
         ) from error
 
 
@@ -167,11 +167,21 @@ def _verify(folder: Path, source: str, expected_sha256: str | None) -> ModelFile
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ModelError(f"model folder {folder} {what}: expected a folder in sentence-transformers layout")
-    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
-        raise ModelError(f"model folder {folder} holds neither config.json nor modules.json: not a model")
-    for module in module_folders(folder):
+    if not any((folder / name).is_symlink() or (folder / name).exists() for name in ("config.json", "modules.json")):
+        raise ModelError(
+            f"model folder {folder} holds neither config.json nor modules.json: not a model; "
+            f"name the folder that holds them"
+        )
+    modules = module_folders(folder)
+    for module in modules:
         if not module.is_dir():
-            raise ModelError(f"modules.json names {module.relative_to(folder)}, which {folder} does not hold")
+            raise ModelError(
+                f"modules.json names {module.relative_to(folder)}, which {folder} does not hold: download it again"
+            )
+    check_regular(entry for entry in _entries(folder) if any(entry.match(pattern) for pattern in _FILES))
+    for module in dict.fromkeys((folder, *modules)):
+        check_configurations(module)
+    for module in modules:
         pickles = [file.name for file in sorted(module.iterdir()) if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
         if pickles and not list(module.glob("*.safetensors")):
             raise ModelError(
@@ -179,7 +189,10 @@ def _verify(folder: Path, source: str, expected_sha256: str | None) -> ModelFile
             )
     every = _every_weights_file(folder)
     if not every:
-        raise ModelError(f"model folder {folder} holds no .safetensors file")
+        raise ModelError(
+            f"model folder {folder} holds no .safetensors file: download it again, or convert its "
+            f"weights to safetensors"
+        )
     for file in every:
         check_safetensors(file)
     weights = [file for file in every if file.parent == folder] or every
@@ -211,24 +224,21 @@ def _needs_files(modules: list[Any], folder: Path, module: Path) -> bool:
     return not all(name.rpartition(".")[2] in ("Normalize", "Dropout") for name in types)
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file of the model holds; None where it is not there. ModelError if it is damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read ({type(error).__name__}): download it again") from error
+def _entries(folder: Path) -> list[Path]:
+    """Everything below `folder`, except the model's other forms and what a trainer leaves behind."""
+    # A module's folder may be a link, which rglob does not follow.
+    links = [module for module in module_folders(folder) if module.is_symlink()]
+    inside = [entry for link in links for pattern in ("*", "*/*") for entry in link.glob(pattern)]
+    found = []
+    for entry in sorted({*folder.rglob("*"), *inside}):
+        parents = entry.relative_to(folder).parts[:-1]
+        if not (parents and (parents[0] in _OTHER_FORMS or parents[0].startswith(_OTHER_FOLDERS))):
+            found.append(entry)
+    return found
 
 
 def _part_of_the_model(folder: Path) -> list[Path]:
-    """Every file below `folder`, except those of the model's other forms and of a trainer."""
-    found = []
-    for file in sorted(folder.rglob("*")):
-        parents = file.relative_to(folder).parts[:-1]
-        if file.is_file() and not (parents and (parents[0] in _OTHER_FORMS or parents[0].startswith(_OTHER_FOLDERS))):
-            found.append(file)
-    return found
+    return [entry for entry in _entries(folder) if entry.is_file()]
 
 
 def _every_weights_file(folder: Path) -> list[Path]:
@@ -241,24 +251,6 @@ def _model_sha256(folder: Path) -> str:
         if any(file.match(pattern) for pattern in _FILES):
             digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def check_safetensors(file: Path) -> dict[str, object]:
-    """The header of a safetensors file. ModelError if the file is cut short or the header is damaged."""
-    try:
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            if header_bytes > size - 8:
-                raise ModelError(f"weights file {file} is truncated or damaged: download it again")
-            header: dict[str, object] = json.loads(stream.read(header_bytes))
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]  # type: ignore[index]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(f"weights file {file} cannot be read ({type(error).__name__}): download it again") from error
-    wanted = 8 + header_bytes + max(ends, default=0)
-    if wanted != size:
-        raise ModelError(f"weights file {file} has {size} bytes instead of {wanted}: download it again")
-    return header
 
 
 def sha256_of(file: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ml_inference_server.backends.model_files import read_json
+from ml_inference_server.backends.file_checks import read_json
 from ml_inference_server.utils.errors import ModelError
 
 Task = Literal["embedding", "cross_encoder"]
@@ -85,7 +85,7 @@ def _of_modules(folder: Path, modules: Sequence[dict[str, Any]]) -> ModelKind:
     if task is None:
         raise ModelError(
             f"{folder} is {called}: this server gives one dense vector for a text (an embedding model) or one score "
-            f"for a pair (a cross-encoder), and cannot serve it as either"
+            f"for a pair (a cross-encoder), and cannot serve it as either; use a model of these kinds"
         )
     return ModelKind(task, f"{called} (saved by sentence-transformers)")
 
@@ -104,6 +104,12 @@ def _module_types(folder: Path, modules: Sequence[dict[str, Any]]) -> list[str]:
 
 def _of_bare_files(folder: Path, asked: str) -> ModelKind:
     """Of a folder with a config.json and no modules.json, as transformers saves it."""
+    parts = [*folder.glob("config_sentence_transformers.json"), *folder.glob("[0-9]_*/config.json")]
+    if parts:
+        raise ModelError(
+            f"{folder} holds {parts[0].relative_to(folder)} and no modules.json that says how its modules are used: "
+            f"download it again"
+        )
     config = read_json(folder / "config.json") or {}
     listed = config.get("architectures") if isinstance(config, dict) else None
     architecture = str(listed[0]) if isinstance(listed, list) and listed else ""

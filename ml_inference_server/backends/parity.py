@@ -83,8 +83,9 @@ def compare_rows(
         )
         return Parity(correlation, correlation, float(errors.max()), _at(texts, int(errors.argmax())))
     lengths, expected = np.linalg.norm(rows, axis=1), np.linalg.norm(reference, axis=1)
-    cosine = (rows * reference).sum(axis=1) / np.maximum(lengths * expected, 1e-12)
-    errors = np.abs(lengths / np.maximum(expected, 1e-12) - 1)
+    is_zero = (lengths == 0) & (expected == 0)  # a text of which the model knows no word
+    cosine = np.where(is_zero, 1.0, (rows * reference).sum(axis=1) / np.maximum(lengths * expected, 1e-12))
+    errors = np.where(is_zero, 0.0, np.abs(lengths / np.maximum(expected, 1e-12) - 1))
     worst = int(errors.argmax()) if errors.max() > 1 - cosine.min() else int(cosine.argmin())
     return Parity(float(cosine.mean()), float(cosine.min()), float(errors.max()), _at(texts, worst))
 

@@ -5,12 +5,14 @@ module or a limit that gets lost on the server's way is found when the two are c
 in the cache, under a hash of everything that an answer depends on.
 """
 
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import DOCUMENT_PROMPTS
-from ml_inference_server.backends.model_files import ModelFiles, check_safetensors
+from ml_inference_server.backends.file_checks import check_safetensors
+from ml_inference_server.backends.model_files import ModelFiles
 from ml_inference_server.backends.model_kind import Task
+from ml_inference_server.backends.own_process import one_line
 from ml_inference_server.utils.cache import cached, find
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.errors import ModelError, StartError
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +108,7 @@ def _parameters(files: ModelFiles) -> int:
     """Of what the files hold, from their headers."""
     total = 0
     for file in files.folder.glob("*.safetensors"):
-        for name, tensor in check_safetensors(file).items():
-            if name != "__metadata__" and isinstance(tensor, dict):
-                total += int(np.prod(tensor.get("shape", [0]) or [1]))
+        total += sum(math.prod(tensor["shape"]) for tensor in check_safetensors(file).values())
     return total
 
 
@@ -130,17 +133,42 @@ def probes(names: Sequence[str | None], limit: int) -> list[tuple[str, str | Non
 def _answers(
     settings: ModelSettings, files: ModelFiles, task: Task
 ) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
-    import torch
-
     from ml_inference_server.backends.loading import plain_model
     from ml_inference_server.backends.text_input import set_limits
 
     model = plain_model(settings, files, task)
-    limit = set_limits(model[0], settings.max_tokens)
-    if task == "cross_encoder":
-        asked: list[tuple[Any, str | None]] = [(text, None) for text in _pairs(limit)]
-    else:
-        asked = list(probes(_prompt_names(model), limit))
+    with errors_of_the_model(files):
+        limit = set_limits(model[0], settings.max_tokens)
+        if task == "cross_encoder":
+            asked: list[tuple[Any, str | None]] = [(text, None) for text in _pairs(limit)]
+        else:
+            asked = list(probes(_prompt_names(model), limit))
+        answers = _asked(model, asked, task, files)
+    del model
+    gc.collect()
+    return answers
+
+
+@contextlib.contextmanager
+def errors_of_the_model(files: ModelFiles) -> Iterator[None]:
+    """ModelError for whatever sentence-transformers raises when it runs a text: then no backend can."""
+    try:
+        yield
+    except StartError:
+        raise
+    except Exception as error:
+        log.debug("the model cannot be run", exc_info=error)
+        raise ModelError(
+            f"sentence-transformers cannot run a text through model {files.folder} ({one_line(error)}): its modules, "
+            f"weights and tokenizer do not fit together; download it again"
+        ) from error
+
+
+def _asked(
+    model: Any, asked: Sequence[tuple[Any, str | None]], task: Task, files: ModelFiles
+) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
+    import torch
+
     document = next((name for name in DOCUMENT_PROMPTS if name in model.prompts), None)
     tokens: list[list[int]] = []
     rows: list[NDArray[np.float32] | None] = []
@@ -161,13 +189,29 @@ def _answers(
             encode = {"query": model.encode_query, "document": model.encode_document}.get(kind or "", model.encode)
             row = encode([text], batch_size=1, show_progress_bar=False, **options)
             rows.append(np.asarray(row, np.float32)[0])
+    _check_sense([row for row in rows if row is not None], task, files)
     width = next(len(row) for row in rows if row is not None)
     blank = np.full(width, np.nan, np.float32)
     texts = [text for text, _ in asked]
     names = [name for _, name in asked]
-    del model
-    gc.collect()
     return texts, names, tokens, np.stack([blank if row is None else row for row in rows])
+
+
+def _check_sense(rows: Sequence[NDArray[np.float32]], task: Task, files: ModelFiles) -> None:
+    """ModelError for answers that say nothing of the text."""
+    every = np.stack(rows)
+    if not np.isfinite(every).all():
+        fault = "answers NaN or infinity"
+    elif not every.any():
+        fault = "gives every text a vector of zeros" if task == "embedding" else "gives every pair the score 0"
+    elif np.ptp(every, axis=0).max() <= 1e-6 * np.abs(every).max():
+        fault = f"gives every {'text the same vector' if task == 'embedding' else 'pair the same score'}"
+    else:
+        return
+    raise ModelError(
+        f"model {files.folder} {fault}, in FP32 with sentence-transformers: its weights are damaged, or its "
+        f"configuration is another model's; download it again"
+    )
 
 
 def _pairs(limit: int) -> list[tuple[str, str]]:

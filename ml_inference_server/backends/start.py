@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from ml_inference_server.backends import auto, create_backend, parity
 from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
-from ml_inference_server.backends.own_process import one_line
+from ml_inference_server.backends.own_process import start_errors
 from ml_inference_server.backends.reference import reference_for
 from ml_inference_server.backends.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
-from ml_inference_server.utils.errors import ModelError, StartError
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +42,8 @@ class Started(Described):
 
 def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     """A loaded, warm, checked backend. `phase` is told what is being done. ModelError says what is not fit and why."""
-    try:
+    with start_errors(model):
         return _start(model, phase)
-    except StartError:
-        raise
-    except Exception as error:
-        # Libraries raise anything over a damaged file or too large a number; whoever starts a server needs one line.
-        log.debug("starting failed", exc_info=error)
-        raise ModelError(
-            f"model {model.name} cannot be started with backend {model.backend} ({one_line(error)}): check its files "
-            f"and the model settings; --log-level DEBUG shows where it failed"
-        ) from error
 
 
 def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
@@ -87,8 +77,9 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
 def load_resolved(resolution: Resolution, progress: Progress) -> Backend:
     """A loaded, warm backend that runs what was resolved; where each stream has a process, one stream of it."""
     model = resolution.model
-    backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
-    backend.load_model()
-    resolution.check(backend.info)
-    backend.warmup(progress)
-    return backend
+    with start_errors(model):
+        backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
+        backend.load_model()
+        resolution.check(backend.info)
+        backend.warmup(progress)
+        return backend

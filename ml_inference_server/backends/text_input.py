@@ -126,10 +126,10 @@ def _ways(
         text: Any = (PROBES[0], PROBES[0]) if is_pairs else PROBES[0]
         try:
             features = dict(module.preprocess([text], prompt=prompt or None, **options))
-        except ValueError as error:
+        except ValueError:
             if name is None and isinstance(module, Router):
                 continue  # it has no default route: a request must name a prompt
-            raise ModelError(f"the model cannot prepare a text: {str(error).splitlines()[0]}") from error
+            raise
         if not needs_prompt_length:
             features.pop("prompt_length", None)
         variant = variant_of(features)
@@ -139,7 +139,7 @@ def _ways(
 
 def _leaves_prompts_out(model: Any) -> bool:
     """Whether a pooling leaves the prompt out (Instructor models)."""
-    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+    return any(not getattr(module, "include_prompt", True) for module in model.modules())
 
 
 def _pad_id(first: torch.nn.Module, tokenizer: Any) -> int:

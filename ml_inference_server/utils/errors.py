@@ -30,9 +30,15 @@ EXIT_TERMINATED = 143
 
 
 class StartError(Exception):
-    """The process cannot start; the message is one line that says what to do."""
+    """The process cannot start; the message is one line that says what to do.
+
+    What a name or a file brings into it cannot break the line: whatever does not print is shown as its escape.
+    """
 
     exit_code = EXIT_INTERNAL
+
+    def __str__(self) -> str:
+        return "".join(each if each.isprintable() else repr(each)[1:-1] for each in super().__str__())
 
 
 class ConfigError(StartError):

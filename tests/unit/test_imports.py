@@ -50,6 +50,8 @@ HOME_OF_HEAVY = {
     "backends/text_input.py": {"sentence_transformers", "torch"},
     "backends/library_tokenizer.py": {"sentence_transformers", "torch"},
     "backends/limits.py": {"torch"},
+    "backends/load_guard.py": {"torch"},
+    "backends/misfits.py": {"sentence_transformers", "torch"},
     "backends/packed.py": {"torch", "transformers"},
     "backends/compiled.py": {"torch"},
     "backends/quantize_torch.py": {"torch"},
