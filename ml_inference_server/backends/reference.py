@@ -32,6 +32,8 @@ _VERSION = 2
 _PASSAGES, _QUERIES = 20, 6
 # Longer texts are compared by their tokens only: their vectors would take minutes on a CPU.
 _LONGEST_TOKENS = 512
+# No probe is made for a limit above this: what takes more (StaticEmbedding takes any text) cuts nothing.
+_LONGEST_LIMIT = 32_768
 # A model of more weights is not loaded a second time: only a reference that is there already is used.
 _MOST_PARAMETERS = 1_000_000_000
 
@@ -115,6 +117,7 @@ def probes(names: Sequence[str | None], limit: int) -> list[tuple[str, str | Non
     step = len(pairs) // _PASSAGES
     passages = [passage for _, passage in pairs[::step][:_PASSAGES]]
     queries = [query for query, _ in pairs[5::step][:_QUERIES]]
+    limit = min(limit, _LONGEST_LIMIT)
     words = " ".join(passages).split() * (1 + 2 * limit // 1000)
     # Words have some 1.3 tokens: about at the limit, and well above it.
     long = [" ".join(words[start : start + int(share * limit)]) for start, share in ((7, 0.75), (3, 2.0))]
