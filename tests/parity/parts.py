@@ -61,7 +61,7 @@ def _trained(kind: str, specials: tuple[str, ...]) -> str:
 def trained(
     kind: str, specials: Sequence[str], around: str | None = None, limit: int | None = LIMIT_TOKENS, **names: Any
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of `kind` (bytes or unigram). around: what a text gets, such as "<s> $A </s>"; names: pad_token etc."""
+    """A tokenizer of `kind` (bytes or unigram). around: what a text gets, such as "<s> $A </s>"; names: of tokens."""
     tokenizer = Tokenizer.from_str(_trained(kind, tuple(specials)))
     if around is not None:
         used = [(name, tokenizer.token_to_id(name)) for name in specials if name in around]

@@ -267,8 +267,9 @@ EMBEDDERS: dict[str, Builder] = {
     "Folder without modules.json": lambda f: parts.bare(f / "model", hf.BertModel(bert_config()), parts.wordpiece()),
 }
 
+PLAIN_CROSS_ENCODER = "BERT cross-encoder (ms-marco-MiniLM)"
 CROSS_ENCODERS: dict[str, Builder] = {
-    "BERT cross-encoder (ms-marco-MiniLM)": lambda f: parts.bare(
+    PLAIN_CROSS_ENCODER: lambda f: parts.bare(
         f / "model", hf.BertForSequenceClassification(bert_config(num_labels=1)), parts.wordpiece()
     ),
     "BERT cross-encoder, saved with max_length": lambda f: bert_reranker(f, max_length=40),
@@ -313,7 +314,7 @@ CROSS_ENCODERS: dict[str, Builder] = {
         parts.roberta_tokens(),
     ),
     "Qwen3 cross-encoder": qwen3_reranker,
-    "Qwen3 cross-encoder without a padding id": lambda f: qwen3_reranker(f, None, None),
+    "Qwen3 cross-encoder without a padding id": lambda f: qwen3_reranker(f, "<pad>", None),
     "Qwen3 cross-encoder, two padding ids": lambda f: qwen3_reranker(f, "<pad>", 0),
     "Qwen3 reranker by two words (Qwen3-Reranker)": logit_score,
 }
