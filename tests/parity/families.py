@@ -77,7 +77,7 @@ def try_family(family: str, backend: str, folder: Path) -> str:
     try:
         started = start(model, **BACKENDS[backend])
     except ModelError as error:
-        reason = str(error).replace(str(model), "the model")
+        reason = str(error).replace(str(model), "MODEL")
         assert "\n" not in reason
         return f"refused: {reason}"
     assert started.info.task == ("cross_encoder" if is_pairs else "embedding")

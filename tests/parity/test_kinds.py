@@ -356,6 +356,19 @@ def test_a_table_that_is_much_smaller_than_the_tokenizer_says(tmp_path: Path) ->
     assert "takes at most 20 tokens" in refused(model, "pytorch", max_tokens=21)
 
 
+def test_each_way_of_a_router_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """A static embedding takes any text; beside it the documents' transformer does not."""
+    started = start(zoo.router(tmp_path), "pytorch")
+    long = "a passage well above the limit of the documents " * 20
+    for name, is_cut in ((None, True), ("document", True), ("query", False)):
+        (text,) = started.backend.tokenizer.encode([long], name)
+        assert (text.truncated, text.length <= parts.LIMIT_TOKENS) == (is_cut, is_cut)
+
+
+def test_a_limit_for_a_model_that_cuts_no_text_is_refused(tmp_path: Path) -> None:
+    assert "this model cuts no text: leave it out" in refused(zoo.static(tmp_path), "pytorch", max_tokens=16)
+
+
 # Where the files lie.
 
 
