@@ -23,6 +23,7 @@ from ml_inference_server.backends.model_files import ModelFiles, check_safetenso
 from ml_inference_server.backends.model_kind import Task
 from ml_inference_server.utils.cache import cached, find
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +135,18 @@ def _answers(
     settings: ModelSettings, files: ModelFiles, task: Task
 ) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
     import torch
+    from sentence_transformers.base.modules import Transformer
 
+    from ml_inference_server.backends import limits
     from ml_inference_server.backends.loading import plain_model
-    from ml_inference_server.backends.text_input import set_limits
+    from ml_inference_server.backends.text_input import NO_LIMIT_TOLD_TOKENS, set_limits
 
     model = plain_model(settings, files, task)
+    is_transformer = isinstance(model[0], Transformer)
+    told = (limits.told_tokens(model[0]) if is_transformer else None) or NO_LIMIT_TOLD_TOKENS
     limit = set_limits(model[0], settings.max_tokens)
+    if is_transformer and limit < min(told, settings.max_tokens or told):
+        _check_limit(model, limit, task)
     if task == "cross_encoder":
         asked: list[tuple[Any, str | None]] = [(text, None) for text in _pairs(limit)]
     else:
@@ -171,6 +178,25 @@ def _answers(
     del model
     gc.collect()
     return texts, names, tokens, np.stack([blank if row is None else row for row in rows])
+
+
+def _check_limit(model: Any, limit: int, task: str) -> None:
+    """ModelError if the library runs more tokens than the server found usable, and so would answer otherwise."""
+    text = "word " * (limit + 1)
+    model[0].max_seq_length = limit + 1
+    try:
+        if task == "cross_encoder":
+            model.predict([(text, text)], show_progress_bar=False)
+        else:
+            model.encode([text], show_progress_bar=False)
+    except (IndexError, RuntimeError, ValueError):
+        return
+    finally:
+        model[0].max_seq_length = limit
+    raise ModelError(
+        f"texts would be cut at {limit} tokens, but sentence-transformers runs more with this model: refusing to serve "
+        f"answers to another text. This is a bug of the server for this model; please report it"
+    )
 
 
 def _pairs(limit: int) -> list[tuple[str, str]]:

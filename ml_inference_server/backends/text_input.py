@@ -140,7 +140,7 @@ def _ways(
 def _limit(module: Any, task: str | None, modality: Any) -> int:
     """The most tokens of the part of `module` that takes such a text."""
     if isinstance(module, Router):
-        module = next(module.sub_modules[module._resolve_route(task=task, modality=modality)].children())
+        module = next(module.sub_modules[str(module._resolve_route(task=task, modality=modality))].children())
     return int(module.max_seq_length) if isinstance(module, Transformer) else BAG_TOKENS
 
 

@@ -365,6 +365,23 @@ def test_each_way_of_a_router_has_a_limit_of_its_own(tmp_path: Path) -> None:
         assert (text.truncated, text.length <= parts.LIMIT_TOKENS) == (is_cut, is_cut)
 
 
+async def test_a_router_scores_queries_and_documents_by_their_own_ways(tmp_path: Path) -> None:
+    """Both run in the same batches."""
+    model = zoo.router(tmp_path)
+    library = plain(model)
+    options = {"batch_size": 1, "show_progress_bar": False}
+    queries = library.encode_query([TEXTS[1], TEXTS[1][::-1]], **options)
+    documents = library.encode_document(list(TEXTS), **options)
+    expected = library.similarity(queries, documents).numpy()
+    async with serve(start(model, "pytorch")) as server:
+        pairs = [pb.Pair(query=query, passage=text) for query in (TEXTS[1], TEXTS[1][::-1]) for text in TEXTS]
+        reply = await server.stub.Score(pb.ScoreRequest(pairs=pairs))
+        assert list(reply.scores) == pytest.approx(expected.ravel().tolist(), abs=1e-4)
+        assert reply.truncated >= 1
+        ranking = await server.stub.Rerank(pb.RerankRequest(query=TEXTS[1], documents=TEXTS))
+        assert [rank.index for rank in ranking.ranks] == np.argsort(-expected[0], kind="stable").tolist()
+
+
 def test_a_limit_for_a_model_that_cuts_no_text_is_refused(tmp_path: Path) -> None:
     assert "this model cuts no text: leave it out" in refused(zoo.static(tmp_path), "pytorch", max_tokens=16)
 

@@ -10,7 +10,7 @@ import torch
 from sentence_transformers.sentence_transformer import modules
 from transformers import BertModel
 
-from ml_inference_server.backends import loading, text_input
+from ml_inference_server.backends import limits, loading, text_input
 from tests.parity import parts, zoo
 from tests.parity.tiny_model import refused, start
 
@@ -103,6 +103,12 @@ def shorten_the_limit(patch: Patch) -> None:
     patch.setattr(loading, "prepare", lambda model, max_tokens, files: right(model, parts.LIMIT_TOKENS - 1, files))
 
 
+def find_a_limit_that_is_too_short(patch: Patch) -> None:
+    """In what the reference uses as well, since no library knows the usable limit."""
+    right = limits.usable_tokens
+    patch.setattr(limits, "usable_tokens", lambda model, told: right(model, told) - 1)
+
+
 def drop_truncate_dim(patch: Patch) -> None:
     right = loading.TokenModule.__init__
     patch.setattr(
@@ -116,6 +122,7 @@ FAULTS: dict[Callable[[Patch], None], str] = {
     drop_the_default_prompt: "tokens here and",
     drop_a_named_prompt: "tokens here and",
     shorten_the_limit: "tokens here and",
+    find_a_limit_that_is_too_short: "sentence-transformers runs more",
     drop_truncate_dim: "parity",
 }
 
