@@ -14,7 +14,8 @@ from tests.parity.zoo import FAMILIES
 pytestmark = pytest.mark.real
 TABLE = read_table(between_markers(DOCS, "families"))
 REFUSALS = between_markers(DOCS, "refusals")
-# A few of the others: each way through the export, and a refusal. All of them: python -m tests.parity.families
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler (g++ or clang++)")
+# A few of the others: each way through the export, and refusals. All of them: python -m tests.parity.families
 ELSEWHERE = [
     ("BERT, mean (MiniLM, E5, GTE)", "onnx"),
     ("FNet", "onnx"),
@@ -22,12 +23,8 @@ ELSEWHERE = [
     ("Router (queries static, documents BERT)", "onnx"),
     ("RoBERTa (all-distilroberta, SimCSE)", "openvino"),
     ("Shortened vectors (truncate_dim)", "openvino"),
-    ("MPNet (all-mpnet)", "compile"),
-    pytest.param(
-        "Dense and LayerNorm behind the pooling",
-        "compile",
-        marks=pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler (g++ or clang++)"),
-    ),
+    pytest.param("MPNet (all-mpnet)", "compile", marks=needs_compiler),
+    pytest.param("Padding id in the last row, no special tokens", "compile", marks=needs_compiler),
 ]
 
 
