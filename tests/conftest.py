@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import grpc
 import pytest
 
+from ml_inference_server.backends.base import Backend
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.resolve import resolve
 from ml_inference_server.backends.start import Described
@@ -79,12 +80,11 @@ def logging_as_at_the_start() -> None:
             logger.setLevel(logging.NOTSET)
 
 
-@dataclass
-class FakeServer:
-    """A real gRPC server on loopback whose model is the fake backend, and a real channel to it."""
+@dataclass(kw_only=True)
+class RunningServer:
+    """A real gRPC server on loopback and a real channel to it."""
 
     state: ServerState
-    backend: FakeBackend
     metrics: Metrics
     grpc_server: GrpcServer
     channel: grpc.aio.Channel
@@ -95,6 +95,41 @@ class FakeServer:
         return f"127.0.0.1:{self.grpc_server.port}"
 
 
+@dataclass(kw_only=True)
+class FakeServer(RunningServer):
+    """One whose model is the fake backend."""
+
+    backend: FakeBackend
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings, described: Described, backend: Backend) -> AsyncIterator[RunningServer]:
+    """A server round a loaded backend."""
+    state, metrics = ServerState(settings), Metrics(window_s=30)
+    shell = Shell(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix="test")
+    grpc_server = await start_grpc(settings.server, NativeServicer(state, metrics, shell))
+    attach(state, described, ThreadWorker(backend), metrics)
+    await grpc_server.set_serving(True)
+    channel = grpc.aio.insecure_channel(
+        f"127.0.0.1:{grpc_server.port}", options=[("grpc.max_receive_message_length", 64 << 20)]
+    )
+    try:
+        yield RunningServer(
+            state=state,
+            metrics=metrics,
+            grpc_server=grpc_server,
+            channel=channel,
+            stub=rpc.InferenceServiceStub(channel),
+        )
+    finally:
+        state.draining.set()
+        await channel.close()
+        if state.batcher is not None and state.service is not None:
+            state.batcher.close()
+            state.service.close()
+        await grpc_server.server.stop(None)
+
+
 @contextlib.asynccontextmanager
 async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     """Settings by section, for instance fake_server(batching={"max_batch_size": 4})."""
@@ -102,9 +137,6 @@ async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     sections["model"].setdefault("backend", "fake")
     sections.setdefault("server", {}).setdefault("port", 0)
     settings = Settings.model_validate(sections)
-    state, metrics = ServerState(settings), Metrics(window_s=30)
-    shell = Shell(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix="test")
-    grpc_server = await start_grpc(settings.server, NativeServicer(state, metrics, shell))
     resolution = resolve(settings.model)
     backend = FakeBackend(resolution.model)
     backend.load_model()
@@ -112,21 +144,11 @@ async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     described = Described(resolution=resolution, info=backend.info, tokenizer=backend.tokenizer)
     if settings.server.enable_test_faults:
         backend.enable_faults()
-    attach(state, described, ThreadWorker(backend), metrics)
-    await grpc_server.set_serving(True)
-    channel = grpc.aio.insecure_channel(
-        f"127.0.0.1:{grpc_server.port}", options=[("grpc.max_receive_message_length", 64 << 20)]
-    )
-    try:
-        yield FakeServer(state, backend, metrics, grpc_server, channel, rpc.InferenceServiceStub(channel))
-    finally:
-        backend.release()
-        state.draining.set()
-        await channel.close()
-        if state.batcher is not None and state.service is not None:
-            state.batcher.close()
-            state.service.close()
-        await grpc_server.server.stop(None)
+    async with serving(settings, described, backend) as running:
+        try:
+            yield FakeServer(**vars(running), backend=backend)
+        finally:
+            backend.release()
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ class Way:
     prompt: str
     task: str | None
     variant: int
+    max_tokens: int
 
 
 def input_module(first: torch.nn.Module) -> InputModule:
@@ -93,7 +94,6 @@ class LibraryTokenizer:
         self,
         module: InputModule,
         *,
-        max_tokens: int,
         pad_id: int,
         prompts: Mapping[str, str],
         ways: Mapping[str | None, Way],
@@ -104,7 +104,7 @@ class LibraryTokenizer:
         self._ways = ways
         self._side = truncation_side
         self._lock = threading.Lock()  # the library keeps the settings of the last call in the tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens = max(way.max_tokens for way in ways.values())
         self.pad_id = pad_id
         self.prompts = prompts
         self.needs_prompt_name = None not in ways
@@ -117,7 +117,7 @@ class LibraryTokenizer:
         self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
-        """One Encoded for each text, cut at max_tokens. KeyError for an unknown prompt."""
+        """One Encoded for each text, cut at the limit of its way. KeyError for an unknown prompt."""
         way = self._ways[prompt_name]
         with self._lock:
             return [self._one(text, way) for text in texts]
@@ -135,7 +135,7 @@ class LibraryTokenizer:
             short = self._shortened(text, way)
         features = self._preprocess(short, way)
         ids = self._row(features, "input_ids")
-        is_cut = short != text or (len(ids) >= self.max_tokens and self._uncut_tokens(short, way) > len(ids))
+        is_cut = short != text or (len(ids) >= way.max_tokens and self._uncut_tokens(short, way) > len(ids))
         segments = self._row(features, "token_type_ids") if "token_type_ids" in features else None
         return Encoded(ids, segments if segments is not None and segments.any() else None, is_cut, way.variant)
 
@@ -144,10 +144,10 @@ class LibraryTokenizer:
 
         No more than that: for a pair, the library builds every combination of what it cuts off.
         """
-        size = self.max_tokens * _CHARACTERS_PER_TOKEN
+        size = way.max_tokens * _CHARACTERS_PER_TOKEN
         while size < len(text):
             part = text[:size] if self._side == "right" else text[-size:]
-            if self._uncut_tokens(part, way) >= self.max_tokens + _MARGIN_TOKENS:
+            if self._uncut_tokens(part, way) >= way.max_tokens + _MARGIN_TOKENS:
                 return part
             size *= _GROWTH
         return text

@@ -37,6 +37,8 @@ _VERSION = 2
 _PASSAGES, _QUERIES = 20, 6
 # Longer texts are compared by their tokens only: their vectors would take minutes on a CPU.
 _LONGEST_TOKENS = 512
+# No probe is made for a limit above this: what takes more (StaticEmbedding takes any text) cuts nothing.
+_LONGEST_LIMIT = 32_768
 # A model of more weights is not loaded a second time: only a reference that is there already is used.
 _MOST_PARAMETERS = 1_000_000_000
 
@@ -118,6 +120,7 @@ def probes(names: Sequence[str | None], limit: int) -> list[tuple[str, str | Non
     step = len(pairs) // _PASSAGES
     passages = [passage for _, passage in pairs[::step][:_PASSAGES]]
     queries = [query for query, _ in pairs[5::step][:_QUERIES]]
+    limit = min(limit, _LONGEST_LIMIT)
     words = " ".join(passages).split() * (1 + 2 * limit // 1000)
     # Words have some 1.3 tokens: about at the limit, and well above it.
     long = [" ".join(words[start : start + int(share * limit)]) for start, share in ((7, 0.75), (3, 2.0))]
@@ -134,11 +137,10 @@ def _answers(
     settings: ModelSettings, files: ModelFiles, task: Task
 ) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
     from ml_inference_server.backends.loading import plain_model
-    from ml_inference_server.backends.text_input import set_limits
 
     model = plain_model(settings, files, task)
     with errors_of_the_model(files):
-        limit = set_limits(model[0], settings.max_tokens)
+        limit = _limit(model, settings.max_tokens, task)
         if task == "cross_encoder":
             asked: list[tuple[Any, str | None]] = [(text, None) for text in _pairs(limit)]
         else:
@@ -211,6 +213,40 @@ def _check_sense(rows: Sequence[NDArray[np.float32]], task: Task, files: ModelFi
     raise ModelError(
         f"model {files.folder} {fault}, in FP32 with sentence-transformers: its weights are damaged, or its "
         f"configuration is another model's; download it again"
+    )
+
+
+def _limit(model: Any, max_tokens: int | None, task: Task) -> int:
+    """The most tokens of a text: set, and checked against what the library itself can run."""
+    from sentence_transformers.base.modules import Transformer
+
+    from ml_inference_server.backends import limits
+    from ml_inference_server.backends.text_input import NO_LIMIT_TOLD_TOKENS, set_limits
+
+    is_transformer = isinstance(model[0], Transformer)
+    told = (limits.told_tokens(model[0]) if is_transformer else None) or NO_LIMIT_TOLD_TOKENS
+    limit = set_limits(model[0], max_tokens)
+    if is_transformer and limit < min(told, max_tokens or told):
+        _check_limit(model, limit, task)
+    return limit
+
+
+def _check_limit(model: Any, limit: int, task: str) -> None:
+    """ModelError if the library runs more tokens than the server found usable, and so would answer otherwise."""
+    text = "word " * (limit + 1)
+    model[0].max_seq_length = limit + 1
+    try:
+        if task == "cross_encoder":
+            model.predict([(text, text)], show_progress_bar=False)
+        else:
+            model.encode([text], show_progress_bar=False)
+    except (IndexError, RuntimeError, ValueError):
+        return
+    finally:
+        model[0].max_seq_length = limit
+    raise ModelError(
+        f"texts would be cut at {limit} tokens, but sentence-transformers runs more with this model: refusing to serve "
+        f"answers to another text. This is a bug of the server for this model; please report it"
     )
 
 

@@ -57,7 +57,6 @@ def prepare(model: Any, max_tokens: int | None, files: ModelFiles) -> Prepared:
     pad_id = _pad_id(first, hf_tokenizer)
     exact = LibraryTokenizer(
         module,
-        max_tokens=limit,
         pad_id=pad_id,
         prompts=prompts,
         ways=ways,
@@ -83,11 +82,11 @@ def set_limits(first: torch.nn.Module, max_tokens: int | None) -> int:
     """Set the limit of each module that takes text; the longest of them. Whatever tells none gets one here."""
     routes = first.sub_modules.values() if isinstance(first, Router) else ()
     inputs = [next(parts.children()) for parts in routes] or [first]
-    found: list[int] = []
-    for each in inputs:
-        if not isinstance(each, Transformer):
-            found.append(min(max_tokens or BAG_TOKENS, BAG_TOKENS))
-            continue
+    transformers = [each for each in inputs if isinstance(each, Transformer)]
+    if max_tokens is not None and not transformers:
+        raise ModelError(f"model.max_tokens is {max_tokens}, but this model cuts no text: leave it out")
+    found = [BAG_TOKENS] if len(transformers) < len(inputs) else []
+    for each in transformers:
         told = limits.told_tokens(each)
         usable = limits.usable_tokens(each.model, told or max_tokens or NO_LIMIT_TOLD_TOKENS)
         if max_tokens is not None and max_tokens > usable and len(inputs) == 1:
@@ -133,8 +132,16 @@ def _ways(
         if not needs_prompt_length:
             features.pop("prompt_length", None)
         variant = variant_of(features)
-        ways[name] = Way(prompt, task, variants.setdefault(variant, len(variants)))
+        number = variants.setdefault(variant, len(variants))
+        ways[name] = Way(prompt, task, number, _limit(module, task, features.get("modality")))
     return ways, tuple(variants)
+
+
+def _limit(module: Any, task: str | None, modality: Any) -> int:
+    """The most tokens of the part of `module` that takes such a text."""
+    if isinstance(module, Router):
+        module = next(module.sub_modules[str(module._resolve_route(task=task, modality=modality))].children())
+    return int(module.max_seq_length) if isinstance(module, Transformer) else BAG_TOKENS
 
 
 def _leaves_prompts_out(model: Any) -> bool:

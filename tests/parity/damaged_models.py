@@ -25,7 +25,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?-'"
 def _tokenizer() -> PreTrainedTokenizerFast:
     """WordPiece over single letters: a hundred tokens, so that a copy of the model is a few kilobytes."""
     words = [*_SPECIAL, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
-    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))

@@ -16,8 +16,8 @@ import resource, sys
 from sentence_transformers import SentenceTransformer
 from ml_inference_server.backends.library_tokenizer import LibraryTokenizer, Way, input_module
 module = input_module(SentenceTransformer(sys.argv[1], device="cpu")[0])
-ways = {None: Way("", None, 0)}
-tokenizer = LibraryTokenizer(module, max_tokens=module.max_seq_length, pad_id=0, prompts={}, ways=ways)
+ways = {None: Way("", None, 0, module.max_seq_length)}
+tokenizer = LibraryTokenizer(module, pad_id=0, prompts={}, ways=ways)
 tokenizer.encode_pairs([("warm", "up")])
 text = "query words here some passage text " * 1000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
