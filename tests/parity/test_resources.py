@@ -30,7 +30,7 @@ shapes = [shapes[i] for i in numpy.random.default_rng(0).permutation(len(shapes)
 print(run(shapes[:before]), run(shapes[before:]))
 """
 CORES = """
-import json, os, sys, threading
+import contextlib, json, os, sys, threading
 os.sched_setaffinity(0, json.loads(sys.argv[2]))  # before a library starts its threads
 from pathlib import Path
 from ml_inference_server.backends.base import collate
@@ -49,10 +49,8 @@ for thread in threads: thread.start()
 seen = set()
 for _ in range(100):
     for status in Path("/proc/self/task").glob("*/status"):
-        try:
+        with contextlib.suppress(OSError):  # the thread has ended
             seen |= {line.split()[1] for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list")}
-        except OSError:
-            pass  # the thread has ended
 stop.set()
 for thread in threads: thread.join()
 print(*seen)
