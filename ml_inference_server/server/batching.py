@@ -25,12 +25,14 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_inference_server.backends.base import packed_size
 
-# A text waits at most so long for a running batch while another stream is free.
-COMPANY_WAIT_S = 0.02
+# A text waits at most so long for a running batch while another stream is free, and no longer than until that batch
+# should have ended. Where small batches take less (AMX), it waits for their end; where they take longer, a core would
+# idle meanwhile.
+COMPANY_WAIT_S = 0.005
 
 
 class ClosedBy(Enum):
@@ -94,6 +96,13 @@ class Batch:
         return max(item.length for item in self.items)
 
 
+class Running(NamedTuple):
+    """A batch in flight. ends_at: when it should end, by the measured rate of earlier batches."""
+
+    tokens: int
+    ends_at: float
+
+
 @dataclass(slots=True)
 class BatchQueue:
     """The texts that wait, and the choice of the next batch. `texts` and `tokens` count what waits."""
@@ -132,16 +141,16 @@ class BatchQueue:
                 self.texts -= 1
                 self.tokens -= item.length
 
-    def next_batch(self, now: float, smallest_running_tokens: int | None = None) -> Batch | float | None:
+    def next_batch(self, now: float, running: Running | None = None) -> Batch | float | None:
         """The next batch, removed from the queue; or the time at which to ask again; or None when nothing waits.
 
-        smallest_running_tokens: of the batches in flight, if there are any; its end is another reason to ask again.
+        running: the smallest of the batches in flight, if there are any; its end is another reason to ask again.
         """
         anchor = self._first()
         if anchor is None:
             return None
-        if smallest_running_tokens is not None and self._should_wait_for(smallest_running_tokens):
-            opens_at = anchor.enqueued_at + COMPANY_WAIT_S
+        if running is not None and self._should_wait_for(running.tokens):
+            opens_at = min(anchor.enqueued_at + COMPANY_WAIT_S, running.ends_at)
             if now < opens_at:
                 return opens_at
         batch = self._choose(anchor)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ml_inference_server.backends.base import BackendInfo, Encoded
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import CURRENT, RequestTrace
-from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits
+from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits, Running
 from ml_inference_server.server.workers import Output, Worker
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import (
@@ -70,9 +70,10 @@ class Ticket:
     request: RequestTrace | None = field(default_factory=CURRENT.get)
 
 
-class _Running(NamedTuple):
+class _InFlight(NamedTuple):
     since: float
     tokens: int
+    cost_tokens: int
 
 
 class DynamicBatcher:
@@ -86,7 +87,7 @@ class DynamicBatcher:
         self._free_slots = worker.slots
         self._loop = asyncio.get_running_loop()
         self._tickets: set[Ticket] = set()
-        self._running: dict[asyncio.Task[None], _Running] = {}
+        self._running: dict[asyncio.Task[None], _InFlight] = {}
         self._reserved_tokens = 0
         self._pump_handle: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
@@ -94,6 +95,7 @@ class DynamicBatcher:
         self._empty = asyncio.Event()
         self._empty.set()
         self._tokens_per_s = 0.0
+        self._s_per_cost = 0.0  # of a batch, whose cost is its work and the fixed overhead, in tokens
         self._failures_in_a_row = 0
         metrics.watch(
             queue_texts=lambda: self._queue.texts,
@@ -202,8 +204,8 @@ class DynamicBatcher:
             self._window = None
         while self._free_slots:
             try:
-                smallest = min((each.tokens for each in self._running.values()), default=None)
-                chosen = self._queue.next_batch(self._loop.time(), smallest)
+                smallest = min(self._running.values(), key=_by_tokens, default=None)
+                chosen = self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
             except Exception:
                 # A bug in the policy must not leave anybody waiting.
                 log.exception("the batching policy failed; every waiting request is answered with an error")
@@ -220,8 +222,16 @@ class DynamicBatcher:
                 return
             self._free_slots -= 1
             task = self._loop.create_task(self._run(chosen))
-            self._running[task] = _Running(self._loop.time(), chosen.tokens)
+            self._running[task] = _InFlight(self._loop.time(), chosen.tokens, self._cost(chosen))
             task.add_done_callback(self._slot_free)
+
+    def _cost(self, batch: Batch) -> int:
+        """As the policy counts it, in tokens."""
+        limits = self._queue.limits
+        return limits.overhead_tokens + limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
+
+    def _expected(self, batch: _InFlight) -> Running:
+        return Running(batch.tokens, batch.since + self._s_per_cost * batch.cost_tokens)
 
     def _slot_free(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
@@ -306,6 +316,8 @@ class DynamicBatcher:
         if ok and compute_s > 0:
             rate = batch.tokens * self._worker.slots / compute_s
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+            each_s = compute_s / self._cost(batch)
+            self._s_per_cost = each_s if not self._s_per_cost else 0.9 * self._s_per_cost + 0.1 * each_s
         padded_tokens = self._queue.limits.work_tokens(len(items), batch.longest, batch.tokens)
         self._metrics.batch_finished(
             texts=len(items),
@@ -371,6 +383,10 @@ class DynamicBatcher:
         for ticket in list(self._tickets):
             _fail(ticket, Unavailable("the server is shutting down; the request was not finished"))
         self._worker.close()
+
+
+def _by_tokens(batch: _InFlight) -> int:
+    return batch.tokens
 
 
 def _retry_hint_ms(wait_s: float) -> int:

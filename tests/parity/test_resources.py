@@ -50,7 +50,8 @@ seen = set()
 for _ in range(100):
     for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):  # the thread has ended
-            seen |= {line.split()[1] for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list")}
+            lines = status.read_text().splitlines()
+            seen |= {line.split()[1] for line in lines if line.startswith("Cpus_allowed_list")}
 stop.set()
 for thread in threads: thread.join()
 print(*seen)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Item, Limits
+from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Item, Limits, Running
 
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
 
@@ -51,8 +51,17 @@ COMPANY = replace(LIMITS, overhead_tokens=64, max_batch_tokens=2048, max_batch_s
 def test_little_work_waits_for_a_small_batch_that_runs_but_not_for_long() -> None:
     queue = BatchQueue(COMPANY)
     queue.add(request(10, 10, now=5.0))
-    assert queue.next_batch(5.0, 60) == 5.0 + COMPANY_WAIT_S
-    assert isinstance(queue.next_batch(5.0 + COMPANY_WAIT_S, 60), Batch)
+    running = Running(60, ends_at=9.0)
+    assert queue.next_batch(5.0, running) == 5.0 + COMPANY_WAIT_S
+    assert isinstance(queue.next_batch(5.0 + COMPANY_WAIT_S, running), Batch)
+
+
+def test_little_work_waits_no_longer_than_until_the_running_batch_should_have_ended() -> None:
+    """A batch that takes longer than its like, or whose like is not known yet, keeps nobody from a free stream."""
+    queue = BatchQueue(COMPANY)
+    queue.add(request(10, now=5.0))
+    assert queue.next_batch(5.0, Running(60, ends_at=5.001)) == 5.001
+    assert isinstance(queue.next_batch(5.001, Running(60, ends_at=5.001)), Batch)
 
 
 @pytest.mark.parametrize(
@@ -67,13 +76,14 @@ def test_little_work_waits_for_a_small_batch_that_runs_but_not_for_long() -> Non
 def test_a_free_stream_is_used_at_once_where(waiting: list[int], running: int | None, why: str) -> None:
     queue = BatchQueue(COMPANY)
     queue.add(request(*waiting))
-    assert isinstance(queue.next_batch(0.0, running), Batch), why
+    batch = queue.next_batch(0.0, None if running is None else Running(running, ends_at=1.0))
+    assert isinstance(batch, Batch), why
 
 
 def test_without_batching_nothing_waits_for_company() -> None:
     queue = BatchQueue(replace(COMPANY, enabled=False))
     queue.add(request(10))
-    assert isinstance(queue.next_batch(0.0, 60), Batch)
+    assert isinstance(queue.next_batch(0.0, Running(60, ends_at=1.0)), Batch)
 
 
 def test_item_budget() -> None:
