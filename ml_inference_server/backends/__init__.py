@@ -2,17 +2,11 @@
 
 import difflib
 import importlib
-import os
 from typing import cast
 
 from ml_inference_server.backends.base import Backend
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
-
-# oneDNN, which computes for PyTorch on the CPU, keeps a kernel for every shape that it meets, 1,024 of them if nobody
-# says otherwise: gigabytes under mixed lengths. It reads this once, at its first product; every process that runs a
-# backend comes through here before.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 BACKENDS = {
     "pytorch": "ml_inference_server.backends.pytorch:PyTorchBackend",

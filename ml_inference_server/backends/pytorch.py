@@ -5,6 +5,7 @@ the batcher's token ids instead of on text, so that nothing is tokenised or sort
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ from ml_inference_server.backends.loading import load_model
 from ml_inference_server.backends.quantize_torch import choose_engine, count_quantized, quantize_linears
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_name, instruction_set
+
+# oneDNN, which computes for PyTorch on the CPU, keeps a kernel for every shape that it meets, 1,024 of them if nobody
+# says otherwise: gigabytes under mixed lengths. With 256 memory stays flat and the speed is the same; with 32, single
+# queries in BF16 take a third longer. It reads this once, at its first product. OpenVINO has a oneDNN of its own, which
+# reads it too and has another bound: so it is not set for all backends.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 if TYPE_CHECKING:
     from ml_inference_server.backends.compiled import CompiledModel
