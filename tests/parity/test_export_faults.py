@@ -81,6 +81,7 @@ def test_a_damaged_graph_is_noticed_and_made_again(
 @pytest.fixture
 def nothing_stands_in() -> Iterator[None]:
     """The folder that stands in for a cache lasts as long as the program: here, as the test."""
+    remove_temporary()
     yield
     remove_temporary()
 
