@@ -12,7 +12,15 @@ from transformers import (
 )
 
 from ml_inference_server.backends.export import export
+from ml_inference_server.utils.cache import remove_temporary
 from tests.parity.tiny_model import SHAPE, save, settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_stands_in() -> Iterator[None]:
+    """A folder that stands in for a cache lasts as long as the program; here, as the test that could not write it."""
+    yield
+    remove_temporary()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from transformers import (
 
 from ml_inference_server.backends.export import export
 from ml_inference_server.backends.model_files import find_model
-from ml_inference_server.utils.cache import remove_temporary
 from ml_inference_server.utils.config import ModelSettings
 from tests.parity.tiny_model import INT8, SHAPE, embed, refused, save, settings, start
 
@@ -78,15 +76,6 @@ def test_a_damaged_graph_is_noticed_and_made_again(
     assert caplog.text.count("is damaged: making it again") == len(files)
 
 
-@pytest.fixture
-def nothing_stands_in() -> Iterator[None]:
-    """The folder that stands in for a cache lasts as long as the program: here, as the test."""
-    remove_temporary()
-    yield
-    remove_temporary()
-
-
-@pytest.mark.usefixtures("nothing_stands_in")
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_a_cache_that_cannot_be_written_still_serves(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, backend: str
