@@ -5,13 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_inference_server.benchmark.cell import planned_rows
-from ml_inference_server.benchmark.channel import Target
-from ml_inference_server.benchmark.dataset import is_local, load_dataset
-from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.progress import Progress, work
-from ml_inference_server.benchmark.quality import load_slice
-from ml_inference_server.benchmark.results import (
+from ml_inference_server.benchmark.load.channel import Target
+from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
+from ml_inference_server.benchmark.measure.progress import Progress, work
+from ml_inference_server.benchmark.measure.quality import load_slice
+from ml_inference_server.benchmark.result.cell import planned_rows
+from ml_inference_server.benchmark.result.files import (
     DOCS,
     Result,
     ResultFiles,
@@ -23,6 +22,7 @@ from ml_inference_server.benchmark.results import (
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
+from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.utils.config import Given, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 

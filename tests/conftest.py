@@ -15,8 +15,8 @@ import pytest
 
 from ml_inference_server.backends.base import Backend
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.resolve import resolve
-from ml_inference_server.backends.start import Described
+from ml_inference_server.backends.startup.resolve import resolve
+from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.server.grpc_server import GrpcServer, start_grpc

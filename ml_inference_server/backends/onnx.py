@@ -17,7 +17,13 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
-from ml_inference_server.backends.export import MOST_BYTES_IN_ONE_FILE, Exported, engine_errors, export, graph_inputs
+from ml_inference_server.backends.model.export import (
+    MOST_BYTES_IN_ONE_FILE,
+    Exported,
+    engine_errors,
+    export,
+    graph_inputs,
+)
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set

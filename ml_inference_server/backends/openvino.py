@@ -21,12 +21,12 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
-from ml_inference_server.backends.export import Exported, engine_errors, export, graph_inputs
-from ml_inference_server.backends.reference import sample_pairs
+from ml_inference_server.backends.model.export import Exported, engine_errors, export, graph_inputs
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.sample import sample_pairs
 
 log = logging.getLogger(__name__)
 

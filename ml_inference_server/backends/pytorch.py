@@ -21,8 +21,8 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
-from ml_inference_server.backends.loading import load_model
-from ml_inference_server.backends.quantize_torch import choose_engine, count_quantized, quantize_linears
+from ml_inference_server.backends.model.loading import load_model
+from ml_inference_server.backends.model.quantize_torch import choose_engine, count_quantized, quantize_linears
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_name, instruction_set
 
@@ -33,7 +33,7 @@ from ml_inference_server.utils.cpu import cpu_name, instruction_set
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 if TYPE_CHECKING:
-    from ml_inference_server.backends.compiled import CompiledModel
+    from ml_inference_server.backends.compiled.graph import CompiledModel
 
 _DTYPES = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 
@@ -76,7 +76,7 @@ class PyTorchBackend:
         self.module.to(self._device)
         self._info = self._describe(engine)
         if self._settings.compile:
-            from ml_inference_server.backends.compiled import CompiledModel, keep_freed_memory
+            from ml_inference_server.backends.compiled.graph import CompiledModel, keep_freed_memory
 
             keep_freed_memory()
             self.compiled = CompiledModel(self._loaded, self._settings.threads)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark import comparison, records, report, row
-from ml_inference_server.benchmark.compare import compare, text
-from ml_inference_server.benchmark.records import Records
-from ml_inference_server.benchmark.results import ResultFiles, read_document
+from ml_inference_server.benchmark.load import records
+from ml_inference_server.benchmark.load.records import Records
+from ml_inference_server.benchmark.report import advice, report
+from ml_inference_server.benchmark.report.regression import compare, text
+from ml_inference_server.benchmark.result import figures
+from ml_inference_server.benchmark.result.files import ResultFiles, read_document
 from ml_inference_server.benchmark.session import contents, show
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
@@ -31,7 +33,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Records]]:
     for run in document["runs"]:
         if run["raw"] not in raw:
             raise ConfigError(f"{raw_file}: holds no records of {run['raw']}: not the file that belongs to {path}")
-        found = row.figures(
+        found = figures.figures(
             raw[run["raw"]],
             batch_size=run["batch_size"],
             scores=run["workload"] == "pairs",
@@ -49,7 +51,7 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
     for path in files:
         markdown = replaceable(output or path.with_suffix(".md"))
         if read_document(path)["kind"] == "summary":
-            found = comparison.contents(read_document(path), ResultFiles(markdown, path))
+            found = advice.contents(read_document(path), ResultFiles(markdown, path))
         else:
             document, raw = load(path)
             show(document, raw)

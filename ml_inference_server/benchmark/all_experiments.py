@@ -13,12 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ml_inference_server.benchmark import comparison, report
-from ml_inference_server.benchmark.contenders import BASELINE
-from ml_inference_server.benchmark.dataset import Dataset
-from ml_inference_server.benchmark.interrupt import Stop
-from ml_inference_server.benchmark.machine import client_versions, git_facts, machine_facts
-from ml_inference_server.benchmark.results import (
+from ml_inference_server.benchmark.load.dataset import Dataset
+from ml_inference_server.benchmark.report import advice, report
+from ml_inference_server.benchmark.report.contenders import BASELINE
+from ml_inference_server.benchmark.result.files import (
     DOCS,
     SCHEMA,
     ResultFiles,
@@ -32,6 +30,8 @@ from ml_inference_server.benchmark.results import (
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
 from ml_inference_server.benchmark.session import run_to_exit_code
+from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
 from ml_inference_server.utils.config import BASE_CONFIG, EXPERIMENTS_DIR, load_settings
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
@@ -204,13 +204,13 @@ class Summary:
         try:
             self._write()
         except OSError as error:
-            folder = rescue(comparison.contents(self.document, self.files))
+            folder = rescue(advice.contents(self.document, self.files))
             where = f"; it is in {folder} instead" if folder else ""
             raise ResultsNotWritten(f"the comparison cannot be written: {error.strerror}{where}") from None
 
     def _write(self) -> None:
         self.document["finished_at"] = now()
-        for path, content in comparison.contents(self.document, self.files).items():
+        for path, content in advice.contents(self.document, self.files).items():
             replace_file(path, content)
 
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = Summary(files, ["python", "run_all_experiments.py", *given], arguments.quick)
             left = summary.begin(experiments, resume=arguments.resume)
             outcomes = await run_all(left, stop, summary)
-            print(f"\n{comparison.table(summary.document)}\n", flush=True)
+            print(f"\n{advice.table(summary.document)}\n", flush=True)
             summary.finish(finished=len(outcomes) == len(left) and not stop.requested.is_set())
             print(f"Comparison: {files.markdown} and {files.data}", flush=True)
         if stop.requested.is_set():

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark.cell import planned_rows
-from ml_inference_server.benchmark.dataset import Dataset, load_dataset
-from ml_inference_server.benchmark.in_process import requests_of, time_in_process
-from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.progress import Progress, work
-from ml_inference_server.benchmark.quality import load_slice
-from ml_inference_server.benchmark.results import (
+from ml_inference_server.benchmark.load.dataset import Dataset, load_dataset
+from ml_inference_server.benchmark.measure.progress import Progress, work
+from ml_inference_server.benchmark.measure.quality import load_slice
+from ml_inference_server.benchmark.result.cell import planned_rows
+from ml_inference_server.benchmark.result.files import (
     DOCS,
     Result,
     ResultFiles,
@@ -24,8 +22,10 @@ from ml_inference_server.benchmark.results import (
     new_document,
     result_files,
 )
-from ml_inference_server.benchmark.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
+from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
+from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
+from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, StartError
 

@@ -7,21 +7,22 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark import aggregate, plots, report, tables
-from ml_inference_server.benchmark import records as raw_records
-from ml_inference_server.benchmark.channel import Target
-from ml_inference_server.benchmark.dataset import Dataset
-from ml_inference_server.benchmark.interrupt import Interrupted, Stop
-from ml_inference_server.benchmark.load import event_loop
-from ml_inference_server.benchmark.progress import Progress, search_work
-from ml_inference_server.benchmark.quality import Slice
-from ml_inference_server.benchmark.records import Records
-from ml_inference_server.benchmark.reference import measure_quality
-from ml_inference_server.benchmark.results import Result, ResultFiles, ResultsNotWritten, encode, now, rescue
-from ml_inference_server.benchmark.results import write_results as write
-from ml_inference_server.benchmark.sidecar import Sidecar
-from ml_inference_server.benchmark.slo import search
-from ml_inference_server.benchmark.suite import Bench, refuse_oversized, run_suite
+from ml_inference_server.benchmark.load import records as raw_records
+from ml_inference_server.benchmark.load.channel import Target
+from ml_inference_server.benchmark.load.dataset import Dataset
+from ml_inference_server.benchmark.load.loops import event_loop
+from ml_inference_server.benchmark.load.records import Records
+from ml_inference_server.benchmark.measure.progress import Progress, search_work
+from ml_inference_server.benchmark.measure.quality import Slice
+from ml_inference_server.benchmark.measure.rate_search import search
+from ml_inference_server.benchmark.measure.reference import measure_quality
+from ml_inference_server.benchmark.measure.suite import Bench, refuse_oversized, run_suite
+from ml_inference_server.benchmark.report import plots, report, tables
+from ml_inference_server.benchmark.result import aggregate
+from ml_inference_server.benchmark.result.files import Result, ResultFiles, ResultsNotWritten, encode, now, rescue
+from ml_inference_server.benchmark.result.files import write_results as write
+from ml_inference_server.benchmark.target.counters import Sidecar
+from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.utils.errors import EXIT_INTERRUPTED, StartError
 from ml_inference_server.utils.experiment import ExperimentSettings
 from ml_inference_server.utils.process import begin_process, leave_dead_streams

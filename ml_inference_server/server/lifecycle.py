@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ml_inference_server.backends.resolve import title
-from ml_inference_server.backends.start import Described, start_backend
+from ml_inference_server.backends.startup.resolve import title
+from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer

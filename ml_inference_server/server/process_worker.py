@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Backend, Encoded, collate
-from ml_inference_server.backends.resolve import Resolution
-from ml_inference_server.backends.start import Described, load_resolved, start_backend
+from ml_inference_server.backends.startup.resolve import Resolution
+from ml_inference_server.backends.startup.start import Described, load_resolved, start_backend
 from ml_inference_server.server.workers import Output
 from ml_inference_server.utils.child import begin_child, huge_pages_for_children
 from ml_inference_server.utils.config import ModelSettings

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_inference_server import __version__
 from ml_inference_server.backends.base import BackendInfo
-from ml_inference_server.backends.resolve import Resolution, title
+from ml_inference_server.backends.startup.resolve import Resolution, title
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.service import InferenceService
 from ml_inference_server.utils.config import Settings

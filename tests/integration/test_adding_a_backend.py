@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ml_inference_server import backends
-from ml_inference_server.backends.start import Started, start_backend
+from ml_inference_server.backends.startup.start import Started, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc

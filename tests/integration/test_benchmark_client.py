@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ml_inference_server import client
-from ml_inference_server.benchmark import channel, records
-from ml_inference_server.benchmark.load import Call, ClosedLoop, Reply, ServerGone
+from ml_inference_server.benchmark.load import channel, records
+from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, Reply, ServerGone
 from tests.integration.benchmark_kit import Scripted, python, scripted, write_pairs
 
 

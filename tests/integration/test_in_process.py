@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ml_inference_server.benchmark import in_process
-from ml_inference_server.benchmark.dataset import Workload
-from ml_inference_server.benchmark.in_process import requests_of, time_in_process
+from ml_inference_server.benchmark.load.dataset import Workload
+from ml_inference_server.benchmark.target import in_process
+from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
 
 PAIRS = Workload("pairs", (("one", "first\tpassage\n"), ("one", "second"), ("two", "ünd")))
 FIGURES = {

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ml_inference_server import client
-from ml_inference_server.benchmark import records, slo
-from ml_inference_server.benchmark.schedule import arrivals_s
+from ml_inference_server.benchmark.load import records
+from ml_inference_server.benchmark.load.schedule import arrivals_s
+from ml_inference_server.benchmark.measure import rate_search
 from tests.integration.benchmark_kit import Scripted, python, scripted, write_pairs
 
 FREEZE_S = 2.0
@@ -139,7 +140,7 @@ def test_a_change_of_what_the_server_says_of_itself_voids_the_row(pairs: Path) -
 
 def test_the_highest_rate_within_a_bound(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server of at most 500 requests/s; so few requests that the search is quick, and the answer rough."""
-    monkeypatch.setattr(slo, "requests_of", lambda bench: 60)
+    monkeypatch.setattr(rate_search, "requests_of", lambda bench: 60)
     experiment = tmp_path / "s.yaml"
     experiment.write_text(
         "name: scripted\nexperiment: {batch_sizes: [1], concurrency_levels: [], repeats: 1, warmup_iterations: 1,"

@@ -1,6 +1,6 @@
 import pytest
 
-from ml_inference_server.benchmark import metrics_overhead
+from ml_inference_server.benchmark.studies import metrics_overhead
 
 
 def test_one_server_is_compared_with_itself_in_turns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from ml_inference_server.backends.base import Encoded
 from ml_inference_server.backends.fake import fake_embedding, fake_logit
-from ml_inference_server.backends.start import Described
+from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.system import SystemSampler
 from ml_inference_server.server.lifecycle import attach

@@ -19,10 +19,11 @@ import psutil
 import pytest
 
 from ml_inference_server.benchmark import __main__ as benchmark_commands
-from ml_inference_server.benchmark import all_experiments, channel, runner
-from ml_inference_server.benchmark.interrupt import Stop
+from ml_inference_server.benchmark import all_experiments, runner
+from ml_inference_server.benchmark.load import channel
 from ml_inference_server.benchmark.runner import Experiment, run_experiment
-from ml_inference_server.benchmark.server_process import ServerOptions, ServerProcess
+from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.benchmark.target.server_process import ServerOptions, ServerProcess
 from ml_inference_server.utils.errors import ConfigError
 from tests.integration.benchmark_kit import ENVIRONMENT, ROOT, SCRIPTED, python, write_pairs
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ml_inference_server.benchmark import scaling
-from ml_inference_server.benchmark.dataset import Workload
-from ml_inference_server.benchmark.scaling import Point, Sweep, report, texts_of
+from ml_inference_server.benchmark.load.dataset import Workload
+from ml_inference_server.benchmark.studies import scaling
+from ml_inference_server.benchmark.studies.scaling import Point, Sweep, report, texts_of
 
 
 def test_all_sweeps_are_measured_and_plotted(

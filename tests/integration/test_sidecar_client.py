@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from ml_inference_server.benchmark.progress import Progress
-from ml_inference_server.benchmark.sidecar import Sidecar, difference
+from ml_inference_server.benchmark.measure.progress import Progress
+from ml_inference_server.benchmark.target.counters import Sidecar, difference
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import (
     BertModel,
 )
 
-from ml_inference_server.backends.export import export
+from ml_inference_server.backends.model.export import export
 from ml_inference_server.utils.cache import remove_temporary
 from tests.parity.tiny_model import SHAPE, save, settings
 

@@ -13,9 +13,9 @@ from sentence_transformers.sentence_transformer import modules
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ml_inference_server.backends.model_files import find_model
-from ml_inference_server.backends.reference import sample_pairs
+from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.sample import sample_pairs
 
 WIDTH = 32
 LIMIT_TOKENS = 64

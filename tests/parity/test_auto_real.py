@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml_inference_server.backends import auto, native
-from ml_inference_server.backends.auto import candidates, probe
-from ml_inference_server.backends.own_process import in_own_process
-from ml_inference_server.backends.start import start_backend
+from ml_inference_server.backends.compiled import native
+from ml_inference_server.backends.startup import auto
+from ml_inference_server.backends.startup.auto import candidates, probe
+from ml_inference_server.backends.startup.own_process import in_own_process
+from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.config import ModelSettings
 
 

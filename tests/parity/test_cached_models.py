@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from transformers import BertModel
 
-from ml_inference_server.backends import native, packed
+from ml_inference_server.backends.compiled import native, packed
 from tests.parity import parts, zoo
 from tests.parity.families import TEXTS, check_answers
 from tests.parity.tiny_model import refused, start

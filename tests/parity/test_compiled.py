@@ -19,10 +19,11 @@ from transformers import (
     RobertaModel,
 )
 
-from ml_inference_server.backends import create_backend, native, packed
+from ml_inference_server.backends import create_backend
 from ml_inference_server.backends.base import Backend, Encoded, collate
-from ml_inference_server.backends.resolve import resolve, title
-from ml_inference_server.backends.start import start_backend
+from ml_inference_server.backends.compiled import native, packed
+from ml_inference_server.backends.startup.resolve import resolve, title
+from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.cache import cache_root
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError

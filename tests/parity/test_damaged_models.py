@@ -21,8 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml_inference_server.backends.resolve import resolve
-from ml_inference_server.backends.start import load_resolved
+from ml_inference_server.backends.startup.resolve import resolve
+from ml_inference_server.backends.startup.start import load_resolved
 from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_MODEL, ModelError, StartError
 from tests.integration.server_process import ROOT, arguments
 from tests.parity import damaged_models as damaged
@@ -167,7 +167,7 @@ def test_a_folder_that_lost_its_list_of_modules_is_not_served_by_another_pooling
 
 def test_a_module_behind_a_link_is_part_of_the_model(embedder: Path, tmp_path: Path) -> None:
     """Else another Dense there would be answered from the first one's cache."""
-    from ml_inference_server.backends.model_files import find_model
+    from ml_inference_server.backends.files.model_files import find_model
 
     copy = shutil.copytree(embedder, tmp_path / "copy")
     (copy / "2_Dense").rename(tmp_path / "elsewhere")
@@ -337,8 +337,10 @@ def test_settings_that_no_model_can_have_end_in_one_line_with_2() -> None:
 
 _NOBODY = """
 import os, sys
-from ml_inference_server.backends import loading, pytorch, text_input
-from ml_inference_server.backends.start import start_backend
+from ml_inference_server.backends import pytorch
+from ml_inference_server.backends.model import loading
+from ml_inference_server.backends.text import text_input
+from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 os.environ.pop("HOME", None)

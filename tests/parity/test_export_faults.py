@@ -16,8 +16,8 @@ from transformers import (
     LongformerModel,
 )
 
-from ml_inference_server.backends.export import export
-from ml_inference_server.backends.model_files import find_model
+from ml_inference_server.backends.files.model_files import find_model
+from ml_inference_server.backends.model.export import export
 from ml_inference_server.utils.config import ModelSettings
 from tests.parity.tiny_model import INT8, SHAPE, embed, refused, save, settings, start
 

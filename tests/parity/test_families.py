@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml_inference_server.backends import native
+from ml_inference_server.backends.compiled import native
 from tests.parity import families
 from tests.parity.families import BACKENDS, DOCS, README, YES, between_markers, read_table, try_family
 from tests.parity.zoo import FAMILIES

@@ -16,10 +16,13 @@ from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncod
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
-from ml_inference_server.backends import export, limits, native, onnx, text_input
+from ml_inference_server.backends import onnx
 from ml_inference_server.backends.base import Company, collate
-from ml_inference_server.backends.loading import TokenModule, load_model, locate, plain_model
-from ml_inference_server.backends.start import Started
+from ml_inference_server.backends.compiled import native
+from ml_inference_server.backends.model import export
+from ml_inference_server.backends.model.loading import TokenModule, load_model, locate, plain_model
+from ml_inference_server.backends.startup.start import Started
+from ml_inference_server.backends.text import limits, text_input
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils.config import Settings
 from tests.conftest import RunningServer, serving

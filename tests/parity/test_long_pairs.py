@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import resource, sys
 from sentence_transformers import SentenceTransformer
-from ml_inference_server.backends.library_tokenizer import LibraryTokenizer, Way, input_module
+from ml_inference_server.backends.text.library_tokenizer import LibraryTokenizer, Way, input_module
 module = input_module(SentenceTransformer(sys.argv[1], device="cpu")[0])
 ways = {None: Way("", None, 0, module.max_seq_length)}
 tokenizer = LibraryTokenizer(module, pad_id=0, prompts={}, ways=ways)

@@ -1,18 +1,16 @@
 """Every backend and precision against FP32 PyTorch, for an embedding model and for a cross-encoder."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from ml_inference_server.backends import create_backend
 from ml_inference_server.backends.base import Backend, collate
-from ml_inference_server.backends.resolve import resolve
+from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.sample import PAIRS
 
 pytestmark = pytest.mark.real
-PAIRS = Path(__file__).resolve().parents[2] / "ml_inference_server" / "benchmark" / "sample" / "pairs.tsv"
 CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
 
@@ -83,7 +81,7 @@ def own_logits(pairs: list[tuple[str, str]]) -> np.ndarray:
     """transformers' own forward pass on its own padding, with the same seeded weights."""
     from transformers import AutoTokenizer
 
-    from ml_inference_server.backends.loading import load_model
+    from ml_inference_server.backends.model.loading import load_model
 
     loaded = load_model(ModelSettings(name=CROSS_ENCODER, task="cross_encoder", random_weights=True))
     tokenizer = AutoTokenizer.from_pretrained(loaded.files.folder)

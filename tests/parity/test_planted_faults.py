@@ -10,7 +10,8 @@ import torch
 from sentence_transformers.sentence_transformer import modules
 from transformers import BertModel
 
-from ml_inference_server.backends import limits, loading, text_input
+from ml_inference_server.backends.model import loading
+from ml_inference_server.backends.text import limits, text_input
 from tests.parity import parts, zoo
 from tests.parity.tiny_model import refused, start
 

@@ -9,9 +9,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as models
 
 from ml_inference_server.backends.base import collate
-from ml_inference_server.backends.model_files import find_model
+from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.pytorch import PyTorchBackend
-from ml_inference_server.backends.resolve import resolve
+from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 

@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 MEMORY = """
 import json, sys, numpy, psutil
 from ml_inference_server.backends.base import TokenBatch
-from ml_inference_server.backends.start import load_resolved
-from ml_inference_server.backends.resolve import resolve
+from ml_inference_server.backends.startup.start import load_resolved
+from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
 keys = json.loads(sys.argv[1]) | {"device": "cpu", "threads": 1, "streams": 1}
 backend = load_resolved(resolve(ModelSettings.model_validate(keys)), lambda done, total: None)
@@ -34,8 +34,8 @@ import contextlib, json, os, sys, threading
 os.sched_setaffinity(0, json.loads(sys.argv[2]))  # before a library starts its threads
 from pathlib import Path
 from ml_inference_server.backends.base import collate
-from ml_inference_server.backends.start import load_resolved
-from ml_inference_server.backends.resolve import resolve
+from ml_inference_server.backends.startup.start import load_resolved
+from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
 keys = json.loads(sys.argv[1]) | {"device": "cpu", "streams": 2}
 backend = load_resolved(resolve(ModelSettings.model_validate(keys)), lambda done, total: None)

@@ -9,8 +9,8 @@ from sentence_transformers.sentence_transformer import modules
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ml_inference_server.backends.base import Backend, collate
-from ml_inference_server.backends.model_files import find_model
-from ml_inference_server.backends.start import Started, start_backend
+from ml_inference_server.backends.files.model_files import find_model
+from ml_inference_server.backends.startup.start import Started, start_backend
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ml_inference_server.benchmark.results import SCHEMA
+from ml_inference_server.benchmark.result.files import SCHEMA
 from ml_inference_server.utils.experiment import ExperimentSettings
 
 

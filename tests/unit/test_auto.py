@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ml_inference_server.backends import BACKENDS, auto
-from ml_inference_server.backends import resolve as resolve_module
-from ml_inference_server.backends.auto import Candidates, Measured, candidates, choose, probe
+from ml_inference_server.backends import BACKENDS
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.resolve import resolve, title
-from ml_inference_server.backends.start import Described, start_backend
+from ml_inference_server.backends.startup import auto
+from ml_inference_server.backends.startup import resolve as resolve_module
+from ml_inference_server.backends.startup.auto import Candidates, Measured, candidates, choose, probe
+from ml_inference_server.backends.startup.resolve import resolve, title
+from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.lifecycle import attach
 from ml_inference_server.server.state import ServerState

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ml_inference_server.backends import ceiling
 from ml_inference_server.backends.base import Encoded, TokenBatch
-from ml_inference_server.backends.ceiling import batches_of, read_requests, read_texts, run_pass, work_of
+from ml_inference_server.engine_bench import ceiling
+from ml_inference_server.engine_bench.ceiling import batches_of, read_requests, read_texts, run_pass, work_of
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import ConfigError
 

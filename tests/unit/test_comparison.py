@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ml_inference_server.benchmark import aggregate, comparison
-from ml_inference_server.benchmark.compare import compare, unlike
-from ml_inference_server.benchmark.results import SCHEMA, ResultFiles
-from ml_inference_server.benchmark.slo import meets
+from ml_inference_server.benchmark.measure.rate_search import meets
+from ml_inference_server.benchmark.report import advice
+from ml_inference_server.benchmark.report.regression import compare, unlike
+from ml_inference_server.benchmark.result import aggregate
+from ml_inference_server.benchmark.result.files import SCHEMA, ResultFiles
 from tests.unit.report_kit import make_document, quality, repeats
 
 
@@ -44,13 +45,13 @@ INT8 = entry("int8", (198, 200, 202), cosine=0.99, ms=8)
 BROKEN = entry("broken", (900, 900, 900), cosine=0.5, passed=False, ms=1)
 
 
-def advice(*entries: dict[str, Any]) -> str:
-    text = comparison.markdown(summary(*entries), [])
+def advised(*entries: dict[str, Any]) -> str:
+    text = advice.markdown(summary(*entries), [])
     return text[text.index("## Which one to run") : text.index("## All that ran")]
 
 
 def test_the_fastest_within_its_gate_is_recommended_with_what_it_loses() -> None:
-    said = advice(BASE, INT8, BROKEN)
+    said = advised(BASE, INT8, BROKEN)
     assert "**Fastest: `int8`** (int8 ran): 2.00x [" in said
     assert "mean cosine to FP32 0.99000" in said
     assert "nDCG@10 -0.0100 [-0.0100, -0.0100], a significant change" in said
@@ -59,10 +60,10 @@ def test_the_fastest_within_its_gate_is_recommended_with_what_it_loses() -> None
 
 
 def test_a_row_that_failed_its_gate_is_struck_through_and_on_no_front() -> None:
-    text = comparison.markdown(summary(BASE, INT8, BROKEN), [])
+    text = advice.markdown(summary(BASE, INT8, BROKEN), [])
     line = next(line for line in text.splitlines() if line.startswith("| ~~broken~~"))
     assert "~~FAIL~~" in line
-    found = comparison.Comparison(summary(BASE, INT8, BROKEN))
+    found = advice.Comparison(summary(BASE, INT8, BROKEN))
     assert found.front == {"minilm_baseline", "int8"}
 
 
@@ -70,15 +71,15 @@ def test_a_machine_that_was_busy_spoils_the_advice() -> None:
     """A baseline that ran beside something else would make all others look fast."""
     busy = entry("minilm_baseline", (20, 22, 24))
     busy["runs"][-1]["conditions"] = {"steal_share": 0, "others_share": 0.7, "clock_mhz": None, "throttled": None}
-    said = advice(busy, INT8)
+    said = advised(busy, INT8)
     assert said.index("**Do not rely on these ratios:**") < said.index("**Fastest")
     assert "while `minilm_baseline` ran" in said
-    assert "pass, disturbed" in comparison.markdown(summary(busy, INT8), [])
-    assert "Do not rely" not in advice(BASE, INT8)
+    assert "pass, disturbed" in advice.markdown(summary(busy, INT8), [])
+    assert "Do not rely" not in advised(BASE, INT8)
 
 
 def test_no_winner_where_there_is_no_significant_difference() -> None:
-    said = advice(BASE, INT8, entry("twin", (150, 200, 240), cosine=0.999))
+    said = advised(BASE, INT8, entry("twin", (150, 200, 240), cosine=0.999))
     assert "No significant difference in throughput to it: `twin`" in said
     assert "**Closest to FP32 among these: `twin`**" in said
 
@@ -87,7 +88,7 @@ def test_other_loads_have_a_table_of_their_own_and_no_ratio() -> None:
     other = entry("other", (500, 500, 500))
     for run in other["runs"]:
         run["concurrency"] = 64
-    text = comparison.markdown(summary(BASE, other), [])
+    text = advice.markdown(summary(BASE, other), [])
     assert "### other" in text
     assert "Fastest: `minilm_baseline`" in text
 
@@ -95,24 +96,24 @@ def test_other_loads_have_a_table_of_their_own_and_no_ratio() -> None:
 def test_what_did_not_run_says_why() -> None:
     refused = entry("gone", (1,), verdict="refused", exit_code=3, message="no such model", server=None, runs=[])
     document = summary(BASE, refused) | {"not_run": ["later"], "finished": False, "quick": True}
-    text = comparison.markdown(document, [])
+    text = advice.markdown(document, [])
     told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert ["gone", "refused", "no such model"] in told
     assert ["later", "not run", "the run was interrupted before it"] in told
     assert "`--resume` goes on with it" in text
     assert "a quick run" in text
-    assert "nothing to recommend" in comparison.markdown(summary(refused), [])
+    assert "nothing to recommend" in advice.markdown(summary(refused), [])
 
 
 def test_unlike_machines_and_commits_are_told() -> None:
-    text = comparison.markdown(summary(BASE, entry("int8", (200, 200), commit="def", fingerprint="g")), [])
+    text = advice.markdown(summary(BASE, entry("int8", (200, 200), commit="def", fingerprint="g")), [])
     assert "measured at different commits: abc, def" in text
     assert "measured on different machines" in text
 
 
 def test_the_plots_are_there_and_the_same_each_time(tmp_path: Path) -> None:
     files = ResultFiles(tmp_path / "summary.md", tmp_path / "summary.json")
-    first, again = (comparison.contents(summary(BASE, INT8, BROKEN), files) for _ in range(2))
+    first, again = (advice.contents(summary(BASE, INT8, BROKEN), files) for _ in range(2))
     assert {path.name for path in first} == {"summary.md", "summary.json", "summary.svg", "summary_latency.svg"}
     assert first == again
     assert bytes(first[files.plot]).count(b"broken") >= 1  # type: ignore[arg-type]
@@ -165,7 +166,7 @@ def test_the_share_of_the_in_process_speed_is_of_the_same_requests() -> None:
     for changes in ({}, {"texts_per_s": 500.0}, {"batch_size": 4}):
         int8 = entry("int8", (198, 200, 202))
         int8["server"]["in_process"] = inside | changes
-        text = comparison.markdown(summary(BASE, int8), [])
+        text = advice.markdown(summary(BASE, int8), [])
         (line,) = (line for line in text.splitlines() if line.startswith("| int8"))
         shares.append([cell.strip() for cell in line.split("|")][9])
     assert shares == ["80%", "160% (more than all: an error of the measurement)", "-"]
@@ -186,11 +187,11 @@ def test_ndcg_of_two_definitions_is_never_compared_silently() -> None:
     """A summary can hold experiments of an earlier version (--resume), which took 2^grade - 1 as the gain."""
     old = entry("old", (198, 200, 202), cosine=0.99)
     del old["server"]["quality"]["ndcg_gain"]
-    text = comparison.markdown(summary(BASE, old), [])
+    text = advice.markdown(summary(BASE, old), [])
     assert "nDCG@10 was computed with different gains" in text
     assert "grade for minilm_baseline; 2^grade - 1 for old" in text
     assert "nDCG@10 -0.0100 [-0.0100, -0.0100] (gain 2^grade - 1), a significant change" in text
-    assert "different gains" not in comparison.markdown(summary(BASE, INT8), [])
+    assert "different gains" not in advice.markdown(summary(BASE, INT8), [])
 
     before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
     before["servers"][0]["quality"] = quality()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ml_inference_server.benchmark import dataset as module
-from ml_inference_server.benchmark.dataset import Dataset, Row, Workload, load_dataset, read_file
-from ml_inference_server.benchmark.hub import HubUnreachable, fetch_ms_marco
+from ml_inference_server.benchmark.load import dataset as module
+from ml_inference_server.benchmark.load.dataset import Dataset, Row, Workload, load_dataset, read_file
+from ml_inference_server.benchmark.load.hub import HubUnreachable, fetch_ms_marco
 from ml_inference_server.utils.errors import ConfigError
 
 LISTED = {"query_id": 7, "query": "why is the sky blue", "passages": [{"passage_text": "light", "is_selected": 1}]}

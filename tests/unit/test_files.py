@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_inference_server.benchmark.results import result_files
+from ml_inference_server.benchmark.result.files import result_files
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.files import replace_file, replaceable
 

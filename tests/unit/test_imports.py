@@ -11,17 +11,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "ml_inference_server"
 
-# First the importing part, then what it may reach: a part with everything below it, or one module of it.
+# First the importing room, then what it may reach: a room with everything below it, or one module of it.
+# A module belongs to the longest name here that leads to it.
 ALLOWED: dict[str, set[str]] = {
     "utils": set(),
     "proto": set(),
-    "backends": {"utils"},
+    # Upwards: base, files, text, model, compiled, then the engines (the files of `backends` itself), then startup.
+    "backends.base": {"utils"},
+    "backends.files": {"utils"},
+    "backends.text": {"backends.base", "backends.files", "utils"},
+    "backends.model": {"backends.base", "backends.files", "backends.text", "utils"},
+    "backends.compiled": {"backends.base", "backends.files", "backends.model", "utils"},
+    "backends": {
+        "backends.base",
+        "backends.files",
+        "backends.text",
+        "backends.model",
+        "backends.compiled",
+        "utils",
+    },
+    "backends.startup": {"backends", "utils"},
+    "engine_bench": {"backends", "utils"},
     "metrics": {"utils"},
     "server": {
         "backends.base",
-        "backends.tokenizer",
-        "backends.resolve",
-        "backends.start",
+        "backends.text.tokenizer",
+        "backends.startup.resolve",
+        "backends.startup.start",
         "metrics",
         "proto",
         "utils",
@@ -31,6 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     "main": {"server", "utils"},
     "client": {"benchmark", "utils"},
     "run_all_experiments": {"benchmark", "utils"},
+}
+
+# The data that a room may open beside its own. Paths start in the package; ".." is the checkout.
+DATA: dict[str, set[str]] = {
+    "utils": {"sample", "experiments"},
+    "benchmark": {"docs", ".."},
 }
 
 # Slow to load, or not installed everywhere: at module level only in the file that is chosen by name.
@@ -46,15 +68,15 @@ HEAVY = {
 }
 HOME_OF_HEAVY = {
     "backends/pytorch.py": {"torch", "sentence_transformers", "transformers"},
-    "backends/loading.py": {"torch", "sentence_transformers", "transformers"},
-    "backends/text_input.py": {"sentence_transformers", "torch"},
-    "backends/library_tokenizer.py": {"sentence_transformers", "torch"},
-    "backends/limits.py": {"torch"},
-    "backends/load_guard.py": {"torch"},
-    "backends/misfits.py": {"sentence_transformers", "torch"},
-    "backends/packed.py": {"torch", "transformers"},
-    "backends/compiled.py": {"torch"},
-    "backends/quantize_torch.py": {"torch"},
+    "backends/model/loading.py": {"torch", "sentence_transformers", "transformers"},
+    "backends/text/text_input.py": {"sentence_transformers", "torch"},
+    "backends/text/library_tokenizer.py": {"sentence_transformers", "torch"},
+    "backends/text/limits.py": {"torch"},
+    "backends/model/load_guard.py": {"torch"},
+    "backends/model/misfits.py": {"sentence_transformers", "torch"},
+    "backends/compiled/packed.py": {"torch", "transformers"},
+    "backends/compiled/graph.py": {"torch"},
+    "backends/model/quantize_torch.py": {"torch"},
     "backends/onnx.py": {"onnxruntime"},
     "backends/openvino.py": {"openvino"},
     "deploy/ray_serve.py": {"ray"},
@@ -81,12 +103,45 @@ def imported(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -
         yield f"{source}.{alias.name}" if is_module else f"{source}:{alias.name}"
 
 
+def room_of(below: str) -> str:
+    """The longest name in ALLOWED that leads to a module, given from below the package; "" where there is none."""
+    leads = [name for name in ALLOWED if below == name or below.startswith(f"{name}.")]
+    return max(leads, key=len, default="")
+
+
+def opened(source: str, path: Path) -> Iterator[tuple[int, Path]]:
+    """Each place that `source`, standing at `path`, finds from its own: (line, the path)."""
+    tree = ast.parse(source)
+    inside = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "__file__":
+            whole: ast.AST = node
+            while isinstance(parent := inside[id(whole)], ast.expr):
+                whole = parent
+            yield node.lineno, Path(eval(ast.unparse(whole), {"Path": Path, "__file__": str(path)}))  # noqa: S307
+
+
+def data_violations(path: Path, source: str) -> list[str]:
+    """What `source`, standing at `path` in the package, opens and may not."""
+    room = room_of(".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts))
+    found = []
+    for line, place in opened(source, path):
+        if place in path.parents or place == path or path.parent in place.parents:
+            if place != ROOT / PACKAGE:
+                continue
+        outside = not place.is_relative_to(ROOT / PACKAGE)
+        name = ".." if outside else place.relative_to(ROOT / PACKAGE).parts[0]
+        if name not in DATA.get(room.split(".")[0], set()):
+            found.append(f"{path.relative_to(ROOT)}:{line} may not open {name}")
+    return found
+
+
 def is_allowed(part: str, target: str) -> bool:
     """`target` lies below the package: "utils.config:Settings", or ":__version__" for the package itself."""
     if target.startswith(":"):
         return target == ":__version__"
     module = target.split(":")[0]
-    if module.split(".")[0] == part:
+    if room_of(module) == part:
         return True
     return any(target == rule or module == rule or module.startswith(f"{rule}.") for rule in ALLOWED[part])
 
@@ -97,7 +152,7 @@ def violations(path: Path, source: str) -> list[str]:
     is_package = relative.name == "__init__"
     module = ".".join(relative.parent.parts if is_package else relative.parts)
     below = module.removeprefix(PACKAGE).lstrip(".")
-    part = below.split(".")[0]
+    part = room_of(below)
     tree = ast.parse(source)
     in_functions = {
         id(node)
@@ -124,9 +179,39 @@ def test_imports_point_the_allowed_way(path: Path) -> None:
     assert violations(path, path.read_text(encoding="utf-8")) == []
 
 
-def test_every_part_of_the_package_has_a_rule() -> None:
-    parts = {path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in our_files()[:-1]}
-    assert parts - {"__init__"} <= set(ALLOWED)
+def test_every_room_has_a_rule() -> None:
+    inside = [path.relative_to(ROOT / PACKAGE).with_suffix("").parts for path in our_files()[:-1]]
+    rooms = {parts[0] for parts in inside} | {".".join(parts[:2]) for parts in inside if len(parts) > 2}
+    deep = {room for room in rooms if "." in room and room.split(".")[0] == "backends"}
+    assert ({room for room in rooms if "." not in room} | deep) - {"__init__"} <= set(ALLOWED)
+
+
+def test_no_room_leads_back_to_itself() -> None:
+    """The rules themselves have no circle: there is an order in which each room needs only those before it."""
+    needs = {
+        room: {other for rule in rules for other in ALLOWED if covers(rule, other) and other != room}
+        for room, rules in ALLOWED.items()
+    }
+    while ready := {room for room, others in needs.items() if not others}:
+        needs = {room: others - ready for room, others in needs.items() if room not in ready}
+    assert needs == {}
+
+
+def covers(rule: str, room: str) -> bool:
+    """Whether something of `room` may be imported under `rule`."""
+    return room_of(rule) == room or room.startswith(f"{rule}.")
+
+
+@pytest.mark.parametrize("path", our_files()[:-1], ids=lambda path: str(path.relative_to(ROOT)))
+def test_data_is_opened_by_the_room_that_holds_it(path: Path) -> None:
+    assert data_violations(path, path.read_text(encoding="utf-8")) == []
+
+
+def test_a_foreign_data_file_is_noticed() -> None:
+    source = 'from pathlib import Path\nX = Path(__file__).resolve().parent.parent / "docs" / "speed.json"'
+    assert len(data_violations(ROOT / PACKAGE / "metrics" / "x.py", source)) == 1
+    own = 'from pathlib import Path\nX = Path(__file__).parent / "page.html"'
+    assert data_violations(ROOT / PACKAGE / "metrics" / "x.py", own) == []
 
 
 @pytest.mark.parametrize(
@@ -138,7 +223,10 @@ def test_every_part_of_the_package_has_a_rule() -> None:
         ("backends/__init__.py", "from .. import metrics", "ml_inference_server.metrics"),
         ("server/servicers/x.py", "from ml_inference_server.backends import pytorch", "backends.pytorch"),
         ("server/x.py", "from ml_inference_server.backends import BACKENDS", "backends:BACKENDS"),
-        ("server/x.py", "from ml_inference_server.backends.model_files import find", "backends.model_files:find"),
+        ("server/x.py", "from ml_inference_server.backends.files.model_files import f", "backends.files.model_files:f"),
+        ("backends/text/x.py", "from ml_inference_server.backends.model import loading", "backends.model.loading"),
+        ("backends/x.py", "from ml_inference_server.backends.startup import parity", "backends.startup.parity"),
+        ("backends/startup/x.py", "from ml_inference_server.engine_bench import compare", "engine_bench.compare"),
         ("benchmark/x.py", "if True:\n    import ml_inference_server.server", "ml_inference_server.server"),
         ("main.py", "from ml_inference_server.backends.base import Backend", "backends.base:Backend"),
         ("utils/x.py", "from ml_inference_server import main", "ml_inference_server.main"),
@@ -157,7 +245,7 @@ def test_a_wrong_import_is_noticed(path: str, source: str, blamed: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("server/x.py", "from ml_inference_server.backends.start import start_backend"),
+        ("server/x.py", "from ml_inference_server.backends.startup.start import start_backend"),
         ("server/x.py", "from ml_inference_server import __version__\nfrom . import batching"),
         ("server/servicers/x.py", "from ..batching import Batch\nfrom ...metrics import registry"),
         ("backends/pytorch.py", "import torch\nfrom .base import Backend"),

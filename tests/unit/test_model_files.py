@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ml_inference_server.backends.file_checks import check_safetensors
-from ml_inference_server.backends.model_files import BUNDLED, find_model
+from ml_inference_server.backends.files.file_checks import check_safetensors
+from ml_inference_server.backends.files.model_files import BUNDLED, find_model
 from ml_inference_server.utils.errors import ModelError
 
 

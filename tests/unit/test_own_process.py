@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ml_inference_server.backends.own_process import in_own_process
+from ml_inference_server.backends.startup.own_process import in_own_process
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 

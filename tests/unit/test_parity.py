@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml_inference_server.backends import parity
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.fake import FakeBackend, fake_embedding
-from ml_inference_server.backends.reference import Reference
-from ml_inference_server.backends.start import start_backend
+from ml_inference_server.backends.startup import parity
+from ml_inference_server.backends.startup.reference import Reference
+from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
 
@@ -114,5 +114,5 @@ def test_other_tokens_than_the_library_makes_are_refused_whatever_the_vectors_sa
 
 
 def test_without_a_reference_parity_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ml_inference_server.backends.start.reference_for", lambda settings: None)
+    monkeypatch.setattr("ml_inference_server.backends.startup.start.reference_for", lambda settings: None)
     assert start_backend(fake(), lambda phase: None).info.parity_mean is None

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from ml_inference_server.benchmark.dataset import Row
-from ml_inference_server.benchmark.quality import Answers, Slice, gate, judge, load_slice, rankings
+from ml_inference_server.benchmark.load.dataset import Row
+from ml_inference_server.benchmark.measure.quality import Answers, Slice, gate, judge, load_slice, rankings
 from ml_inference_server.utils.experiment import QualitySettings
 
 QUERIES, CANDIDATES = 12, 30

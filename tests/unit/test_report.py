@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ml_inference_server.benchmark import aggregate, report, session, tables
-from ml_inference_server.benchmark.records import as_records, read, record
-from ml_inference_server.benchmark.results import (
+from ml_inference_server.benchmark import session
+from ml_inference_server.benchmark.load.records import as_records, read, record
+from ml_inference_server.benchmark.load.schedule import arrivals_s
+from ml_inference_server.benchmark.report import report, tables
+from ml_inference_server.benchmark.result import aggregate
+from ml_inference_server.benchmark.result.figures import figures, latency_summary_ms
+from ml_inference_server.benchmark.result.files import (
     Result,
     ResultsNotWritten,
     encode,
@@ -23,8 +27,6 @@ from ml_inference_server.benchmark.results import (
     result_files,
     write_results,
 )
-from ml_inference_server.benchmark.row import figures, latency_summary_ms
-from ml_inference_server.benchmark.schedule import arrivals_s
 from ml_inference_server.utils.errors import ConfigError
 from tests.unit.report_kit import make_document, make_run, quality, repeats
 

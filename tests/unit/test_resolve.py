@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from ml_inference_server.backends import backend_class, create_backend
-from ml_inference_server.backends import resolve as resolve_module
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.resolve import resolve, title
+from ml_inference_server.backends.startup import resolve as resolve_module
+from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 import ml_inference_server
 
-SAMPLE = Path(ml_inference_server.__file__).parent / "benchmark" / "sample"
+SAMPLE = Path(ml_inference_server.__file__).parent / "sample"
 
 
 class Pair(NamedTuple):

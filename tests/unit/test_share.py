@@ -2,10 +2,10 @@
 
 import pytest
 
-from ml_inference_server.backends import ceiling, compare
-from ml_inference_server.backends.ceiling import Ceiling
-from ml_inference_server.backends.compare import Row
-from ml_inference_server.benchmark import speed
+from ml_inference_server.benchmark.studies import speed
+from ml_inference_server.engine_bench import ceiling, compare
+from ml_inference_server.engine_bench.ceiling import Ceiling
+from ml_inference_server.engine_bench.compare import Row
 from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible, of_limit
 
 

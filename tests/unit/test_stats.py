@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from ml_inference_server.benchmark import stats
-from ml_inference_server.benchmark.records import Records, as_records, record
-from ml_inference_server.benchmark.row import figures, lag_reason
-from ml_inference_server.benchmark.schedule import arrivals_s
-from ml_inference_server.benchmark.slo import PRECISION, RateSearch
+from ml_inference_server.benchmark.load.records import Records, as_records, record
+from ml_inference_server.benchmark.load.schedule import arrivals_s
+from ml_inference_server.benchmark.measure.rate_search import PRECISION, RateSearch
+from ml_inference_server.benchmark.result import stats
+from ml_inference_server.benchmark.result.figures import figures, lag_reason
 
 
 def test_samples_that_earn_a_percentile() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from ml_inference_server.backends.tokenizer import _MOST_CHARACTERS_FROM_WORDS, FastTokenizer
+from ml_inference_server.backends.text.tokenizer import _MOST_CHARACTERS_FROM_WORDS, FastTokenizer
 
 
 @pytest.fixture(scope="module")

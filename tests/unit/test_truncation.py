@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from ml_inference_server.backends.base import Encoded
-from ml_inference_server.backends.template import longest_first
-from ml_inference_server.backends.tokenizer import FastTokenizer
+from ml_inference_server.backends.text.template import longest_first
+from ml_inference_server.backends.text.tokenizer import FastTokenizer
 from tests.unit.tokenizer_kit import KINDS, build, frames, library_answer
 
 ROOT = Path(__file__).resolve().parents[2]

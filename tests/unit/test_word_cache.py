@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import BertNormalizer
 
-from ml_inference_server.backends import word_cache
-from ml_inference_server.backends.word_cache import WordCache
+from ml_inference_server.backends.text import word_cache
+from ml_inference_server.backends.text.word_cache import WordCache
 
 
 def model_tokenizer() -> Tokenizer:

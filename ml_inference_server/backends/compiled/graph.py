@@ -1,0 +1,137 @@
+"""torch.compile on the CPU for a packed model: one graph for every mix of lengths, its machine code cached on disk."""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch._inductor import config as inductor_config
+
+from ml_inference_server.backends.base import TokenBatch, packed_sizes
+from ml_inference_server.backends.compiled.native import compiler, no_compiler
+from ml_inference_server.backends.compiled.packed import Inputs, PackedModule, check_fit, pack
+from ml_inference_server.backends.model.loading import LoadedModel
+from ml_inference_server.utils.cache import working_folder
+from ml_inference_server.utils.cpu import cpu_flags
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+# freezing: weights become constants, laid out for the matrix kernels. cpp_wrapper: the whole graph runs as one C++
+# call that leaves Python's lock to the event loop and to the other streams.
+_OPTIONS: dict[str, Any] = {"freezing": True, "cpp_wrapper": True}
+# Least cosine between the compiled and the uncompiled model on random tokens: far below BF16's noise, far above chance.
+_SAME = 0.995
+# Sizes up to here are warmed up: the most tokens in a batch, unless the settings allow more.
+_WARM_TOKENS = 2048
+_CHECK_LENGTHS = (40, 9, 2, 23)
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 512 * 2**20
+# What the machine code of a small model takes, its weights included.
+_ROOM_BYTES = 128 * 2**20
+
+
+class CompiledModel:
+    """A loaded model, packed and compiled. Callable from several threads at a time."""
+
+    def __init__(self, loaded: LoadedModel, threads: int) -> None:
+        """Compile, or read the cache; then compare with the uncompiled model. ModelError if either fails.
+
+        Takes `loaded` over: its own module cannot be run afterwards.
+        """
+        if compiler() is None:
+            raise ModelError(no_compiler())
+        check_fit(loaded)
+        probe = _probe(loaded)
+        with torch.inference_mode():
+            expected = loaded.module(torch.from_numpy(probe.input_ids), torch.from_numpy(probe.attention_mask))
+        self._module = PackedModule(loaded).eval()
+        self.attention = self._module.attention
+        _use_cache(loaded.files.model_sha256, threads)
+        torch._dynamo.config.cache_size_limit = 64
+        self._graph = torch.compile(self._module, dynamic=True)
+        log.info("compiling the model for this processor (about a minute at the first start, some seconds later)")
+        started = time.monotonic()
+        try:
+            # A patch and not torch.compile's `options`: the tracing reads `freezing` too, and would not see those.
+            with inductor_config.patch(_OPTIONS):
+                got = torch.from_numpy(self(probe))
+        except Exception as error:
+            log.debug("compiling failed", exc_info=error)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ModelError(
+                f"torch.compile cannot compile this model ({lines[0][:200] if lines else type(error).__name__}): "
+                f"set model.compile: false"
+            ) from error
+        log.info("compiled in %.0f s", time.monotonic() - started)
+        _check_same(got, expected)
+
+    def __call__(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """(batch, dimension) float32."""
+        out: NDArray[np.float32] = self.run(self.pack(batch))[: len(batch)].float().numpy()
+        return out
+
+    def warmup_shapes(self, max_tokens: int) -> list[tuple[int, int]]:
+        """(texts, tokens) that between them meet every size of batch up to _WARM_TOKENS."""
+        sizes = packed_sizes(_WARM_TOKENS)
+        return [(texts, size // texts) for size in sizes for texts in [max(2, -(-size // max_tokens))]]
+
+    def pack(self, batch: TokenBatch) -> Inputs:
+        """The inputs of `run`."""
+        return pack(batch, self._module.positions)
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        """The bare graph: (texts, dimension), with one text more where the batch had only one."""
+        with torch.no_grad():
+            rows: torch.Tensor = self._graph(*inputs)
+        return rows
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep the megabytes that each batch takes and frees, instead of faulting them in again.
+
+    Worth about a tenth of the time of a batch. Other C libraries have no such switch, and are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
+def _probe(loaded: LoadedModel) -> TokenBatch:
+    """Random tokens in texts of several lengths."""
+    lengths = np.minimum(_CHECK_LENGTHS, loaded.tokenizer.max_tokens)
+    random = np.random.default_rng(0)
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    vocabulary = int(loaded.base.get_input_embeddings().num_embeddings)
+    ids = random.integers(vocabulary // 2, vocabulary, mask.shape) * mask + loaded.tokenizer.pad_id * (1 - mask)
+    return TokenBatch(ids, mask)
+
+
+def _check_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """ModelError if the compiled rows are others than the uncompiled ones: an architecture that packing breaks."""
+    got, expected = got.double(), expected.double()
+    if expected.shape[1] == 1:  # logits
+        spread = (expected - expected.mean()).abs().max()
+        close = bool((got - expected).abs().max() <= 0.05 * spread + 0.05)
+    else:
+        close = bool((torch.nn.functional.cosine_similarity(got, expected) >= _SAME).all())
+    if got.shape != expected.shape or not close:
+        raise ModelError("the compiled model answers otherwise than the uncompiled one: set model.compile: false")
+
+
+def _use_cache(model_sha256: str, threads: int) -> None:
+    """Let torch keep its machine code in our cache folder, one folder for each of what it depends on."""
+    key = {"torch": torch.__version__, "model": model_sha256, "flags": sorted(cpu_flags()), "threads": threads}
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = working_folder("compiled", name, room_bytes=_ROOM_BYTES)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

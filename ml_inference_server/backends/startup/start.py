@@ -1,0 +1,86 @@
+"""From settings to a backend that is fit to serve: choose, resolve, load, check the label, warm up, check parity."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ml_inference_server.backends import create_backend
+from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
+from ml_inference_server.backends.files.model_errors import start_errors
+from ml_inference_server.backends.startup import auto, parity
+from ml_inference_server.backends.startup.reference import reference_for
+from ml_inference_server.backends.startup.resolve import Resolution, resolve
+from ml_inference_server.utils.config import ModelSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A started model as the server knows it; can be sent from one process to another.
+
+    `info` is the backend's own, with the measured parity. `auto_choice`: what auto chose and why; else empty.
+    """
+
+    resolution: Resolution
+    info: BackendInfo
+    tokenizer: TextTokenizer
+    auto_choice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Described):
+    """With the backend itself."""
+
+    backend: Backend
+
+    def described(self) -> Described:
+        return Described(
+            resolution=self.resolution, info=self.info, tokenizer=self.tokenizer, auto_choice=self.auto_choice
+        )
+
+
+def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started:
+    """A loaded, warm, checked backend. `phase` is told what is being done. ModelError says what is not fit and why."""
+    with start_errors(model):
+        return _start(model, phase)
+
+
+def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
+    auto_choice, chosen = "", model
+    if auto.is_auto(model):
+        choice = auto.choose(model, phase)
+        auto_choice, chosen = choice.sentence, choice.model
+    phase("choosing a device")
+    resolution = dataclasses.replace(resolve(chosen), requested=model)
+    for sentence in resolution.fallbacks:
+        log.warning("fallback: %s", sentence)
+    for sentence in resolution.warnings:
+        log.warning("%s", sentence)
+    phase("looking for the FP32 reference")
+    reference = reference_for(resolution.model)
+    phase("loading the model")
+    backend = load_resolved(resolution, lambda done, total: phase(f"warming up {done}/{total}"))
+    phase("checking the parity to FP32")
+    info = backend.info
+    measured = parity.measure(backend, reference)
+    parity.check(measured, resolution.model, info.task)
+    if model.process_per_stream:
+        info = dataclasses.replace(info, concurrency=resolution.model.streams)
+    if measured is not None:
+        info = dataclasses.replace(info, parity_mean=measured.mean, parity_min=measured.least)
+    return Started(
+        resolution=resolution, backend=backend, info=info, tokenizer=backend.tokenizer, auto_choice=auto_choice
+    )
+
+
+def load_resolved(resolution: Resolution, progress: Progress) -> Backend:
+    """A loaded, warm backend that runs what was resolved; where each stream has a process, one stream of it."""
+    model = resolution.model
+    with start_errors(model):
+        backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
+        backend.load_model()
+        resolution.check(backend.info)
+        backend.warmup(progress)
+        return backend

@@ -1,0 +1,192 @@
+"""Text to token ids: the only tokenizer call of the project.
+
+A long text is read from the end that is kept, and no further than it takes to fill the limit. Whatever the text, time
+and memory grow in proportion to it; and what is kept is what the library would keep.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.text.template import Template, longest_first
+from ml_inference_server.backends.text.word_cache import WordCache
+
+# A longer text is read in part first: so many characters for each token of the limit, then _GROWTH times as many.
+_CHARACTERS_PER_TOKEN = 16
+_GROWTH = 4
+# The words next to where a text was parted may be others in the whole text.
+_MARGIN_WORDS = 8
+# More text than this at once goes to the library, which lets the event loop run meanwhile: looking words up holds
+# Python's lock, for some milliseconds by then.
+_MOST_CHARACTERS_FROM_WORDS = 1 << 16
+# The library gets so much text at once: what it answers takes 50 to 400 times the memory of the text.
+_MOST_CHARACTERS_AT_ONCE = 1 << 17
+
+_blank = re.compile(r"\s")
+
+
+class FastTokenizer:
+    """Answers as a `tokenizers.Tokenizer` that truncates to max_tokens. Safe to share between threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        pad_id: int,
+        side: str = "right",
+        prompts: Mapping[str, str],
+        takes_segments: bool = True,
+    ) -> None:
+        """`tokenizer` is taken over: its padding and its truncation are switched off.
+
+        side: where texts are cut. takes_segments: whether the model has segments; without, those that the tokenizer
+        gives are left out.
+        """
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.max_tokens = max_tokens
+        self.pad_id = pad_id
+        self.prompts = prompts
+        self._most_characters = max_tokens * _CHARACTERS_PER_TOKEN
+        self._keeps_start = side == "right"
+        self._words = WordCache(tokenizer) if WordCache.fits(tokenizer) else None
+        self._text = Template(tokenizer, 1, has_segments=takes_segments)
+        self._pair = Template(tokenizer, 2, has_segments=takes_segments)
+        self._room, self._pair_room = self._text.room(max_tokens), self._pair.room(max_tokens)
+        self.needs_prompt_name = False
+
+    def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
+        """One Encoded for each text, cut at max_tokens. Prompt "" is the default; KeyError for an unknown one."""
+        prompt = self.prompts[prompt_name] if prompt_name is not None else self.prompts.get("", "")
+        full = [prompt + text for text in texts] if prompt else texts
+        room, join = self._room, self._text.join
+        return [
+            join([ids], False) if len(ids) <= room else join([self._cut(ids, room)], True)
+            for ids in self._tokenize(full, room)
+        ]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
+        if prompt := self.prompts.get("", ""):
+            pairs = [(prompt + query, passage) for query, passage in pairs]
+        room = self._pair_room
+        texts = list(dict.fromkeys(chain.from_iterable(pairs)))  # a query has many documents
+        unread: set[str] = set()
+        known: dict[str, list[int]] = {}
+        counts: dict[str, int] = {}
+        for text, ids in zip(texts, self._tokenize(texts, room, unread), strict=True):
+            known[text], counts[text] = self._cut(ids, room), len(ids)
+        out = []
+        for pair in pairs:
+            if room % 2 and not self._is_order_known(pair, counts, unread, room):
+                for text in unread.intersection(pair):
+                    counts[text] = self._count(text)
+                unread.difference_update(pair)
+            first, second = (counts[text] for text in pair)
+            kept = longest_first(first, second, room)
+            cut = [self._cut(known[text], length) for text, length in zip(pair, kept, strict=True)]
+            out.append(self._pair.join(cut, first + second > room))
+        return out
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        if len(ids) <= length:
+            return ids
+        return ids[:length] if self._keeps_start else ids[len(ids) - length :]
+
+    def _tokenize(self, texts: Sequence[str], room: int, unread: set[str] | None = None) -> Iterable[list[int]]:
+        """All tokens of each text without special ones; or more than there is room for, from the end that is kept.
+
+        unread: receives the texts of which that is not all.
+        """
+        if max(map(len, texts), default=0) <= self._most_characters:
+            return self._tokenize_short(texts)
+        return self._tokenize_mixed(texts, room, set() if unread is None else unread)
+
+    def _tokenize_mixed(self, texts: Sequence[str], room: int, unread: set[str]) -> Iterator[list[int]]:
+        short = iter(self._tokenize_short([text for text in texts if len(text) <= self._most_characters]))
+        for text in texts:
+            if len(text) <= self._most_characters:
+                yield next(short)
+            elif ids := self._settled(text, room):
+                unread.add(text)
+                yield ids
+            else:
+                yield from self._by_library([text])
+
+    def _tokenize_short(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        if self._words is None or sum(map(len, texts)) > _MOST_CHARACTERS_FROM_WORDS:
+            return self._by_library(texts)
+        found = self._words.tokenize(texts)
+        others = self._by_library([text for text, ids in zip(texts, found, strict=True) if ids is None])
+        return [next(others) if ids is None else ids for ids in found]
+
+    def _by_library(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        # The parts of a single pair are done one after the other: waking a second thread takes longer.
+        groups = _groups(texts, _MOST_CHARACTERS_AT_ONCE) if len(texts) > 2 else ([text] for text in texts)
+        for group in groups:
+            for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
+                yield encoding.ids
+
+    def _settled(self, text: str, room: int) -> list[int] | None:
+        """More tokens than there is room for, from the end that is kept; None if it takes all of the text."""
+        size = self._most_characters
+        while size < len(text):
+            part = _start(text, size) if self._keeps_start else _end(text, size)
+            encoding = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
+            ids: list[int] = encoding.ids
+            words: Sequence[Any] = encoding.word_ids
+            if words and self._keeps_start:
+                ids = ids[: bisect_left(words, words[-1] - _MARGIN_WORDS)]
+            elif words:
+                ids = ids[bisect_right(words, words[0] + _MARGIN_WORDS) :]
+            if len(ids) > room:
+                return ids
+            size *= _GROWTH
+        return None
+
+    @staticmethod
+    def _is_order_known(pair: tuple[str, str], counts: Mapping[str, int], unread: Set[str], room: int) -> bool:
+        """Whether it is clear which text has more tokens, or does not matter. `unread` ones have at least `counts`."""
+        first, second = pair
+        if 2 * min(counts[first], counts[second]) <= room or first == second:
+            return True
+        if first not in unread:
+            return second not in unread or counts[second] >= counts[first]
+        return second not in unread and counts[first] > counts[second]
+
+    def _count(self, text: str) -> int:
+        count = self._words.count(text) if self._words is not None else None
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]) if count is None else count
+
+
+def _start(text: str, size: int) -> str:
+    """Not parted inside a number: digits may be grouped from their end."""
+    while size and text[size - 1].isnumeric():
+        size -= 1
+    return text[:size]
+
+
+def _end(text: str, size: int) -> str:
+    blank = _blank.search(text, len(text) - size)
+    return text[blank.start() :] if blank else ""
+
+
+def _groups(texts: Sequence[str], most_characters: int) -> Iterator[list[str]]:
+    """In order; each within `most_characters`, or one text."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > most_characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group

@@ -1,0 +1,68 @@
+"""Where a result was measured, and with what: facts that a reader needs to repeat it."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ml_inference_server import __version__
+from ml_inference_server.utils.cpu import available_cpus, cpu_name, instruction_set, quota_cpus
+
+PROJECT_ROOT = Path(__file__).resolve().parents[3]
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine that this process runs on; `cpus` is what the process may use, not what the host has.
+
+    Results with the same `fingerprint` come from machines of the same kind.
+    """
+    lasting = {
+        "cpu": cpu_name(),
+        "instruction_set": instruction_set(),
+        "cpus": available_cpus(),
+        "cpu_quota": quota_cpus(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "os": platform.platform(),
+    }
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+    return {**lasting, "fingerprint": digest[:12], "load_average_1min": round(os.getloadavg()[0], 2)}
+
+
+def client_versions() -> dict[str, str]:
+    """Versions of what takes part in the measuring; the server reports its own."""
+    found = {"ml_inference_server": __version__, "python": platform.python_version()}
+    for package in ("grpcio", "protobuf", "numpy", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_facts() -> dict[str, Any]:
+    """The commit of the project's checkout and whether files differ from it; both None outside a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit or None, "modified": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT_ROOT), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment for a Python child that imports this project from whatever folder it is started in."""
+    path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH", ""))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
