@@ -126,9 +126,8 @@ def data_violations(path: Path, source: str) -> list[str]:
     room = room_of(".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts))
     found = []
     for line, place in opened(source, path):
-        if place in path.parents or place == path or path.parent in place.parents:
-            if place != ROOT / PACKAGE:
-                continue
+        if place.is_relative_to(path.parent):
+            continue
         outside = not place.is_relative_to(ROOT / PACKAGE)
         name = ".." if outside else place.relative_to(ROOT / PACKAGE).parts[0]
         if name not in DATA.get(room.split(".")[0], set()):
