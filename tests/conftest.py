@@ -30,7 +30,7 @@ from ml_inference_server.utils.config import Settings
 P = ParamSpec("P")
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     """Instead of sleeping it moves the clock; with nothing left to wake the loop it reports the deadlock."""
 
     now = 1000.0
@@ -161,6 +161,11 @@ async def until(condition: Callable[[], bool]) -> None:
     """Let the loop and the threads go on until `condition` holds; pytest's timeout is the limit."""
     while not condition():  # noqa: ASYNC110 - polls state of another thread
         await asyncio.sleep(0.001)
+
+
+def raw(channel: grpc.aio.Channel) -> Any:
+    """The channel for calls without serialisers: they take and give bytes, which grpc's stubs do not know."""
+    return channel
 
 
 async def refusal(call: Awaitable[Any]) -> grpc.aio.AioRpcError:

@@ -66,7 +66,7 @@ class Server:
         )
         self.port = await self.sidecar.start()
 
-    def answer(self, method: str, code: str = "OK", *, times: int = 1, seconds: float = 0.02, **answered: int) -> None:
+    def answer(self, method: str, code: str = "OK", *, times: int = 1, seconds: float = 0.02, **answered: Any) -> None:
         for _ in range(times):
             self.metrics.request_started(method)
             stamps = [seconds * share for share in (0, 0.01, 0.05, 0.25, 0.95, 0.98, 1)] if code == "OK" else []

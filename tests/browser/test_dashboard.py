@@ -5,10 +5,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from page_kit import HOSTILE, Server, Watched
 from playwright.async_api import Browser, expect
 
 from ml_inference_server.metrics import live, live_routes
+from tests.browser.page_kit import HOSTILE, Server, Watched
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import aiohttp
 import axe_playwright_python
 import grpc
 import pytest
-from page_kit import Watched
 from playwright.async_api import Browser, Page, expect
 
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils.config import MetricsSettings
+from tests.browser.page_kit import Watched
 from tests.conftest import FakeServer, fake_server
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")

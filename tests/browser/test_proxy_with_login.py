@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from aiohttp import web
-from page_kit import Server, Watched
 from playwright.async_api import Browser, expect
 
 from ml_inference_server.metrics import live, live_routes
+from tests.browser.page_kit import Server, Watched
 
 NAME, PASSWORD = "anna", "a secret"
 

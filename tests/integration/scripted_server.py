@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Scripted(inference_pb2_grpc.InferenceServiceServicer):
+class Scripted(inference_pb2_grpc.InferenceServiceServicer):  # type: ignore[misc] # the generated stubs have no types
     def __init__(self, script: dict[str, Any]) -> None:
         self.script = {**DEFAULTS, **script}
         assert set(script) <= set(DEFAULTS), script
@@ -54,7 +54,7 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
     def _every(self, key: str) -> bool:
         return bool(self.script[key]) and self.requests % self.script[key] == 0
 
-    async def _obey(self, context: grpc.aio.ServicerContext) -> bool:
+    async def _obey(self, context: grpc.aio.ServicerContext[Any, Any]) -> bool:
         """Whether the answer of this request shall be wrong."""
         self.requests += 1
         if self.requests == self.script["die_at"]:
@@ -71,7 +71,7 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
             await context.abort(grpc.StatusCode[self.script["abort_code"]], f"request {self.requests} is refused")
         return self._every("wrong_every")
 
-    async def Embed(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def Embed(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         wrong = await self._obey(context)
         rows = len(request.texts) - (wrong and self.script["wrong"] == "rows")
         values = np.ones((rows, DIMENSION), "<f4")
@@ -82,7 +82,7 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
             data = data[:-1]
         return pb.EmbedResponse(embeddings=data, count=rows, dimension=DIMENSION)
 
-    async def EmbedStream(self, requests: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def EmbedStream(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         async for message in requests:
             self.requests += 1
             if self._every("abort_every"):
@@ -94,14 +94,14 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
                 response = pb.EmbedResponse(embeddings=data, count=rows, dimension=DIMENSION)
                 yield pb.EmbedStreamResponse(id=message.id, response=response)
 
-    async def Score(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def Score(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         wrong = await self._obey(context)
         scores = [0.5] * len(request.pairs)
         if wrong:
             scores = scores[1:] if self.script["wrong"] == "rows" else [math.inf, *scores[1:]]
         return pb.ScoreResponse(scores=scores)
 
-    async def GetServerInfo(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def GetServerInfo(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         restarted = 0 < self.script["restart_at"] <= self.requests
         return pb.GetServerInfoResponse(
             experiment=self.script["experiment"],

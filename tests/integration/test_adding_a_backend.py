@@ -40,7 +40,7 @@ def installed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MLIS_CACHE_DIR", str(cache))
     (tmp_path / "token_mean.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
-    name, target = re.fullmatch(r'"(\w+)": "([\w.:]+)",\n', ROW).groups()
+    name, target = re.findall(r'"(\w+)": "([\w.:]+)",\n', ROW)[0]
     monkeypatch.setitem(backends.BACKENDS, name, target)
 
 
@@ -71,11 +71,12 @@ async def test_the_example_serves_its_answers_over_grpc() -> None:
             info = await stub.GetServerInfo(pb.GetServerInfoRequest())
     finally:
         state.draining.set()
+        assert state.batcher is not None
         state.batcher.close()
-        state.service.close()
+        state.require_service().close()
         await grpc_server.server.stop(None)
     rows = np.frombuffer(reply.embeddings, "<f4").reshape(len(texts), -1)
-    table = started.backend._table
+    table = vars(started.backend)["_table"]
     for text, row in zip(texts, rows, strict=True):
         expected = table[started.backend.tokenizer.encode([text])[0].ids].mean(axis=0)
         np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=1e-5)

@@ -16,7 +16,7 @@ import pytest
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.server.servicers.native import SERVICE
-from tests.conftest import refusal
+from tests.conftest import raw, refusal
 from tests.integration.server_process import ROOT, ServerProcess, server_process
 
 CLIENTS = 5
@@ -102,7 +102,7 @@ def test_cancelled_calls_are_counted_as_cancelled(tmp_path: Path) -> None:
                 await calls[0]
                 for call in [*calls, *streams]:
                     call.cancel()
-            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            watch = raw(channel).unary_stream("/grpc.health.v1.Health/Watch")(b"")
             await watch.read()
             watch.cancel()
             await stub.Embed(pb.EmbedRequest(texts=["well"]))
@@ -118,11 +118,11 @@ def test_cancelled_calls_are_counted_as_cancelled(tmp_path: Path) -> None:
 def test_noise_is_an_invalid_argument_for_health_and_reflection_too(tmp_path: Path) -> None:
     async def send(address: str) -> None:
         async with grpc.aio.insecure_channel(address) as channel:
-            for raw in NOISE:
+            for noise in NOISE:
                 for method in LIBRARY_METHODS:
-                    call = channel.stream_stream(f"/{method}")(iter([raw]))
+                    call = raw(channel).stream_stream(f"/{method}")(iter([noise]))
                     assert (await refusal(call.read())).code() is grpc.StatusCode.INVALID_ARGUMENT, method
-            stream = channel.stream_stream(f"/{SERVICE}/EmbedStream")(iter(NOISE[:1]))
+            stream = raw(channel).stream_stream(f"/{SERVICE}/EmbedStream")(iter(NOISE[:1]))
             assert (await refusal(stream.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
 
     with server_process(tmp_path) as server:

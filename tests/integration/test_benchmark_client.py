@@ -10,7 +10,8 @@ import pytest
 
 from ml_inference_server import client
 from ml_inference_server.benchmark.load import channel, records
-from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, Reply, ServerGone
+from ml_inference_server.benchmark.load.channel import Reply
+from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, ServerGone
 from tests.integration.benchmark_kit import Scripted, python, scripted, write_pairs
 
 

@@ -18,7 +18,7 @@ from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.grpc_server import server_options
 from ml_inference_server.server.servicers.native import SERVICE
 from ml_inference_server.utils.config import ServerSettings
-from tests.conftest import FakeServer, fake_server, refusal, until
+from tests.conftest import FakeServer, fake_server, raw, refusal, until
 
 Code = grpc.StatusCode
 
@@ -128,13 +128,13 @@ async def test_nul_bytes_and_odd_characters_are_text(server: FakeServer) -> None
 
 
 @pytest.mark.parametrize(
-    "raw",
+    "noise",
     [b"\x0a\x02\xff\xfe", b"\x0a\x03\xed\xa0\x80", b"\x0a\xff", b"\xff" * 20],
     ids=["not UTF-8", "lone surrogate", "cut short", "noise"],
 )
-async def test_an_undecodable_message_is_an_invalid_argument(server: FakeServer, raw: bytes) -> None:
-    call = server.channel.unary_unary(f"/{SERVICE}/Embed", request_serializer=lambda b: b)
-    error = await refusal(call(raw))
+async def test_an_undecodable_message_is_an_invalid_argument(server: FakeServer, noise: bytes) -> None:
+    call = raw(server.channel).unary_unary(f"/{SERVICE}/Embed", request_serializer=lambda b: b)
+    error = await refusal(call(noise))
     assert error.code() is Code.INVALID_ARGUMENT
     assert details(error)[0] == "MALFORMED_REQUEST"
     await assert_still_serving(server)
@@ -198,7 +198,7 @@ async def test_a_limit_below_a_single_embedding_names_the_setting() -> None:
 
 
 async def test_an_unknown_method_is_unimplemented(server: FakeServer) -> None:
-    error = await refusal(server.channel.unary_unary(f"/{SERVICE}/Nothing")(b""))
+    error = await refusal(raw(server.channel).unary_unary(f"/{SERVICE}/Nothing")(b""))
     assert error.code() is Code.UNIMPLEMENTED
 
 
@@ -216,6 +216,7 @@ async def test_a_poisoned_text_fails_alone(server: FakeServer) -> None:
             assert details(outcome)[0] == ("BACKEND_ERROR" if "!raise" in text else "NON_FINITE_OUTPUT")
             assert "fault word" not in (outcome.details() or "")
         else:
+            assert isinstance(outcome, pb.EmbedResponse)
             np.testing.assert_array_equal(matrix(outcome)[0], fake_embedding(text))
     await assert_still_serving(server)
 
@@ -226,8 +227,9 @@ async def test_a_wrong_row_count_gives_nobody_a_wrong_answer(server: FakeServer)
         *(server.stub.Embed(pb.EmbedRequest(texts=[text])) for text in texts), return_exceptions=True
     )
     assert isinstance(outcomes[1], grpc.aio.AioRpcError)
-    for i in (0, 2):
-        np.testing.assert_array_equal(matrix(outcomes[i])[0], fake_embedding(texts[i]))
+    for text, outcome in zip(texts[::2], outcomes[::2], strict=True):
+        assert isinstance(outcome, pb.EmbedResponse)
+        np.testing.assert_array_equal(matrix(outcome)[0], fake_embedding(text))
 
 
 async def test_a_full_queue_refuses_at_once_with_both_hints() -> None:
@@ -261,7 +263,8 @@ async def test_a_stock_client_with_a_retry_policy_comes_back_and_succeeds() -> N
             retried = asyncio.ensure_future(call(pb.EmbedRequest(texts=["b"])))
 
             def refused() -> int:
-                return server.metrics.snapshot()["totals"]["by_method_and_code"]["Embed"].get("RESOURCE_EXHAUSTED", 0)
+                codes: dict[str, int] = server.metrics.snapshot()["totals"]["by_method_and_code"]["Embed"]
+                return codes.get("RESOURCE_EXHAUSTED", 0)
 
             await until(lambda: refused() >= 1)
             server.backend.release()

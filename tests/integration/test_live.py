@@ -7,10 +7,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sidecar_kit import GUARD_S, Server
 
 from ml_inference_server.metrics import benchmark_progress, live, live_routes
 from ml_inference_server.metrics.history import COLUMNS
+from tests.integration.sidecar_kit import GUARD_S, Server
 
 PROGRESS = {"name": "minilm", "row": 2, "rows": 9, "label": "batch 4, 8 in flight", "done": 0.25, "eta_s": 12.5}
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import psutil
@@ -155,7 +156,8 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_l
 async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
     async with started() as (described, worker):
         (engine,) = worker._engines
-        engine._writer.transport.get_protocol().data_received(b"\xff" + bytes(8))  # a kind that is none, no payload
+        writer: Any = engine._writer
+        writer.transport.get_protocol().data_received(b"\xff" + bytes(8))  # a kind that is none, no payload
         await until(lambda: worker.restarts == 1)
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
 
@@ -173,6 +175,7 @@ async def test_neighbours_of_a_text_that_crashes_the_engine_are_answered() -> No
             if text == "!crash":
                 assert isinstance(outcome, BackendFailure)
             else:
+                assert not isinstance(outcome, BaseException)
                 np.testing.assert_array_equal(outcome.values, expected([text]))
         await until(lambda: state.readiness()[0])
         assert worker.restarts >= 2  # in the batch, or alone; and once more alone

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_copies import ROOT, SCRIPTS, bare_venv, clean_env, make_copy, run, started
+
+from tests.integration.script_copies import ROOT, SCRIPTS, bare_venv, clean_env, make_copy, run, started
 
 
 @pytest.fixture

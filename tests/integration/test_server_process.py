@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -356,7 +357,8 @@ def test_no_end_leaves_the_stand_in_of_the_cache_behind(tmp_path: Path, monkeypa
             server.ready_file.unlink(missing_ok=True)
 
 
-def wait_for_line(process, wanted: Callable[[str], bool]) -> None:
+def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> None:
+    assert process.stderr is not None
     for line in process.stderr:
         if wanted(line):
             return
@@ -365,7 +367,6 @@ def wait_for_line(process, wanted: Callable[[str], bool]) -> None:
 
 def test_exit_with_parent_leaves_no_orphan(tmp_path: Path) -> None:
     """A middle process starts the server and is killed; the server notices and goes."""
-    import subprocess
     import sys
     import time
 

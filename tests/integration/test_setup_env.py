@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from script_copies import ROOT, bare_venv, clean_env, make_copy, run, started
+
+from tests.integration.script_copies import ROOT, bare_venv, clean_env, make_copy, run, started
 
 # A package whose build does not end by itself (but for the alarm, should a test fail): it reports by opening a FIFO,
 # and holds it open for as long as it lives.

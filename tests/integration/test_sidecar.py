@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sidecar_kit import GUARD_S, HOSTILE, Server
 
 from ml_inference_server.metrics.http_server import DASHBOARD_DIR, STATIC_FILES
 from ml_inference_server.utils.errors import ConfigError, PortInUse
+from tests.integration.sidecar_kit import GUARD_S, HOSTILE, Server
 
 OPENMETRICS = "application/openmetrics-text"
 PROMETHEUS_ACCEPT = (

@@ -6,10 +6,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sidecar_kit import DATA_PATHS, GUARD_S, Server
 
 from ml_inference_server.metrics import http_server
 from ml_inference_server.metrics.http_server import DASHBOARD_DIR, STATIC_FILES
+from tests.integration.sidecar_kit import DATA_PATHS, GUARD_S, Server
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from sentence_transformers.sentence_transformer import modules
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
+Tensors = dict[str, torch.Tensor]
 
 WIDTH, POSITIONS = 16, 64
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -95,7 +97,7 @@ def _socket(file: Path) -> None:
 
 
 def _write(content: bytes) -> Damage:
-    return lambda file: file.write_bytes(content) and None
+    return lambda file: file.write_bytes(content)
 
 
 def _cut(file: Path) -> None:
@@ -131,8 +133,8 @@ OTHER_FILES: dict[str, Damage] = {
     "nested": _write(b"[" * 100_000 + b"]" * 100_000),
     "nested-objects": _write(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "digits": _write(b"9" * 10_000),
-    "utf-16": lambda file: file.write_text(file.read_bytes().decode("latin-1"), encoding="utf-16") and None,
-    "byte-order-mark": lambda file: file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes()) and None,
+    "utf-16": lambda file: file.write_text(file.read_bytes().decode("latin-1"), encoding="utf-16"),
+    "byte-order-mark": lambda file: file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes()),
 }
 VALUES: tuple[Any, ...] = (
     None, True, "x", "", -1, 0, 1, 3, 1.5, 1e30, 10**9, 10**12, 10**400, float("nan"),
@@ -150,7 +152,7 @@ def other_files(folder: Path) -> Iterator[tuple[str, Damage]]:
     """Each file of the model replaced by each thing that is none."""
     for name in files_of(folder):
         for what, damage in OTHER_FILES.items():
-            yield f"{name} {what}", lambda copy, name=name, damage=damage: damage(copy / name)
+            yield f"{name} {what}", partial(_within, name, damage)
 
 
 def places(content: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -179,10 +181,30 @@ def other_values(folder: Path) -> Iterator[tuple[str, Damage]]:
             for path in places(json.loads((folder / name).read_text())):
                 for value in VALUES:
                     shown = f"{name} {'.'.join(map(str, path))}={str(value)[:20]!r}"
-                    yield shown, lambda copy, name=name, path=path, value=value: set_value(copy, name, path, value)
+                    yield shown, partial(set_value, name=name, path=path, value=value)
 
 
-def _weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], name: str) -> Damage:
+def _within(name: str, damage: Damage, copy: Path) -> None:
+    damage(copy / name)
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def _filled(tensors: Tensors, value: float) -> Tensors:
+    return {name: torch.full_like(tensor, value) for name, tensor in tensors.items()}
+
+
+def _one_row_filled(tensors: Tensors, largest: str, value: float) -> Tensors:
+    return tensors | {largest: tensors[largest].index_fill(0, torch.tensor([0]), value)}
+
+
+def _without(tensors: Tensors, left_out: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != left_out}
+
+
+def _weights(change: Callable[[Tensors], Tensors], name: str) -> Damage:
     def damage(copy: Path) -> None:
         save_file({key: each.contiguous() for key, each in change(load_file(copy / name)).items()}, copy / name)
 
@@ -205,9 +227,7 @@ def _shards(copy: Path, *, keep: int = 2, index: Callable[[dict[str, str]], obje
 
 def _header(header: object, data: bytes = b"") -> Damage:
     encoded = json.dumps(header).encode()
-    return lambda copy: (
-        (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data) and None
-    )
+    return lambda copy: (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
 def other_weights(folder: Path) -> Iterator[tuple[str, Damage]]:
@@ -226,23 +246,23 @@ def other_weights(folder: Path) -> Iterator[tuple[str, Damage]]:
             "bool",
         ):
             as_dtype = getattr(torch, dtype)
-            yield f"{name} {dtype}", _weights(lambda t, d=as_dtype: {k: v.to(d) for k, v in t.items()}, name)
+            yield f"{name} {dtype}", _weights(partial(_cast, dtype=as_dtype), name)
         for number in ("nan", "inf", "0", "1e38"):
             full = float(number)
             yield (
                 f"{name} all {number}",
-                _weights(lambda t, v=full: {k: torch.full_like(w, v) for k, w in t.items()}, name),
+                _weights(partial(_filled, value=full), name),
             )
             yield (
                 f"{name} one {number}",
-                _weights(lambda t, v=full, n=largest: t | {n: t[n].index_fill(0, torch.tensor([0]), v)}, name),
+                _weights(partial(_one_row_filled, largest=largest, value=full), name),
             )
         yield f"{name} cut rows", _weights(lambda t: {k: v[: max(1, len(v) // 2)] for k, v in t.items()}, name)
         yield f"{name} no rows", _weights(lambda t: {k: v[:0] for k, v in t.items()}, name)
         yield f"{name} flat", _weights(lambda t: {k: v.reshape(-1) for k, v in t.items()}, name)
         yield f"{name} scalars", _weights(lambda t: {k: v.sum() for k, v in t.items()}, name)
         yield f"{name} other names", _weights(lambda t: {f"x.{k}": v for k, v in t.items()}, name)
-        yield f"{name} one left out", _weights(lambda t, n=largest: {k: v for k, v in t.items() if k != n}, name)
+        yield f"{name} one left out", _weights(partial(_without, left_out=largest), name)
         yield f"{name} one more", _weights(lambda t: t | {"more": torch.ones(3)}, name)
         yield f"{name} no tensors", _weights(lambda t: {}, name)
     yield "two shards", _shards
@@ -253,8 +273,8 @@ def other_weights(folder: Path) -> Iterator[tuple[str, Damage]]:
     yield "index of numbers", lambda copy: _shards(copy, index=lambda p: dict.fromkeys(p, 1))
     yield "index a list", lambda copy: _shards(copy, index=list)
     yield "index empty", lambda copy: _shards(copy, index=lambda p: {})
-    tensor = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-    for what, change in {
+    tensor: dict[str, Any] = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    changes: dict[str, dict[str, Any]] = {
         "unknown dtype": {"dtype": "F3"},
         "negative shape": {"shape": [-2, -2]},
         "huge shape": {"shape": [10**9, 10**9, 10**9]},
@@ -263,7 +283,8 @@ def other_weights(folder: Path) -> Iterator[tuple[str, Damage]]:
         "offsets text": {"data_offsets": ["a", "b"]},
         "offsets null": {"data_offsets": None},
         "no dtype": {"dtype": None},
-    }.items():
+    }
+    for what, change in changes.items():
         yield f"header {what}", _header({"w": tensor | change}, bytes(16))
     yield "header overlapping", _header({"a": tensor, "b": tensor}, bytes(16))
     yield "header of a number", _header({"a": 1}, bytes(16))
@@ -344,11 +365,11 @@ def other_words(folder: Path) -> Iterator[tuple[str, Damage]]:
     for name, path, each in values:
         for value in each:
             shown = f"{name} {'.'.join(map(str, path))}={str(value)[:20]!r}"
-            yield shown, lambda copy, name=name, path=path, value=value: set_value(copy, name, path, value)
+            yield shown, partial(set_value, name=name, path=path, value=value)
     if (folder / "modules.json").exists():
-        yield "no modules", lambda copy: (copy / "modules.json").write_text("[]") and None
+        yield "no modules", lambda copy: (copy / "modules.json").write_text("[]")
         for places_kept in ([0], [1], [2], [1, 0, 2, 3], [0, 2, 1], [0, 0], [3], [0, 1, 2, 3, 2], [0, 1, 1]):
-            yield f"modules {places_kept}", lambda copy, kept=places_kept: _keep_modules(copy, kept)
+            yield f"modules {places_kept}", partial(_keep_modules, kept=places_kept)
 
 
 def _keep_modules(copy: Path, kept: list[int]) -> None:

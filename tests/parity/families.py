@@ -122,7 +122,7 @@ def _plain(model: Path, is_pairs: bool) -> tuple[Sequence[str | None], np.ndarra
         encoders = {"query": plain.encode_query, "document": plain.encode_document}
         found = []
         for name in names:
-            keys = {} if name is None else {"prompt_name": name}
+            keys: dict[str, Any] = {} if name is None else {"prompt_name": name}
             found.append(encoders.get(name or "", plain.encode)(list(TEXTS), **keys, **options))
         rows = np.concatenate(found)
     spread = np.abs(rows[:, None] - rows[None]).max(axis=2)

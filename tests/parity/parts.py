@@ -5,7 +5,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -31,6 +31,8 @@ SMALL: dict[str, Any] = {
 
 Tail = Callable[[int], list[torch.nn.Module]]
 """The modules behind a transformer, from the width of its vectors."""
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def wordpiece(limit: int = LIMIT_TOKENS) -> PreTrainedTokenizerBase:
@@ -92,7 +94,7 @@ def t5_tokens(limit: int | None = None) -> PreTrainedTokenizerFast:
     return trained("unigram", ("<pad>", "</s>", "<unk>"), "$A </s>", limit, **names)
 
 
-def spread(network: torch.nn.Module, name: str = "", factor: float = 1.0) -> torch.nn.Module:
+def spread(network: Module, name: str = "", factor: float = 1.0) -> Module:
     """Seeded weights as large as trained ones: a wrong token, position or segment then moves an answer visibly."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():

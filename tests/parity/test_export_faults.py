@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.real, pytest.mark.usefixtures("own_cache")]
     ],
 )
 def test_a_missing_package_is_named_with_its_remedy(
-    tiny: Path, filled_cache: Path, monkeypatch: pytest.MonkeyPatch, package: str, backend: str, keys: dict[str, object]
+    tiny: Path, filled_cache: Path, monkeypatch: pytest.MonkeyPatch, package: str, backend: str, keys: dict[str, Any]
 ) -> None:
     if package == "nncf":
         monkeypatch.setenv("MLIS_CACHE_DIR", str(filled_cache))
@@ -63,7 +63,7 @@ def test_a_graph_in_the_cache_needs_no_exporter(
 
 @pytest.mark.parametrize("keys", [{}, INT8], ids=["fp32", "int8"])
 def test_a_damaged_graph_is_noticed_and_made_again(
-    tiny: Path, own_cache: Path, caplog: pytest.LogCaptureFixture, keys: dict[str, object]
+    tiny: Path, own_cache: Path, caplog: pytest.LogCaptureFixture, keys: dict[str, Any]
 ) -> None:
     before = embed(start(tiny, **keys).backend)
     files = list(own_cache.glob("onnx*/*/*.onnx"))
@@ -128,7 +128,7 @@ def test_a_cross_encoders_head_can_be_quantised(tmp_path: Path) -> None:
     """Its Gemm is the one product whose weights ONNX Runtime transposes."""
     torch.manual_seed(0)
     BertForSequenceClassification(
-        BertConfig(num_hidden_layers=1, num_labels=1, initializer_range=0.3, **SHAPE)
+        BertConfig(num_hidden_layers=1, initializer_range=0.3, **{"num_labels": 1, **SHAPE})
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(find_model(ModelSettings().name).folder).save_pretrained(tmp_path)
     info = start(tmp_path, task="cross_encoder", min_parity=0, **INT8).info

@@ -9,6 +9,7 @@ import torch
 from ml_inference_server.backends.compiled import native
 from tests.parity import families
 from tests.parity.families import BACKENDS, DOCS, README, YES, between_markers, read_table, try_family
+from tests.parity.tiny_model import start
 from tests.parity.zoo import FAMILIES
 
 pytestmark = pytest.mark.real
@@ -69,7 +70,7 @@ def test_a_backend_that_answers_something_else_is_not_called_right(folder: Path)
     """What the tables rest on can fail."""
     model = families.built("BERT, mean (MiniLM, E5, GTE)", folder)
     names, expected = families._plain(model, is_pairs=False)
-    backend = families.start(model, **BACKENDS["pytorch"]).backend
+    backend = start(model, **BACKENDS["pytorch"]).backend
     families.check_answers(backend, names, expected)
     wrong = expected.copy()
     wrong[4] = expected[6]

@@ -75,7 +75,7 @@ def roberta(folder: Path, tail: parts.Tail | str = "mean", limit: int | None = p
 
 def splade(folder: Path) -> Path:
     parts.bare(folder / "transformer", hf.BertForMaskedLM(zoo.bert_config()), parts.wordpiece())
-    parts_of_it = [MLMTransformer(str(folder / "transformer")), SpladePooling()]
+    parts_of_it: list[torch.nn.Module] = [MLMTransformer(str(folder / "transformer")), SpladePooling()]
     SparseEncoder(modules=parts_of_it, device="cpu").save_pretrained(str(folder / "model"), create_model_card=False)
     return folder / "model"
 
@@ -228,8 +228,8 @@ class LessTheMeanOfTheBatch(torch.nn.Module):
 
 def test_an_influence_of_neighbours_that_no_list_names_is_found(tmp_path: Path) -> None:
     asked = settings(zoo.bert(tmp_path), "pytorch")
-    files, task = locate(asked)
-    model = plain_model(asked, files, task)
+    files, kind = locate(asked)
+    model = plain_model(asked, files, kind.task)
     prepared = text_input.prepare(model, None, files)
     assert limits.find_company(TokenModule(model, prepared.variants, None), prepared) is Company.ANY
     model.append(LessTheMeanOfTheBatch())
@@ -372,7 +372,7 @@ async def test_a_router_scores_queries_and_documents_by_their_own_ways(tmp_path:
     """Both run in the same batches."""
     model = zoo.router(tmp_path)
     library = plain(model)
-    options = {"batch_size": 1, "show_progress_bar": False}
+    options: dict[str, Any] = {"batch_size": 1, "show_progress_bar": False}
     queries = library.encode_query([TEXTS[1], TEXTS[1][::-1]], **options)
     documents = library.encode_document(list(TEXTS), **options)
     expected = library.similarity(queries, documents).numpy()

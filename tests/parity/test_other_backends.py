@@ -1,5 +1,7 @@
 """Every backend and precision against FP32 PyTorch, for an embedding model and for a cross-encoder."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ CROSS_ENCODER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of its own, so that the export itself is tested and nothing is left behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLIS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
@@ -91,7 +93,7 @@ def own_logits(pairs: list[tuple[str, str]]) -> np.ndarray:
     )  # fmt: skip
     assert inputs["token_type_ids"].any()
     with torch.no_grad():
-        return loaded.base(**inputs).logits.numpy()
+        return np.asarray(loaded.base(**inputs).logits)
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "onnx", "openvino"])

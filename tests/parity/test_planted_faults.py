@@ -100,7 +100,7 @@ def drop_a_named_prompt(patch: Patch) -> None:
 
 
 def shorten_the_limit(patch: Patch) -> None:
-    right = loading.prepare
+    right = text_input.prepare
     patch.setattr(loading, "prepare", lambda model, max_tokens, files: right(model, parts.LIMIT_TOKENS - 1, files))
 
 

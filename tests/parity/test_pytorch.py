@@ -1,6 +1,7 @@
 """The PyTorch backend against sentence-transformers itself, on the real model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_a_lower_token_limit_cuts_as_sentence_transformers_does(texts: list[str]
 
 
 @pytest.fixture
-def other_layout(tmp_path):
+def other_layout(tmp_path: Path) -> Path:
     """A tiny model of another shape: CLS pooling, a Dense layer, no normalisation, prompts, a short limit."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -109,7 +110,7 @@ def other_layout(tmp_path):
     return tmp_path / "model"
 
 
-def test_any_sentence_transformers_model_works_as_its_files_say(other_layout, texts: list[str]) -> None:
+def test_any_sentence_transformers_model_works_as_its_files_say(other_layout: Path, texts: list[str]) -> None:
     model = SentenceTransformer(str(other_layout), device="cpu")
     backend = load(name=str(other_layout))
     assert (backend.info.dimension, backend.info.max_tokens, backend.info.source) == (12, 24, "local folder")
@@ -121,7 +122,7 @@ def test_any_sentence_transformers_model_works_as_its_files_say(other_layout, te
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_a_model_whose_weights_are_not_in_its_files_is_refused(other_layout) -> None:
+def test_a_model_whose_weights_are_not_in_its_files_is_refused(other_layout: Path) -> None:
     """transformers would only warn and run with random numbers."""
     from safetensors.torch import load_file, save_file
 

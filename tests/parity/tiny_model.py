@@ -1,6 +1,7 @@
 """A model whose export takes a second, and how it is started."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
 
 WIDTH = 32
-SHAPE = {"vocab_size": 30522, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPE: dict[str, Any] = {"vocab_size": 30522, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 64}
 TEXTS = ["the price of bread", "a river", "one two three four five six seven eight nine ten"]
-INT8 = {"quantized": True, "quantization": "int8"}
+INT8: dict[str, Any] = {"quantized": True, "quantization": "int8"}
 
 
 def save(transformer: PreTrainedModel, folder: Path) -> Path:

@@ -19,6 +19,7 @@ Builder = Callable[[Path], Path]
 
 TABLE_ROWS = LIMIT_TOKENS + 8
 ROBERTA: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": TABLE_ROWS, **SMALL}
+LABEL: dict[str, Any] = {"num_labels": 1}
 DECODER: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_key_value_heads": 1, **SMALL}
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
@@ -71,7 +72,7 @@ def static(folder: Path) -> Path:
 
 def static_module(name: str, width: int = WIDTH) -> modules.StaticEmbedding:
     module = modules.StaticEmbedding(parts.roberta_tokens("unigram"), embedding_dim=width)
-    return parts.spread(module, name)  # type: ignore[return-value]
+    return parts.spread(module, name)
 
 
 def router(folder: Path) -> Path:
@@ -119,7 +120,7 @@ def bert_reranker(folder: Path, **options: Any) -> Path:
 
 def qwen3_reranker(folder: Path, pad: str | None = "<pad>", pad_token_id: int | None = 1) -> Path:
     """pad: of the tokenizer; pad_token_id: by which the model looks for the last token."""
-    config = hf.Qwen3Config(head_dim=16, num_labels=1, pad_token_id=pad_token_id, **DECODER)
+    config = hf.Qwen3Config(head_dim=16, pad_token_id=pad_token_id, **{"num_labels": 1, **DECODER})
     network = hf.Qwen3ForSequenceClassification(config)
     return parts.bare(folder / "model", network, parts.decoder_tokens(pad, "right"))
 
@@ -184,7 +185,10 @@ EMBEDDERS: dict[str, Builder] = {
         f,
         hf.DebertaV2Model(
             hf.DebertaV2Config(
-                relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16, pad_token_id=1, **ROBERTA
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                pad_token_id=1,
+                **{"position_buckets": 16, **ROBERTA},
             )
         ),
         parts.roberta_tokens("unigram"),
@@ -194,13 +198,12 @@ EMBEDDERS: dict[str, Builder] = {
         hf.ModernBertModel(
             hf.ModernBertConfig(
                 local_attention=16,
-                global_attn_every_n_layers=2,
                 pad_token_id=1,
                 bos_token_id=0,
                 eos_token_id=2,
                 cls_token_id=0,
                 sep_token_id=2,
-                **ROBERTA,
+                **{"global_attn_every_n_layers": 2, **ROBERTA},
             )
         ),
         parts.roberta_tokens(),
@@ -278,7 +281,7 @@ CROSS_ENCODERS: dict[str, Builder] = {
     ),
     "XLM-R cross-encoder (BGE reranker)": lambda f: parts.bare(
         f / "model",
-        hf.XLMRobertaForSequenceClassification(hf.XLMRobertaConfig(num_labels=1, **ROBERTA)),
+        hf.XLMRobertaForSequenceClassification(hf.XLMRobertaConfig(**{"num_labels": 1, **ROBERTA})),
         parts.roberta_tokens("unigram"),
     ),
     "DistilBERT cross-encoder": lambda f: parts.bare(
@@ -291,7 +294,7 @@ CROSS_ENCODERS: dict[str, Builder] = {
                 n_layers=2,
                 n_heads=2,
                 hidden_dim=48,
-                num_labels=1,
+                **LABEL,
             )
         ),
         parts.wordpiece(),
@@ -301,14 +304,12 @@ CROSS_ENCODERS: dict[str, Builder] = {
         hf.ModernBertForSequenceClassification(
             hf.ModernBertConfig(
                 local_attention=16,
-                global_attn_every_n_layers=2,
                 pad_token_id=1,
                 bos_token_id=0,
                 eos_token_id=2,
                 cls_token_id=0,
                 sep_token_id=2,
-                num_labels=1,
-                **ROBERTA,
+                **{"global_attn_every_n_layers": 2, "num_labels": 1, **ROBERTA},
             )
         ),
         parts.roberta_tokens(),

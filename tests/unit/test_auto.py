@@ -1,6 +1,8 @@
 """`auto`: the fastest that passes the gate, asked once, explained, and never taken down by one of its candidates."""
 
+import importlib.metadata
 import logging
+import statistics
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils import config
 from ml_inference_server.utils.config import ModelSettings, Quantization, Settings
 from ml_inference_server.utils.errors import ConfigError, ModelError
+from tests.conftest import FakeServer
 
 CPU: Mapping[str, Sequence[Quantization]] = {"cpu": ("none", "bf16", "int8")}
 
@@ -103,7 +106,7 @@ def silent(phase: str) -> None:
 # What takes part
 
 
-def test_everything_takes_part_and_what_is_absent_has_its_reason(backends) -> None:
+def test_everything_takes_part_and_what_is_absent_has_its_reason(backends: Callable[..., None]) -> None:
     missing = ModelError("model.backend c needs the package c: pip install -r requirements.txt")
     backends(a={"cuda": ("none", "fp16"), "cpu": ("none", "int8")}, b={"cpu": ("none",)}, c=missing)
     found = candidates(wish())
@@ -115,7 +118,7 @@ def test_everything_takes_part_and_what_is_absent_has_its_reason(backends) -> No
     assert (chosen.backend, chosen.device, chosen.quantized, chosen.quantization) == ("a", "cpu", True, "int8")
 
 
-def test_a_broken_package_does_not_take_the_others_along(backends) -> None:
+def test_a_broken_package_does_not_take_the_others_along(backends: Callable[..., None]) -> None:
     backends(a=OSError("libsomething.so.1: cannot open shared object file"), b=CPU)
     found = candidates(wish())
     assert found.skipped["a"].startswith("OSError: libsomething")
@@ -123,21 +126,23 @@ def test_a_broken_package_does_not_take_the_others_along(backends) -> None:
 
 
 @pytest.mark.parametrize("keys", [{}, {"quantization": "bf16"}])
-def test_emulated_bf16_is_no_candidate_even_if_it_was_named(backends, keys: dict[str, object]) -> None:
+def test_emulated_bf16_is_no_candidate_even_if_it_was_named(
+    backends: Callable[..., None], keys: dict[str, object]
+) -> None:
     backends(a=CPU)
     assert candidates(wish(**keys)).skipped["a bf16"] == "no bf16 instructions"
     backends(a=CPU, native_bf16=True)
     assert "a bf16" in candidates(wish(**keys)).able
 
 
-def test_only_what_is_auto_is_left_open(backends) -> None:
+def test_only_what_is_auto_is_left_open(backends: Callable[..., None]) -> None:
     backends(a=CPU, b=CPU)
     assert list(candidates(wish(quantized=False, quantization=None)).able) == ["a fp32", "b fp32"]
     assert list(candidates(wish(quantization=None)).able) == ["a int8", "b int8"], "the rule for the device"
     assert list(candidates(wish(backend="b")).able) == ["b fp32", "b int8"]
 
 
-def test_a_missing_device_is_refused_or_falls_back_as_everywhere(backends) -> None:
+def test_a_missing_device_is_refused_or_falls_back_as_everywhere(backends: Callable[..., None]) -> None:
     backends(a=CPU)
     assert candidates(wish(device="mps")).able == {}
     found = candidates(wish(device="mps", allow_fallback=True))
@@ -148,7 +153,9 @@ def test_a_missing_device_is_refused_or_falls_back_as_everywhere(backends) -> No
 # The choice
 
 
-def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(outcomes, folder: Path, caplog) -> None:
+def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(
+    outcomes: Callable[..., list[str]], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     phases: list[str] = []
     outcomes(
@@ -167,7 +174,9 @@ def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(outcomes, folde
     assert "auto: trying b int8 (4/5)" in phases
 
 
-def test_a_second_start_reads_the_choice(outcomes, folder: Path, caplog) -> None:
+def test_a_second_start_reads_the_choice(
+    outcomes: Callable[..., list[str]], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     ran = outcomes(a={"fp32": 100.0, "int8": 200.0})
     first = choose(wish(name=str(folder)), silent)
@@ -179,7 +188,7 @@ def test_a_second_start_reads_the_choice(outcomes, folder: Path, caplog) -> None
 
 @pytest.mark.parametrize("change", ["weights", "settings", "versions", "cpu"])
 def test_another_model_or_machine_is_measured_anew(
-    outcomes, folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    outcomes: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     ran = outcomes(a={"fp32": 100.0})
     model = wish(name=str(folder))
@@ -189,14 +198,16 @@ def test_another_model_or_machine_is_measured_anew(
     elif change == "settings":
         model = wish(name=str(folder), min_parity=0.5)
     elif change == "versions":
-        monkeypatch.setattr(auto.importlib.metadata, "version", lambda package: "0.0.1")
+        monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.0.1")
     else:
         monkeypatch.setattr(auto, "cpu_name", lambda: "another")
     choose(model, silent)
     assert len(ran) == 2
 
 
-def test_a_choice_that_does_not_run_any_more_is_made_again(outcomes, folder: Path, caplog) -> None:
+def test_a_choice_that_does_not_run_any_more_is_made_again(
+    outcomes: Callable[..., list[str]], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     outcomes(a={"fp32": 100.0, "int8": 200.0})
     choose(wish(name=str(folder)), silent)
     outcomes(a={"fp32": 100.0})
@@ -204,7 +215,9 @@ def test_a_choice_that_does_not_run_any_more_is_made_again(outcomes, folder: Pat
     assert "what auto chose earlier does not run any more: int8 is not available" in caplog.text
 
 
-def test_nothing_that_passes_is_an_error_that_tells_everything(outcomes, folder: Path) -> None:
+def test_nothing_that_passes_is_an_error_that_tells_everything(
+    outcomes: Callable[..., list[str]], folder: Path
+) -> None:
     ran = outcomes(a={"int8": measured(900, 0.5)}, b={"fp32": ModelError("no memory")})
     for _ in range(2):
         with pytest.raises(ModelError, match=r"a int8 failed the quality gate .*b fp32 failed \(no memory\).*Name a"):
@@ -225,10 +238,17 @@ def test_without_a_reference_only_fp32_is_trusted() -> None:
 def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[FakeBackend] = []
     load = FakeBackend.load_model
-    monkeypatch.setattr(FakeBackend, "load_model", lambda self: (ran.append(self), self.keep_log(), load(self))[2])
+
+    def load_and_log(backend: FakeBackend) -> None:
+        ran.append(backend)
+        backend.keep_log()
+        load(backend)
+
+    monkeypatch.setattr(FakeBackend, "load_model", load_and_log)
     got = probe(ModelSettings(backend="fake", streams=2))
     assert got.texts_per_s > 0
-    assert (got.parity, got.limit, got.fp32) == (pytest.approx(1), 0.9999, True)
+    assert got.parity == pytest.approx(1)
+    assert (got.limit, got.fp32) == (0.9999, True)
     timed = [batch for batch in ran[0].log if len(batch.rows) > 8]
     assert max(batch.padded_tokens for batch in timed) <= 2048
     assert len({row for batch in timed for row in batch.rows}) >= auto.PROBE_TEXTS / 2
@@ -240,7 +260,12 @@ def test_the_probe_of_a_cross_encoder_scores_pairs() -> None:
 
 def test_a_slow_candidate_is_timed_once_and_a_fast_one_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    monkeypatch.setattr(auto.statistics, "median", lambda seconds: (passes.append(len(seconds)), 1.0)[1])
+
+    def count(seconds: Sequence[float]) -> float:
+        passes.append(len(seconds))
+        return 1.0
+
+    monkeypatch.setattr(statistics, "median", count)
     probe(ModelSettings(backend="fake"))
     monkeypatch.setattr(auto, "_BUDGET_S", 0.0)
     probe(ModelSettings(backend="fake"))
@@ -278,10 +303,12 @@ def test_what_was_requested_stays_auto_and_is_no_fallback(folder: Path, monkeypa
     assert again.auto_choice == started.auto_choice
 
 
-async def test_server_info_tells_the_choice_and_is_silent_without_one(server) -> None:
+async def test_server_info_tells_the_choice_and_is_silent_without_one(server: FakeServer) -> None:
     assert server.state.as_dict()["auto_choice"] == ""
     state = ServerState(Settings.model_validate({"model": wish().model_dump()}))
     assert (state.requested()["backend"], state.requested()["quantization"]) == ("auto", "auto")
+    assert server.state.resolution is not None
+    assert server.state.info is not None
     described = Described(
         resolution=server.state.resolution,
         info=server.state.info,
@@ -290,5 +317,7 @@ async def test_server_info_tells_the_choice_and_is_silent_without_one(server) ->
     )
     attach(state, described, ThreadWorker(server.backend), Metrics(window_s=30))
     assert state.as_dict()["auto_choice"] == "auto chose x"
+    assert state.batcher is not None
+    assert state.service is not None
     state.batcher.close()
     state.service.close()

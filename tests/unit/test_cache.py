@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_work_goes_on(
     assert "cannot be written" in caplog.text
 
 
-def _make_and_end(results) -> None:
+def _make_and_end(results: "Queue[str]") -> None:
     logging.disable()
     results.put(str(cached("onnx", {"a": 1}, write)))
 
@@ -102,7 +104,7 @@ def test_what_stands_in_for_the_cache_goes_with_the_process(tmp_path: Path, monk
     assert list(tmp_path.glob("mlis-*")) == []
 
 
-def _make_at_once(barrier, results) -> None:
+def _make_at_once(barrier: Barrier, results: "Queue[str]") -> None:
     logging.disable()
 
     def slow(folder: Path) -> None:

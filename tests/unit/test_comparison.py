@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_inference_server.benchmark.measure.rate_search import meets
 from ml_inference_server.benchmark.report import advice
+from ml_inference_server.benchmark.report.contenders import Comparison
 from ml_inference_server.benchmark.report.regression import compare, unlike
 from ml_inference_server.benchmark.result import aggregate
 from ml_inference_server.benchmark.result.files import SCHEMA, ResultFiles
@@ -63,7 +64,7 @@ def test_a_row_that_failed_its_gate_is_struck_through_and_on_no_front() -> None:
     text = advice.markdown(summary(BASE, INT8, BROKEN), [])
     line = next(line for line in text.splitlines() if line.startswith("| ~~broken~~"))
     assert "~~FAIL~~" in line
-    found = advice.Comparison(summary(BASE, INT8, BROKEN))
+    found = Comparison(summary(BASE, INT8, BROKEN))
     assert found.front == {"minilm_baseline", "int8"}
 
 

@@ -50,7 +50,7 @@ def test_two_columns_serve_queries_only(tmp_path: Path) -> None:
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     for kind in ("passages", "pairs"):
         with pytest.raises(ConfigError, match=r"queries\.tsv holds queries only.*qid<TAB>pid"):
-            loaded.workload(kind, 0)  # type: ignore[arg-type]
+            loaded.workload(kind, 0)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_sample_serves_every_workload() -> None:
     loaded = load("sample")
     assert loaded.name == "sample (bundled)"
     for kind in ("queries", "passages", "pairs"):
-        assert len(loaded.workload(kind, 0).items) >= 40  # type: ignore[arg-type]
+        assert len(loaded.workload(kind, 0).items) >= 40
 
 
 def test_auto_falls_back_to_the_sample_and_says_so(

@@ -52,7 +52,8 @@ def test_percentiles_are_those_of_the_step() -> None:
     rig.answer(10, 0.100)
     rig.tick()
     fast, nothing, slow = rig.told()["fine"]
-    assert (fast["latency_p99_ms"], nothing["latency_p99_ms"]) == (pytest.approx(10, rel=0.011), None)
+    assert fast["latency_p99_ms"] == pytest.approx(10, rel=0.011)
+    assert nothing["latency_p99_ms"] is None
     assert slow["latency_p50_ms"] == pytest.approx(100, rel=0.011)
     assert nothing["requests_per_s"] == 0
 

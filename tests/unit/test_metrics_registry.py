@@ -48,7 +48,7 @@ def series(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
     }
 
 
-def answer(metrics: Metrics, method: str, code: str, seconds: float, **answered: int) -> None:
+def answer(metrics: Metrics, method: str, code: str, seconds: float, **answered: Any) -> None:
     metrics.request_started(method)
     metrics.request_finished(method, code, seconds, **answered)
 

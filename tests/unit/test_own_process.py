@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_work_is_done_in_another_process() -> None:
         (refuse, "pytorch", "^ValueError: odd more of it$"),
     ],
 )
-def test_a_failure_in_the_process_is_told_and_does_not_spread(work, backend: str, message: str) -> None:
+def test_a_failure_in_the_process_is_told_and_does_not_spread(
+    work: Callable[[ModelSettings], None], backend: str, message: str
+) -> None:
     with pytest.raises(ModelError, match=message):
         in_own_process(work, ModelSettings(backend=backend))
 

@@ -25,7 +25,7 @@ def fake(**keys: object) -> ModelSettings:
 
 def test_a_backend_that_answers_as_the_reference_has_parity_one() -> None:
     info = start_backend(fake(), lambda phase: None).info
-    assert (info.parity_mean, info.parity_min) == (pytest.approx(1), pytest.approx(1))
+    assert (info.parity_mean, info.parity_min) == pytest.approx((1, 1))
 
 
 def test_a_mislabelled_backend_that_answers_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_vectors_of_the_right_direction_and_a_wrong_length_are_found() -> None:
     rows = reference.copy()
     rows[3] *= 0.375
     found = parity.compare_rows(rows, reference, "embedding", [f"text {i}" for i in range(8)])
-    assert (found.mean, found.least) == (pytest.approx(1), pytest.approx(1))
+    assert (found.mean, found.least) == pytest.approx((1, 1))
     with pytest.raises(ModelError, match="text 3.*pooling or normalisation"):
         parity.check(found, fake(), "embedding")
 

@@ -68,7 +68,7 @@ class Rig:
         self.worker = StubWorker(slots)
         limits = Limits(max_batch_size=settings.pop("max_batch_size", 8), max_batch_tokens=4096, timeout_s=timeout_s)
         self.metrics = Metrics(window_s=30)
-        self.batcher = DynamicBatcher(self.worker, limits, BatchingSettings(**settings), self.metrics)
+        self.batcher = DynamicBatcher(self.worker, limits, BatchingSettings.model_validate(settings), self.metrics)
 
     def call(self, *ids: int, timeout_s: float = HOUR, tokens: int | None = None) -> asyncio.Task[list[float]]:
         return asyncio.create_task(self._call(ids, timeout_s, tokens))
@@ -125,7 +125,7 @@ async def test_caller_leaves_the_queue_and_is_never_computed() -> None:
     await turns()
     leaving.cancel()
     rig.worker.gate.set()
-    assert await asyncio.gather(first, staying) == [[1.0], [3.0]]
+    assert list(await asyncio.gather(first, staying)) == [[1.0], [3.0]]
     assert leaving.cancelled()
     assert rig.worker.batches == [[1], [3]]
     rig.assert_at_rest()
@@ -141,7 +141,7 @@ async def test_caller_leaves_during_its_batch_and_neighbours_get_their_answers()
     calls[1].cancel()
     await turns()
     rig.worker.gate.set()
-    assert await asyncio.gather(calls[0], calls[2]) == [[1.0], [3.0]]
+    assert list(await asyncio.gather(calls[0], calls[2])) == [[1.0], [3.0]]
     rig.assert_at_rest()
 
 
@@ -196,7 +196,7 @@ def test_a_batch_that_raises_once_is_retried_and_nobody_notices(size: int) -> No
     async def check() -> None:
         rig = Rig()
         rig.worker.raises = lambda ids: len(rig.worker.batches) == 1
-        assert await asyncio.gather(*(rig.call(i) for i in range(size))) == [[float(i)] for i in range(size)]
+        assert list(await asyncio.gather(*(rig.call(i) for i in range(size)))) == [[float(i)] for i in range(size)]
         rig.assert_at_rest()
 
     check()
@@ -209,7 +209,7 @@ def test_a_wrong_row_count_never_hands_answers_to_the_wrong_callers(change: int)
         rig = Rig()
         # Wrong for every batch of more than one text, as a backend that drops or doubles a row would be.
         rig.worker.transform = lambda rows: rows if len(rows) == 1 else np.resize(rows, (len(rows) + change, 1))
-        assert await asyncio.gather(*(rig.call(i) for i in (1, 2, 3))) == [[1.0], [2.0], [3.0]]
+        assert list(await asyncio.gather(*(rig.call(i) for i in (1, 2, 3)))) == [[1.0], [2.0], [3.0]]
         rig.worker.transform = lambda rows: np.zeros((0, 1), np.float32)
         with pytest.raises(BackendFailure):
             await rig.call(4)
@@ -244,7 +244,7 @@ async def test_a_full_queue_refuses_exactly_what_does_not_fit_with_a_hint() -> N
         assert caught.value.retry_after_ms is not None
         assert 20 <= caught.value.retry_after_ms <= 5000
     rig.worker.gate.set()
-    assert await asyncio.gather(*accepted) == [[1.0], [2.0], [3.0]]
+    assert list(await asyncio.gather(*accepted)) == [[1.0], [2.0], [3.0]]
     assert await rig.call(4) == [4.0]
     assert 4 not in [i for batch in rig.worker.batches[:-1] for i in batch]
     rig.assert_at_rest()
@@ -291,7 +291,7 @@ async def test_a_request_that_would_wait_for_most_of_its_time_is_refused_at_once
     assert caught.value.retry_after_ms == pytest.approx(1000 * (6 - 0.8 * 7), rel=0.26)
     patient = rig.call(6, timeout_s=20)
     began = loop.time()
-    assert await asyncio.gather(running, waiting, patient) == [[2.0], [3.0, 4.0], [6.0]]
+    assert list(await asyncio.gather(running, waiting, patient)) == [[2.0], [3.0, 4.0], [6.0]]
     assert loop.time() - began == pytest.approx(12)
     assert await rig.call(7, timeout_s=3.1) == [7.0]  # nobody waits: there is nothing to refuse it for
     rig.assert_at_rest()
@@ -397,7 +397,7 @@ async def test_shutdown_refuses_new_requests_and_finishes_accepted_ones() -> Non
     await turns()
     rig.worker.gate.set()
     assert await draining == 0
-    assert await asyncio.gather(*accepted) == [[1.0], [2.0]]
+    assert list(await asyncio.gather(*accepted)) == [[1.0], [2.0]]
 
 
 @virtual_time
@@ -431,7 +431,7 @@ async def test_the_window_gathers_calls_and_closes_at_the_oldest_ones_timeout() 
     first = rig.call(1)
     await asyncio.sleep(1.5)
     second = rig.call(2)
-    assert await asyncio.gather(first, second) == [[1.0], [2.0]]
+    assert list(await asyncio.gather(first, second)) == [[1.0], [2.0]]
     assert loop.time() - before == pytest.approx(2.0)
     assert rig.worker.batches == [[1, 2]]
 
@@ -444,7 +444,7 @@ async def test_all_slots_are_used_and_none_is_used_twice() -> None:
     await turns()
     assert rig.worker.batches == [[1], [2]]
     rig.worker.gate.set()
-    assert await asyncio.gather(*calls) == [[1.0], [2.0], [3.0]]
+    assert list(await asyncio.gather(*calls)) == [[1.0], [2.0], [3.0]]
 
 
 @virtual_time

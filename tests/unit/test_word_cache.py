@@ -26,7 +26,7 @@ def model_tokenizer() -> Tokenizer:
 
 WHOLE = model_tokenizer()
 CASED = model_tokenizer()
-CASED.normalizer = BertNormalizer(lowercase=False)  # type: ignore[assignment]
+CASED.normalizer = BertNormalizer(lowercase=False)
 CACHES = {"uncased": (WHOLE, WordCache(WHOLE)), "cased": (CASED, WordCache(CASED))}
 
 
@@ -88,7 +88,7 @@ def test_only_a_tokenizer_that_is_berts_throughout_fits() -> None:
     assert WordCache.fits(WHOLE)
     assert not WordCache.fits(Tokenizer(BPE()))
     changed = model_tokenizer()
-    changed.normalizer = None  # type: ignore[assignment]
+    changed.normalizer = None
     assert not WordCache.fits(changed)
     changed = model_tokenizer()
     changed.add_tokens([AddedToken("new word", normalized=True)])

@@ -24,7 +24,7 @@ def bpe() -> Tokenizer:
     merges += [("xx", "xx"), ("1", "2"), ("w", "o"), ("wo", "r"), ("wor", "d"), ("Ġ", "word")]
     symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
@@ -39,7 +39,7 @@ def unigram() -> Tokenizer:
         *((letter, -7.0 - i / 9) for i, letter in enumerate(ALPHABET)),
     ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
@@ -50,7 +50,7 @@ KINDS = {"wordpiece": wordpiece, "bpe": bpe, "unigram": unigram}
 def frames(tokenizer: Tokenizer) -> dict[str, object]:
     """Post-processors, by name, with two special tokens of this tokenizer."""
     names = ("[CLS]", "[SEP]") if tokenizer.token_to_id("[SEP]") is not None else ("<s>", "</s>")
-    start, end = ((name, tokenizer.token_to_id(name)) for name in names)
+    start, end = ((name, tokenizer.token_to_id(name) or 0) for name in names)
 
     def template(single: str, pair: str) -> object:
         text = (part.replace("CLS", start[0]).replace("SEP", end[0]) for part in (single, pair))

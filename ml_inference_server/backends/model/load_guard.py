@@ -16,7 +16,7 @@ _BUFFERS = 100_000
 _TIMES_THE_FILES = 8
 
 
-class LoadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LoadGuard(TorchDispatchMode):
     """While it is entered: ModelError for a tensor far larger than all weights of `files`, or ever more tensors."""
 
     def __init__(self, files: ModelFiles) -> None:

@@ -122,7 +122,7 @@ def plain_model(settings: ModelSettings, files: ModelFiles, task: Task) -> Any:
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     # What they warn of is checked here: missing weights, texts above the limit. Their tables say it in many lines.
     for library in ("transformers", "sentence_transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)

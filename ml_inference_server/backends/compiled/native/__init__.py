@@ -67,7 +67,7 @@ def load_operators() -> bool:
             error = next((line for line in built.stderr.splitlines() if "error" in line), built.stderr[-200:])
             raise ModelError(f"{found} cannot build the operators ({error.strip()}): set model.compile: false")
 
-    torch.ops.load_library(str(cached("operators", key, make) / "operators.so"))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(cached("operators", key, make) / "operators.so"))
 
     @torch.library.register_fake("mlis::packed_attention")
     def _shape(q, k, v, starts, scale, causal):  # type: ignore[no-untyped-def]
