@@ -54,8 +54,8 @@ class Distribution:
     def merge(self, other: "Distribution", sign: int = 1) -> None:
         """Add what `other` holds, or with sign -1 take it out again."""
         self.count += sign * other.count
-        self._total_ns += sign * other._total_ns
-        for bucket, count in other._buckets.items():
+        self._total_ns += sign * other._total_ns  # noqa: SLF001 - its own class
+        for bucket, count in other._buckets.items():  # noqa: SLF001
             left = self._buckets[bucket] + sign * count
             if left:
                 self._buckets[bucket] = left

@@ -43,7 +43,7 @@ async def started(**model: object) -> AsyncIterator[tuple[Described, ProcessWork
         yield described, worker
     finally:
         worker.close()
-        await until(lambda: not worker.pids and not worker._engines)
+        await until(lambda: not worker.pids and not worker._engines)  # noqa: SLF001
 
 
 def encode(described: Described, texts: Sequence[str]) -> list[Encoded]:
@@ -155,8 +155,8 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_l
 
 async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
     async with started() as (described, worker):
-        (engine,) = worker._engines
-        writer: Any = engine._writer
+        (engine,) = worker._engines  # noqa: SLF001
+        writer: Any = engine._writer  # noqa: SLF001
         writer.transport.get_protocol().data_received(b"\xff" + bytes(8))  # a kind that is none, no payload
         await until(lambda: worker.restarts == 1)
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))

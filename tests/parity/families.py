@@ -81,7 +81,7 @@ def try_family(family: str, backend: str, folder: Path) -> str:
         assert "\n" not in reason
         return f"refused: {reason}"
     assert started.info.task == ("cross_encoder" if is_pairs else "embedding")
-    names, expected = _plain(model, is_pairs)
+    names, expected = plain_answers(model, is_pairs)
     check_answers(started.backend, names, expected)
     return YES
 
@@ -109,7 +109,7 @@ def _scale(expected: np.ndarray, place: int) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def _plain(model: Path, is_pairs: bool) -> tuple[Sequence[str | None], np.ndarray]:
+def plain_answers(model: Path, is_pairs: bool) -> tuple[Sequence[str | None], np.ndarray]:
     """(prompt names, rows) of sentence-transformers alone, text by text."""
     options: dict[str, Any] = {"batch_size": 1, "show_progress_bar": False}
     if is_pairs:

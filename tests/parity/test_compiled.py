@@ -115,9 +115,9 @@ def test_only_layers_of_the_exact_kind_run_in_tiles() -> None:
     kinds = {"gelu": True, "gelu_new": False, "relu": False}
     for activation, expected in kinds.items():
         config = BertConfig(hidden_act=activation, num_hidden_layers=1, **SHAPE)
-        assert packed._is_bert_layer(BertModel(config).encoder.layer[0]) is expected
+        assert packed.is_bert_layer(BertModel(config).encoder.layer[0]) is expected
     decoder = BertConfig(is_decoder=True, num_hidden_layers=1, **SHAPE)
-    assert not packed._is_bert_layer(BertModel(decoder).encoder.layer[0])
+    assert not packed.is_bert_layer(BertModel(decoder).encoder.layer[0])
 
 
 @needs_compiler

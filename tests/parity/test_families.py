@@ -69,7 +69,7 @@ def test_the_tables_name_every_family_and_say_the_same_in_both_places() -> None:
 def test_a_backend_that_answers_something_else_is_not_called_right(folder: Path) -> None:
     """What the tables rest on can fail."""
     model = families.built("BERT, mean (MiniLM, E5, GTE)", folder)
-    names, expected = families._plain(model, is_pairs=False)
+    names, expected = families.plain_answers(model, is_pairs=False)
     backend = start(model, **BACKENDS["pytorch"]).backend
     families.check_answers(backend, names, expected)
     wrong = expected.copy()

@@ -80,23 +80,23 @@ def pool_off_by_one(patch: Patch) -> None:
 
 
 def drop_the_default_prompt(patch: Patch) -> None:
-    right = text_input._prompts
+    right = text_input.prompts_of
 
     def without(model: Any, is_pairs: bool) -> Any:
         known, asked = right(model, is_pairs)
         return {name: text for name, text in known.items() if name}, {**asked, None: ("", None)}
 
-    patch.setattr(text_input, "_prompts", without)
+    patch.setattr(text_input, "prompts_of", without)
 
 
 def drop_a_named_prompt(patch: Patch) -> None:
-    right = text_input._prompts
+    right = text_input.prompts_of
 
     def without(model: Any, is_pairs: bool) -> Any:
         known, asked = right(model, is_pairs)
         return {**known, "query": ""}, {**asked, "query": ("", "query")}
 
-    patch.setattr(text_input, "_prompts", without)
+    patch.setattr(text_input, "prompts_of", without)
 
 
 def shorten_the_limit(patch: Patch) -> None:

@@ -140,6 +140,6 @@ def test_warmup_reports_progress_and_refuses_a_model_that_answers_nan() -> None:
     backend.warmup(lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == len(seen)
     with torch.no_grad():
-        next(p for p in backend._loaded.module.parameters()).fill_(float("nan"))
+        next(p for p in backend.module.parameters()).fill_(float("nan"))
     with pytest.raises(ModelError, match="not fit to serve"):
         backend.warmup(lambda done, total: None)

@@ -345,7 +345,7 @@ async def test_a_text_whose_deadline_passed_in_this_very_moment_is_not_started()
     await turns()
     late = rig.call(2, timeout_s=5)
     await turns()
-    asyncio.get_running_loop()._jumping.now += 10  # type: ignore[attr-defined]
+    asyncio.get_running_loop().jumping.now += 10  # type: ignore[attr-defined]
     rig.worker.gate.set()
     with pytest.raises(DeadlinePassed):
         await late
@@ -455,8 +455,8 @@ async def test_a_bug_in_the_policy_answers_everybody_and_the_batcher_goes_on() -
     await turns()
     broken = rig.call(2)
     await turns()
-    broken_queue = rig.batcher._queue
-    broken_queue._by_length.clear()
+    broken_queue = rig.batcher._queue  # noqa: SLF001
+    broken_queue._by_length.clear()  # noqa: SLF001
     rig.worker.gate.set()
     outcomes = await asyncio.gather(running, broken, return_exceptions=True)
     assert outcomes[0] == [1.0]

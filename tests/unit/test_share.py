@@ -35,6 +35,6 @@ def test_a_backend_above_its_bare_engine(rate: float, marked: bool) -> None:
 def test_a_server_above_its_ceiling_or_the_roofline(rate: float, marked: bool) -> None:
     load = speed.Load("queries", 1, 32, texts_per_s=[rate], server_cpu_ms=[1.0], client_cpu_ms=[1.0])
     ceilings = {"queries": [{"texts_per_s": 100.0, "roofline_texts_per_s": 90.0}], "passages": []}
-    text = speed._report("t", [load], ceilings, {str(load): rate / 100}, {})  # type: ignore[arg-type]
+    text = speed._report("t", [load], ceilings, {str(load): rate / 100}, {})  # type: ignore[arg-type]  # noqa: SLF001
     assert f"| {cell(rate / 100)} | - | {cell(rate / 90)} |" in text
     assert (NOTE in text) is (MARK in text) is marked

@@ -63,7 +63,7 @@ long_texts = st.lists(st.tuples(st.sampled_from(PIECES), st.integers(1, 12)), ma
 def reading_little(tokenizer: Tokenizer, limit: int, side: str) -> FastTokenizer:
     """Takes every text of more than 40 characters for a long one: the library's answers to longer ones take minutes."""
     fast = ours(tokenizer, limit, side)
-    fast._most_characters = 40
+    fast.most_characters = 40
     return fast
 
 

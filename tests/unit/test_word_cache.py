@@ -80,7 +80,7 @@ def test_it_forgets_before_it_grows_without_end(monkeypatch: pytest.MonkeyPatch)
     cache = WordCache(WHOLE)
     for number in range(200):
         check(WHOLE, cache, f"word{number} again")
-        assert sum(map(len, cache._known)) <= 100
+        assert sum(map(len, cache.known)) <= 100
     check(WHOLE, cache, " ".join(f"{number}xyz" for number in range(60)))  # more than fits, in one text
 
 

@@ -57,7 +57,7 @@ class CompiledModel:
         self._module = PackedModule(loaded).eval()
         self.attention = self._module.attention
         _use_cache(loaded.files.model_sha256, threads)
-        torch._dynamo.config.cache_size_limit = 64
+        torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001
         self._graph = torch.compile(self._module, dynamic=True)
         log.info("compiling the model for this processor (about a minute at the first start, some seconds later)")
         started = time.monotonic()

@@ -94,7 +94,7 @@ class PackedModule(torch.nn.Module):
         self.positions = _positions(encoder)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
-        encoder.config._attn_implementation = _ATTENTION
+        encoder.config._attn_implementation = _ATTENTION  # noqa: SLF001
         self._hidden = _Unpacked(encoder)
         self._is_embedding = loaded.task == "embedding"
         self._truncate_dim = loaded.module.truncate_dim
@@ -175,13 +175,13 @@ def _use_own_layers(base: Any) -> bool:
     """Put an EncoderLayer in the place of each layer, where the architecture is BERT's and all sizes allow it."""
     encoder = getattr(base, "encoder", None)
     layers = getattr(encoder, "layer", None)
-    if not layers or not all(_is_bert_layer(layer) for layer in layers):
+    if not layers or not all(is_bert_layer(layer) for layer in layers):
         return False
     encoder.layer = torch.nn.ModuleList([EncoderLayer(layer) for layer in layers])  # type: ignore[union-attr]
     return True
 
 
-def _is_bert_layer(layer: Any) -> bool:
+def is_bert_layer(layer: Any) -> bool:
     if type(layer).__name__ not in _BERT_LAYERS or layer.is_decoder:
         return False
     activation = layer.intermediate.intermediate_act_fn

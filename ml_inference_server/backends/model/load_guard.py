@@ -30,7 +30,7 @@ class LoadGuard(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if any(argument.name == "device" for argument in func._schema.arguments):
+        if any(argument.name == "device" for argument in func._schema.arguments):  # noqa: SLF001
             self._made += 1
             if self._made > _BUFFERS:
                 raise self._refusal(f"more than {_BUFFERS} tensors")

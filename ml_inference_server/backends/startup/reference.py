@@ -144,7 +144,7 @@ def _asked(
     for text, name in asked:
         options: dict[str, Any] = {} if name is None else {"prompt_name": name}
         kind = {"query": "query", document: "document"}.get(name) if name is not None else None
-        prompt = model._resolve_prompt(None, name)
+        prompt = model._resolve_prompt(None, name)  # noqa: SLF001
         features = model.preprocess([text], prompt=prompt, **({"task": kind} if kind else {}))
         ids = features["input_ids"].reshape(-1)
         tokens.append(ids.tolist())
@@ -231,7 +231,7 @@ def _prompt_names(model: Any) -> list[str | None]:
     """The default, where there is one, and each prompt of the model, at most six."""
     names: list[str | None] = [None, *list(model.prompts)[:6]]
     try:
-        model.preprocess(["x"], prompt=model._resolve_prompt(None, None))
+        model.preprocess(["x"], prompt=model._resolve_prompt(None, None))  # noqa: SLF001
     except ValueError:  # a Router without a default route
         return names[1:]
     return names

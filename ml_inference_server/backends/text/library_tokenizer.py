@@ -61,7 +61,7 @@ def input_module(first: torch.nn.Module) -> InputModule:
         routes = {
             name: torch.nn.Sequential(input_module(next(parts.children()))) for name, parts in first.sub_modules.items()
         }
-        router._modules = {"sub_modules": torch.nn.ModuleDict(routes)}
+        router._modules = {"sub_modules": torch.nn.ModuleDict(routes)}  # noqa: SLF001
         return router
     if not isinstance(first, Transformer | StaticEmbedding):
         raise ModelError(
@@ -69,7 +69,7 @@ def input_module(first: torch.nn.Module) -> InputModule:
             f"use a model that begins with a Transformer, a StaticEmbedding or a Router of these"
         )
     bare = copy.copy(first)
-    bare._modules = {}
+    bare._modules = {}  # noqa: SLF001
     if isinstance(first, Transformer):
         bare.processor = copy.deepcopy(first.processor)
         bare.input_formatter = copy.copy(first.input_formatter)

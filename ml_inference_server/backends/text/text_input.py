@@ -51,7 +51,7 @@ def prepare(model: Any, max_tokens: int | None, files: ModelFiles) -> Prepared:
     limit = set_limits(first, max_tokens)
     module = input_module(first)
     is_pairs = isinstance(model, CrossEncoder)
-    prompts, asked = _prompts(model, is_pairs)
+    prompts, asked = prompts_of(model, is_pairs)
     ways, variants = _ways(module, asked, is_pairs, _leaves_prompts_out(model))
     hf_tokenizer = module.tokenizer if isinstance(module, Transformer) else None
     pad_id = _pad_id(first, hf_tokenizer)
@@ -102,7 +102,7 @@ def set_limits(first: torch.nn.Module, max_tokens: int | None) -> int:
     return max(found)
 
 
-def _prompts(model: Any, is_pairs: bool) -> tuple[dict[str, str], dict[str | None, tuple[str, str | None]]]:
+def prompts_of(model: Any, is_pairs: bool) -> tuple[dict[str, str], dict[str | None, tuple[str, str | None]]]:
     """(prompts by name, "" being the default; prompt and task by the name that a request may give)."""
     known = {str(name): str(text or "") for name, text in (model.prompts or {}).items()}
     default = known.get(model.default_prompt_name, "") if model.default_prompt_name is not None else ""
@@ -140,7 +140,7 @@ def _ways(
 def _limit(module: Any, task: str | None, modality: Any) -> int:
     """The most tokens of the part of `module` that takes such a text."""
     if isinstance(module, Router):
-        module = next(module.sub_modules[str(module._resolve_route(task=task, modality=modality))].children())
+        module = next(module.sub_modules[str(module._resolve_route(task=task, modality=modality))].children())  # noqa: SLF001
     return int(module.max_seq_length) if isinstance(module, Transformer) else BAG_TOKENS
 
 

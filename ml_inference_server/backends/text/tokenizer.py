@@ -54,7 +54,7 @@ class FastTokenizer:
         self.max_tokens = max_tokens
         self.pad_id = pad_id
         self.prompts = prompts
-        self._most_characters = max_tokens * _CHARACTERS_PER_TOKEN
+        self.most_characters = max_tokens * _CHARACTERS_PER_TOKEN
         self._keeps_start = side == "right"
         self._words = WordCache(tokenizer) if WordCache.fits(tokenizer) else None
         self._text = Template(tokenizer, 1, has_segments=takes_segments)
@@ -105,14 +105,14 @@ class FastTokenizer:
 
         unread: receives the texts of which that is not all.
         """
-        if max(map(len, texts), default=0) <= self._most_characters:
+        if max(map(len, texts), default=0) <= self.most_characters:
             return self._tokenize_short(texts)
         return self._tokenize_mixed(texts, room, set() if unread is None else unread)
 
     def _tokenize_mixed(self, texts: Sequence[str], room: int, unread: set[str]) -> Iterator[list[int]]:
-        short = iter(self._tokenize_short([text for text in texts if len(text) <= self._most_characters]))
+        short = iter(self._tokenize_short([text for text in texts if len(text) <= self.most_characters]))
         for text in texts:
-            if len(text) <= self._most_characters:
+            if len(text) <= self.most_characters:
                 yield next(short)
             elif ids := self._settled(text, room):
                 unread.add(text)
@@ -136,7 +136,7 @@ class FastTokenizer:
 
     def _settled(self, text: str, room: int) -> list[int] | None:
         """More tokens than there is room for, from the end that is kept; None if it takes all of the text."""
-        size = self._most_characters
+        size = self.most_characters
         while size < len(text):
             part = _start(text, size) if self._keeps_start else _end(text, size)
             encoding = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]

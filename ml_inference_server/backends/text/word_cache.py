@@ -28,7 +28,7 @@ class WordCache:
         self._tokenizer = tokenizer
         self._lowers = tokenizer.normalizer.lowercase
         self._special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._known: dict[str, list[int]] = {}
+        self.known: dict[str, list[int]] = {}
         self._characters = 0  # of the words that are known
 
     @staticmethod
@@ -45,12 +45,12 @@ class WordCache:
     def tokenize(self, texts: Sequence[str]) -> list[list[int] | None]:
         """None for a text that has to be tokenised as a whole."""
         split = [self._words(text) for text in texts]
-        known = self._known
+        known = self.known
         new = {word for words in split for word in words or () if word not in known}
         if new:
             self._characters += sum(map(len, new))
             if self._characters > _MOST_CHARACTERS:
-                known = self._known = {}  # a thread that uses the old one still has it
+                known = self.known = {}  # a thread that uses the old one still has it
                 new = {word for words in split for word in words or ()}
                 self._characters = sum(map(len, new))
             known.update(self._tokenize(list(new)))
