@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+import ml_inference_server
 from ml_inference_server.metrics.table import CLOSED_BY, REASONS, STAGES
 from ml_inference_server.metrics.window import RELATIVE_ERROR
 from ml_inference_server.proto import inference_pb2 as pb
@@ -126,9 +127,10 @@ async def test_switched_off_nothing_is_recorded_and_requests_are_answered() -> N
     assert not any(figures["in_flight"].values())
 
 
-def test_every_reason_in_the_readme_is_one_of_the_table() -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| status | reason |") :].split("\n\n")[0]
+def test_every_reason_in_the_documents_is_one_of_the_table() -> None:
+    document = Path(ml_inference_server.__file__).parent / "docs" / "rpcs.md"
+    text = document.read_text(encoding="utf-8")
+    table = text[text.index("| status | reason |") :].split("\n\n")[0]
     named = {word for row in table.splitlines()[2:] for word in re.findall(r"`([A-Z_]+)`", row.split("|")[2])}
     assert len(named) > 10
     assert named <= set(REASONS)

@@ -148,6 +148,28 @@ def table(outcomes: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def summary(table_of: Mapping[str, Mapping[str, str]]) -> str:
+    """The same in a few rows: the families that run on the same backends side by side, by their short names."""
+    groups: dict[str, list[str]] = {}
+    for family, found in table_of.items():
+        runs = [backend for backend, outcome in found.items() if outcome == YES]
+        lacks = [backend for backend in found if backend not in runs]
+        where = (
+            "all"
+            if not lacks
+            else "none"
+            if not runs
+            else f"all but {lacks[0]}"
+            if len(lacks) == 1
+            else ", ".join(runs)
+        )
+        groups.setdefault(where, []).append(family)
+    rows = (
+        f"| {where} | {'; '.join(families)} |" for where, families in sorted(groups.items(), key=lambda i: -len(i[1]))
+    )
+    return "\n".join(["| runs on | families |", "| --- | --- |", *rows])
+
+
 def refusals(outcomes: Mapping[str, Mapping[str, str]]) -> str:
     """What the server says where a family is refused, each sentence once."""
     reasons: dict[str, list[str]] = {}
@@ -203,8 +225,8 @@ def main(arguments: list[str]) -> int:
                 passed = time.monotonic() - started
                 print(f"{number}/{len(families)} {family}, {backend} ({passed:.0f} s): {outcome}", flush=True)
     if options.write and not wrong and not options.only and not options.backend:
-        for file in (README, DOCS):
-            replace_between_markers(file, "families", table(outcomes))
+        replace_between_markers(README, "families", summary(outcomes))
+        replace_between_markers(DOCS, "families", table(outcomes))
         replace_between_markers(DOCS, "refusals", refusals(outcomes))
     return 1 if wrong else 0
 

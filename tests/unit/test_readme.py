@@ -1,4 +1,4 @@
-"""The README is complete: every setting, flag, RPC, path and exit code stands in it, and its example runs."""
+"""The reference is complete: every setting, flag, RPC and exit code stands in it; no document links to nothing."""
 
 import re
 from collections.abc import Callable
@@ -14,12 +14,19 @@ from ml_inference_server.utils import errors
 from ml_inference_server.utils.config import setting_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "ml_inference_server" / "docs"
+SETTINGS, RPCS, COMMANDS = (
+    (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("settings", "rpcs", "commands")
+)
+    (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("settings", "rpcs", "commands")
+)
+# Results of experiments land beside the documents and link to what only their machine has.
+WRITTEN = [ROOT / "README.md", *(path for path in sorted(DOCS.glob("*.md")) if not path.stem.endswith("_results"))]
 
 
 @pytest.mark.parametrize(("key", "default", "description"), setting_rows(), ids=[row[0] for row in setting_rows()])
 def test_every_setting_is_described_as_in_the_code(key: str, default: object, description: str) -> None:
-    row = next((line for line in README.splitlines() if line.startswith(f"| `{key}` |")), "")
+    row = next((line for line in SETTINGS.splitlines() if line.startswith(f"| `{key}` |")), "")
     assert description in row
     if isinstance(default, int | float | str) and not isinstance(default, bool) and default != "":
         assert f"`{default}`" in row
@@ -27,7 +34,7 @@ def test_every_setting_is_described_as_in_the_code(key: str, default: object, de
 
 def test_every_rpc_is_described() -> None:
     for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods:
-        assert f"`{method.name}`" in README
+        assert f"`{method.name}`" in RPCS
 
 
 def test_every_server_flag_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +42,7 @@ def test_every_server_flag_is_listed(capsys: pytest.CaptureFixture[str]) -> None
         main.parse(["--help"])
     flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert flags
-    row = next(line for line in README.splitlines() if line.startswith("| `run_server.sh` |"))
+    row = next(line for line in COMMANDS.splitlines() if line.startswith("| `run_server.sh` |"))
     assert {flag for flag in flags if f"`{flag}" not in row} == set()
 
 
@@ -53,12 +60,12 @@ def test_every_flag_of_the_benchmark_is_listed(
     with pytest.raises(SystemExit):
         arguments(["--help"])
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+    row = next(line for line in COMMANDS.splitlines() if line.startswith(f"| `{name}` |"))
     assert {flag for flag in flags if f"`{flag}" not in row} == set()
 
 
 def test_every_reason_of_a_refusal_is_counted_by_its_name() -> None:
-    rows = re.findall(r"^\| `[A-Z_]+` \| (`[A-Z_`, ]+`) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `[A-Z_]+` \| (`[A-Z_`, ]+`) \|", RPCS, re.MULTILINE)
     listed = {reason for row in rows for reason in re.findall("[A-Z_]+", row)}
     assert "EMPTY_REQUEST" in listed
     assert listed - set(REASONS) == set()
@@ -66,11 +73,16 @@ def test_every_reason_of_a_refusal_is_counted_by_its_name() -> None:
 
 def test_every_exit_code_is_listed() -> None:
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
-    table = README[README.index("| exit code |") :].split("\n\n")[0]
+    table = COMMANDS[COMMANDS.index("| exit code |") :].split("\n\n")[0]
     assert {code for code in codes if not re.search(rf"\b{code}\b", table)} == set()
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.name)
+def test_every_file_that_is_linked_exists(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_readme_links_to_every_document() -> None:
+    readme = WRITTEN[0].read_text(encoding="utf-8")
+    assert [path.name for path in WRITTEN[1:] if f"docs/{path.name}" not in readme] == []

@@ -40,6 +40,35 @@ class Panel(NamedTuple):
     log_y: bool = False
 
 
+class Bar(NamedTuple):
+    """A bar with a line from `low` to `high`; `stands_out` gives it the colour of what is ours."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    stands_out: bool
+
+
+def of_bars(groups: Mapping[str, Sequence[Bar]], title: str) -> bytes:
+    """One panel for each group, side by side, with the same bars in each."""
+
+    def draw(canvas: Any, _pyplot: Any) -> None:
+        canvas.suptitle(title, fontsize=9)
+        panels = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, (name, bars) in zip(panels, groups.items(), strict=True):
+            values = [bar.value for bar in bars]
+            reach = [[bar.value - bar.low for bar in bars], [bar.high - bar.value for bar in bars]]
+            colours = [_COLOURS[0] if bar.stands_out else "#9aa0a6" for bar in bars]
+            drawn = axes.barh([bar.label for bar in bars], values, xerr=reach, color=colours, capsize=2)
+            axes.bar_label(drawn, [f"{value:.1f}x" for value in values], label_type="center", color="white", fontsize=8)
+            axes.grid(visible=False, axis="y")
+            axes.set_title(name, fontsize=9)
+        panels[0].invert_yaxis()  # shared by all
+
+    return _svg(draw, 3.4 * len(groups) + 1.6, 0.42 * max(map(len, groups.values())) + 1.2, title.split("\n")[0])
+
+
 def of_panels(panels: Sequence[Panel], columns: int, title: str) -> bytes:
     """The panels line by line."""
 
