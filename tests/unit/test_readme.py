@@ -18,8 +18,6 @@ DOCS = ROOT / "ml_inference_server" / "docs"
 SETTINGS, RPCS, COMMANDS = (
     (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("settings", "rpcs", "commands")
 )
-    (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("settings", "rpcs", "commands")
-)
 # Results of experiments land beside the documents and link to what only their machine has.
 WRITTEN = [ROOT / "README.md", *(path for path in sorted(DOCS.glob("*.md")) if not path.stem.endswith("_results"))]
 
