@@ -23,8 +23,9 @@ from ml_inference_server.benchmark.result.files import (
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
-from ml_inference_server.utils.config import Given, Settings, load_settings
+from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
+from ml_inference_server.utils.layers import Given
 
 CONNECT_TIMEOUT_S = 10.0
 # A wildcard is a place to listen at, not one to call.

@@ -14,9 +14,10 @@ if sys.platform != "win32":
 
 from ml_inference_server import __version__
 from ml_inference_server.utils.cache import writable_root
-from ml_inference_server.utils.config import Given, Settings, load_settings
+from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_INTERNAL, ConfigError, StartError
 from ml_inference_server.utils.files import replaceable
+from ml_inference_server.utils.layers import Given, given_by
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 from ml_inference_server.utils.process import (
     ENGINE_ADDRESS_SPACE_BYTES,
@@ -107,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         set_up_logging(args.log_level, args.log_format)
         settings = settings_from(args)
+        if from_environment := given_by(os.environ):
+            log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
         ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
         if args.config is not None:
             log.warning("--config is deprecated: write an experiment file and pass it with --experiment")

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import shlex
 import sys
 import time
 import traceback
@@ -32,7 +31,7 @@ from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Ou
 from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
-from ml_inference_server.utils.config import BASE_CONFIG, EXPERIMENTS_DIR, load_settings
+from ml_inference_server.utils.config import BASE_CONFIG, load_settings
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
     EXIT_HUNG_UP,
@@ -45,6 +44,7 @@ from ml_inference_server.utils.errors import (
     StartError,
 )
 from ml_inference_server.utils.files import replace_file
+from ml_inference_server.utils.layers import EXPERIMENTS_DIR, command_to_repeat
 
 # Too few for a p99, enough to see what works and roughly how fast.
 QUICK = {"benchmark_requests": 24, "warmup_iterations": 4, "in_process_s": 0.5}
@@ -147,7 +147,7 @@ class Summary:
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "summary",
-            "command": shlex.join(command),
+            "command": command_to_repeat(command),
             "quick": is_quick,
             "started_at": now(),
             "finished_at": now(),

@@ -1,12 +1,13 @@
-"""The settings: one tree, one loader, one place where a default stands.
+"""The settings: one tree, one place where a default stands, one loader over the layers of `layers.py`.
 
-Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < `--set key.path=value` < flags.
+Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < environment variables <
+`--set key.path=value` < flags.
 All of them are merged before anything is checked; an error names the one that brought the value.
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,19 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ml_inference_server.utils.errors import ConfigError
-from ml_inference_server.utils.experiment import ExperimentSettings, Section
-from ml_inference_server.utils.yaml_text import NotYaml, has_comment, parse_yaml
+from ml_inference_server.utils.experiment import ExperimentSettings
+from ml_inference_server.utils.layers import (
+    EXPERIMENTS_DIR,
+    Given,
+    Layer,
+    deep_merge,
+    given_by,
+    nested,
+    parse_override,
+    read_yaml,
+)
+from ml_inference_server.utils.section import Section
 
-EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
 
 Quantization = Literal["none", "fp16", "bf16", "int8"]
@@ -219,91 +229,13 @@ class Settings(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Given:
-    """A value for the setting with the dotted name `key`, and who brings it, for errors: "--port 8080", say."""
-
-    key: str
-    value: Any
-    source: str
-
-
-@dataclass(frozen=True)
-class _Layer:
-    source: str
-    tree: Mapping[str, Any]
-
-    def sets(self, path: Sequence[int | str]) -> bool:
-        """Whether this layer says what stands at `path`, or at a part of it that holds a plain value."""
-        node: Any = self.tree
-        for part in path:
-            if not isinstance(node, Mapping):
-                return True
-            if part not in node:
-                return False
-            node = node[part]
-        return True
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in `path`. ConfigError names the file, and the line where YAML knows it."""
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, sorted(p.name for p in EXPERIMENTS_DIR.glob("*.yaml")), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}") from None
-    except NotYaml as error:
-        line = f":{error.line}" if error.line else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top, found {type(content).__name__}")
-    return content
-
-
-def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it key by key; lists are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
-    *parents, leaf = dotted.split(".")
-    tree = {leaf: value}
-    for part in reversed(parents):
-        tree = {part: tree}
-    return tree
-
-
-def parse_override(text: str) -> Given:
-    """`a.b=value` of --set; the value is read as YAML, so 8, true, [1, 2] mean what they say."""
-    source = f"--set {text:.200}"
-    key, equals, raw = text.partition("=")
-    if not equals or not all(key.strip().split(".")):
-        raise ConfigError(f"{source}: expected key.path=value, for instance batching.max_batch_size=16")
-    try:
-        value = parse_yaml(raw)
-        cut = has_comment(raw)
-    except NotYaml as error:
-        raise ConfigError(f"{source}: the value is not valid YAML ({error}): put a text in quotes") from error
-    if cut:
-        raise ConfigError(f"{source}: in YAML a comment begins at the #: put the value in quotes")
-    return Given(key.strip(), value, source)
-
-
 def load_settings(
     experiment: Path | None = None,
     *,
     legacy: Path | None = None,
     overrides: Sequence[str | Given] = (),
     variant: str = "",
+    environment: Mapping[str, str] = os.environ,
 ) -> Settings:
     """The effective settings. ConfigError lists every problem with who brings the value, dotted path and remedy.
 
@@ -311,12 +243,12 @@ def load_settings(
     overrides: in order, `a.b=value` as of --set, or values that need no reading.
     """
     files = [legacy] if legacy is not None else [BASE_CONFIG, *filter(None, [experiment])]
-    layers = [_Layer(str(path), read_yaml(path)) for path in files]
+    layers = [Layer(str(path), read_yaml(path)) for path in files]
     if variant:
         layers.append(_variant_layer(_merged(layers), str(files[-1]), variant))
-    for override in overrides:
-        given = parse_override(override) if isinstance(override, str) else override
-        layers.append(_Layer(given.source, _nested(given.key, given.value)))
+    read = (parse_override(override) if isinstance(override, str) else override for override in overrides)
+    for given in [*given_by(environment), *read]:
+        layers.append(Layer(given.source, nested(given.key, given.value)))
     try:
         return Settings.model_validate(_merged(layers))
     except ValidationError as error:
@@ -324,14 +256,14 @@ def load_settings(
         raise ConfigError(_explain_all(error, layers, str(files[-1]))) from error
 
 
-def _merged(layers: Sequence[_Layer]) -> dict[str, Any]:
+def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = deep_merge(tree, layer.tree)
     return tree
 
 
-def _variant_layer(tree: Mapping[str, Any], file: str, name: str) -> _Layer:
+def _variant_layer(tree: Mapping[str, Any], file: str, name: str) -> Layer:
     variants = tree.get("variants") or {}
     if not isinstance(variants, Mapping) or name not in variants:
         known = (", ".join(map(str, variants)) if isinstance(variants, Mapping) else "") or "none"
@@ -340,11 +272,11 @@ def _variant_layer(tree: Mapping[str, Any], file: str, name: str) -> _Layer:
         raise ConfigError(f"{file}: variants.{name}: expected dotted keys and values, not {variants[name]!r:.60}")
     changes: dict[str, Any] = {"variant": name}
     for dotted, value in variants[name].items():
-        changes = deep_merge(changes, _nested(str(dotted), value))
-    return _Layer(f"{file}, variant {name}", changes)
+        changes = deep_merge(changes, nested(str(dotted), value))
+    return Layer(f"{file}, variant {name}", changes)
 
 
-def _explain_all(error: ValidationError, layers: Sequence[_Layer], otherwise: str) -> str:
+def _explain_all(error: ValidationError, layers: Sequence[Layer], otherwise: str) -> str:
     """Each problem behind the source of its value; neighbours of one source share its name."""
     told: list[str] = []
     before = ""
@@ -374,7 +306,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
 
 
 def setting_rows() -> list[tuple[str, Any, str]]:
-    """(dotted key, default, description) of every leaf, in order: what the tests hold the README's table to."""
+    """(dotted key, default, description) of every leaf, in order: docs/settings.md lists them all."""
     return list(_leaves(Settings, ""))
 
 

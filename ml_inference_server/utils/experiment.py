@@ -5,13 +5,9 @@ What two keys mean together is checked by the benchmark when it uses them: a ser
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """A part of the settings: immutable, and strict about keys and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, strict=True)
+from ml_inference_server.utils.section import Section
 
 
 class ArrivalSettings(Section):

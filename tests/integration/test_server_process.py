@@ -101,6 +101,22 @@ def test_a_second_server_cannot_take_the_first_ones_port(tmp_path: Path) -> None
     assert (code, "in use" in line) == (4, True)
 
 
+def test_the_environment_sets_what_no_flag_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLIS_BATCHING__MAX_BATCH_SIZE", "3")
+    monkeypatch.setenv("MLIS_METRICS__PORT", "50051")  # the flag wins
+    with server_process(tmp_path) as server:
+        url = f"http://127.0.0.1:{server.ready()['http_port']}/info"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            assert json.load(reply)["settings"]["batching"]["max_batch_size"] == 3
+        server.signal(signal.SIGTERM)
+        _, stderr = server.end()
+    assert "from the environment: MLIS_BATCHING__MAX_BATCH_SIZE=3, MLIS_METRICS__PORT=50051" in stderr
+    monkeypatch.setenv("MLIS_SERVER__DRAIN_TIMEOUT", "1")
+    code, line = run_to_end()
+    assert code == 2
+    assert line.startswith("error: MLIS_SERVER__DRAIN_TIMEOUT=1: unknown key server.drain_timeout; did you mean")
+
+
 def test_the_legacy_configuration_loads_and_says_that_it_is_deprecated(tmp_path: Path) -> None:
     legacy = tmp_path / "config.yaml"
     legacy.write_text("model:\n  backend: fake\n")

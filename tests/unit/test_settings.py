@@ -7,19 +7,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ml_inference_server.utils.config import (
-    BASE_CONFIG,
+from ml_inference_server.utils.config import BASE_CONFIG, ModelSettings, Settings, load_settings, setting_rows
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.layers import (
     EXPERIMENTS_DIR,
     Given,
-    ModelSettings,
-    Settings,
+    command_to_repeat,
     deep_merge,
-    load_settings,
     parse_override,
     read_yaml,
-    setting_rows,
 )
-from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.yaml_text import parse_yaml
 
 LEGACY = EXPERIMENTS_DIR.parent / "config.yaml"
@@ -108,6 +105,65 @@ def test_each_layer_overrides_the_one_below(tmp_path: Path) -> None:
     told = load_settings(path, variant="small", overrides=overrides)
     assert (told.batching.max_batch_size, told.experiment.seed) == (5, 3), "the last --set wins"
     assert told.experiment.batch_sizes == [1, 4]
+
+
+def test_the_environment_lies_above_files_and_below_flags(tmp_path: Path) -> None:
+    file = write(tmp_path, "batching: {max_batch_size: 16}\nvariants: {small: {batching.max_batch_size: 8}}\n")
+    environment = {"MLIS_BATCHING__MAX_BATCH_SIZE": "4", "MLIS_EXPERIMENT__ARRIVAL__RATES": "[1, 2.5]"}
+    given = load_settings(file, variant="small", environment=environment)
+    assert (given.batching.max_batch_size, given.experiment.arrival.rates) == (4, [1.0, 2.5])
+    over = ["batching.max_batch_size=2"]
+    assert load_settings(file, overrides=over, environment=environment).batching.max_batch_size == 2
+    assert load_settings(legacy=file, environment=environment).batching.max_batch_size == 4
+
+
+def test_what_is_no_setting_in_the_environment_is_left_alone() -> None:
+    """Kubernetes sets these for services called mlis and mlis-server; compose files set empty ones."""
+    environment = {
+        "MLIS_PORT": "tcp://10.0.0.1:50051",
+        "MLIS_SERVER_PORT": "tcp://10.0.0.1:50051",
+        "MLIS_SERVER_SERVICE_HOST": "10.0.0.1",
+        "MLIS_CACHE_DIR": "/somewhere",
+        "MLIS_MODEL__DEVICE": "",
+        "HOSTNAME": "a1b2",
+        "mlis_server__port": "1",
+    }
+    assert load_settings(environment=environment) == load_settings(environment={})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MLIS_SERVER__PROT", "1", "MLIS_SERVER__PROT=1: unknown key server.prot; did you mean server.port?"),
+        (
+            "MLIS_SERVER__PORT",
+            "many",
+            "MLIS_SERVER__PORT=many: server.port: input should be a valid integer, not 'many'",
+        ),
+        (
+            "MLIS_SERVER__PORT",
+            "8080",
+            f"MLIS_SERVER__PORT=8080 and {BASE_CONFIG}: server.port and metrics.port are both",
+        ),
+        (
+            "MLIS_MODEL__NAME",
+            "a #b",
+            "MLIS_MODEL__NAME=a #b: in YAML a comment begins at the #: put",
+        ),
+        ("MLIS_MODEL__", "x", "MLIS_MODEL__=x: unknown key model."),
+    ],
+)
+def test_an_error_names_the_variable(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environment={name: value})
+    assert str(caught.value).startswith(message)
+
+
+def test_the_command_that_repeats_a_run_holds_its_environment() -> None:
+    environment = {"MLIS_MODEL__DEVICE": "cpu", "MLIS_CACHE_DIR": "/x", "MLIS_MODEL__NAME": "a b"}
+    line = command_to_repeat(["python", "x.py"], environment)
+    assert line == "env MLIS_MODEL__DEVICE=cpu 'MLIS_MODEL__NAME=a b' python x.py"
+    assert command_to_repeat(["python", "x.py"], {}) == "python x.py"
 
 
 def test_legacy_file_stands_alone(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from ml_inference_server.benchmark.target.machine import client_versions, git_fa
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable, write_beside
+from ml_inference_server.utils.layers import command_to_repeat
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SCHEMA = 2
@@ -49,7 +49,7 @@ def new_document(kind: str, settings: Settings, dataset: Dataset, command: Seque
         "kind": kind,
         "name": settings.name,
         "description": settings.description,
-        "command": shlex.join(command),
+        "command": command_to_repeat(command),
         "started_at": now(),
         "finished_at": None,
         "interrupted": False,
