@@ -34,46 +34,85 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Right-padded rows. All arrays are (batch, length) int64; attention_mask is 1 on tokens and 0 on padding.
-
-    variants: (batch,), of each row; None where all are 0.
-    """
+class PaddedBatch:
+    """Right-padded rows. All arrays are (texts, longest) int64; attention_mask is 1 on tokens and 0 on padding."""
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     token_type_ids: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The texts of a batch, one behind the other, without padding.
+
+    ids: (tokens,) int32; starts: (texts + 1,) int64, where each text begins in it, and where the last one ends.
+    type_ids: (tokens,) int32, None where all are 0. variants: (texts,) int64, None where all are 0.
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    type_ids: NDArray[np.int32] | None = None
     variants: NDArray[np.int64] | None = None
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    @classmethod
+    def of(cls, texts: Sequence[Encoded]) -> "TokenBatch":
+        """At least one text."""
+        types = None
+        if any(text.type_ids is not None for text in texts):
+            none = np.zeros(max(text.length for text in texts), np.int32)
+            types = [none[: text.length] if text.type_ids is None else text.type_ids for text in texts]
+        return cls(
+            np.concatenate([text.ids for text in texts]),
+            _starts([text.length for text in texts]),
+            None if types is None else np.concatenate(types),
+            np.array([text.variant for text in texts], np.int64) if any(text.variant for text in texts) else None,
+        )
 
-    def rows(self, places: NDArray[np.intp]) -> "TokenBatch":
-        """Some of the rows, without padding that none of them needs."""
-        mask = self.attention_mask[places]
-        length = int(mask.sum(axis=1).max())
-        types, variants = self.token_type_ids, self.variants
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(texts,): tokens of each."""
+        return np.diff(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def padded_tokens(self) -> int:
+        """What `padded` makes of it: texts times the longest."""
+        return len(self) * int(self.lengths.max())
+
+    def padded(self, pad_id: int) -> PaddedBatch:
+        """For engines that take rectangles: every text filled up to the longest."""
+        lengths = self.lengths
+        kept = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(kept.shape, pad_id, np.int64)
+        ids[kept] = self.ids
+        types = None
+        if self.type_ids is not None:
+            types = np.zeros(kept.shape, np.int64)
+            types[kept] = self.type_ids
+        return PaddedBatch(ids, kept.astype(np.int64), types)
+
+    def texts(self, places: Sequence[int]) -> "TokenBatch":
+        """Some of the texts, in the order of `places`."""
+        parts = [slice(self.starts[i], self.starts[i + 1]) for i in places]
         return TokenBatch(
-            self.input_ids[places, :length],
-            mask[:, :length],
-            None if types is None else types[places, :length],
-            None if variants is None else variants[places],
+            np.concatenate([self.ids[part] for part in parts]),
+            _starts([int(self.starts[i + 1] - self.starts[i]) for i in places]),
+            None if self.type_ids is None else np.concatenate([self.type_ids[part] for part in parts]),
+            None if self.variants is None else self.variants[list(places)],
         )
 
 
-def collate(rows: Sequence[Encoded], pad_id: int) -> TokenBatch:
-    """Pad `rows` to the longest of them."""
-    shape = (len(rows), max(row.length for row in rows))
-    ids = np.full(shape, pad_id, np.int64)
-    mask = np.zeros(shape, np.int64)
-    types = np.zeros(shape, np.int64) if any(row.type_ids is not None for row in rows) else None
-    for i, row in enumerate(rows):
-        ids[i, : row.length] = row.ids
-        mask[i, : row.length] = 1
-        if types is not None and row.type_ids is not None:
-            types[i, : row.length] = row.type_ids
-    variants = np.array([row.variant for row in rows], np.int64) if any(row.variant for row in rows) else None
-    return TokenBatch(ids, mask, types, variants)
+def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
 
 class Company(Enum):
@@ -90,7 +129,7 @@ def run_in_company(
     """`run` over the batch, as a whole or in the groups that `company` allows; texts of other variants stay apart."""
     if company is Company.ANY and batch.variants is None:
         return run(batch)
-    lengths = batch.attention_mask.sum(axis=1)
+    lengths = batch.lengths
     keys = [
         (
             0 if batch.variants is None else int(batch.variants[i]),
@@ -100,8 +139,8 @@ def run_in_company(
     ]
     out: NDArray[np.float32] | None = None
     for key in dict.fromkeys(keys):
-        places = np.array([i for i in range(len(batch)) if keys[i] == key], np.intp)
-        got = run(batch.rows(places))
+        places = [i for i in range(len(batch)) if keys[i] == key]
+        got = run(batch.texts(places))
         if out is None:
             out = np.empty((len(batch), *got.shape[1:]), np.float32)
         out[places] = got
@@ -230,8 +269,8 @@ def run_warmup(backend: Backend, progress: Progress, shapes: Sequence[tuple[int,
     # Where texts take several ways through a model, the limit of this one may be below the model's.
     limit = text.length if text.truncated else backend.info.max_tokens
     for done, (texts, tokens) in enumerate(shapes):
-        ids = np.resize(text.ids, (texts, min(tokens, limit))).astype(np.int64)
-        rows = backend.infer(TokenBatch(ids, np.ones_like(ids)))
+        row = Encoded(np.resize(text.ids, min(tokens, limit)))
+        rows = backend.infer(TokenBatch.of([row] * texts))
         if rows.shape != (texts, backend.info.dimension) or not np.isfinite(rows).all():
             raise ModelError(f"the model's warm-up answer has shape {rows.shape} or is not finite: not fit to serve")
         progress(done + 1, len(shapes))

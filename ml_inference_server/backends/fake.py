@@ -142,14 +142,11 @@ class FakeBackend:
         self._faults = True
 
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
-        rows = [
-            tuple(int(i) for i in ids[: int(mask.sum())])
-            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
-        ]
+        rows = [tuple(each.tolist()) for each in np.split(batch.ids, batch.starts[1:-1])]
         if self._keeps_log:
-            self.log.append(ExecutedBatch(tuple(rows), batch.input_ids.size))
+            self.log.append(ExecutedBatch(tuple(rows), batch.padded_tokens))
         self._open.wait()
-        delay_s = self._base_s + self._per_token_s * batch.input_ids.size
+        delay_s = self._base_s + self._per_token_s * batch.padded_tokens
         if delay_s:
             time.sleep(delay_s)
         out = np.stack([_row(row) for row in rows])[:, : self.info.dimension]

@@ -102,7 +102,8 @@ class OnnxBackend:
         return run_in_company(batch, self._exported.company, self._run)
 
     def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = self.session.run([self._exported.output], graph_inputs(self.input_names, batch))[0]
+        inputs = graph_inputs(self.input_names, batch.padded(self.tokenizer.pad_id))
+        rows: NDArray[np.float32] = self.session.run([self._exported.output], inputs)[0]
         return rows
 
     @property

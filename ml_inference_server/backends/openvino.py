@@ -17,7 +17,6 @@ from ml_inference_server.backends.base import (
     Progress,
     TextTokenizer,
     TokenBatch,
-    collate,
     run_in_company,
     run_warmup,
 )
@@ -117,7 +116,7 @@ class OpenVinoBackend:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self.compiled.create_infer_request()
-        request.infer(graph_inputs(self.input_names, batch), share_inputs=True)
+        request.infer(graph_inputs(self.input_names, batch.padded(self.tokenizer.pad_id)), share_inputs=True)
         return np.array(request.get_tensor(self._exported.output).data, np.float32)
 
     @property
@@ -157,7 +156,7 @@ def quantize_int8(exported: Exported) -> Path:
         names = [each.get_any_name() for each in model.inputs]
 
         def arrays(row: Encoded) -> dict[str, NDArray[np.int64]]:
-            return graph_inputs(names, collate([row], exported.tokenizer.pad_id))
+            return graph_inputs(names, TokenBatch.of([row]).padded(exported.tokenizer.pad_id))
 
         nncf.set_log_level(logging.ERROR)
         with engine_errors(f"NNCF cannot quantise {exported.weights}"):

@@ -133,8 +133,9 @@ class PyTorchBackend:
     def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
         variant = 0 if batch.variants is None else int(batch.variants[0])
         with torch.inference_mode():
-            types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
-            rows = self.module(self._tensor(batch.input_ids), self._tensor(batch.attention_mask), types, variant)
+            padded = batch.padded(self.tokenizer.pad_id)
+            types = None if padded.token_type_ids is None else self._tensor(padded.token_type_ids)
+            rows = self.module(self._tensor(padded.input_ids), self._tensor(padded.attention_mask), types, variant)
             out: NDArray[np.float32] = rows.float().cpu().numpy()
         return out
 

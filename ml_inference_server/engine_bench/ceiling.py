@@ -29,7 +29,6 @@ from ml_inference_server.backends.base import (
     Encoded,
     TextTokenizer,
     TokenBatch,
-    collate,
     packed_size,
 )
 from ml_inference_server.backends.startup.batches import grouped_batches
@@ -189,7 +188,7 @@ def run_pass(
     backend: Backend, batches: Sequence[Sequence[int]], rows: Sequence[Encoded], seconds: float, *, whole: bool = True
 ) -> Pass:
     """Run the batches in turn for `seconds`, and then on until all of them have run equally often (`whole`)."""
-    padded = [collate([rows[i] for i in batch], backend.tokenizer.pad_id) for batch in batches]
+    padded = [TokenBatch.of([rows[i] for i in batch]) for batch in batches]
     sizes = [_sizes(batch, backend.info.padding_free) for batch in padded]
     turns = _turns(len(padded), seconds, whole=whole)
     lock = threading.Lock()
@@ -214,8 +213,8 @@ def run_pass(
 
 def _sizes(batch: TokenBatch, padding_free: bool) -> tuple[int, int, int]:
     """Its rows, real tokens, and the tokens that are computed for it."""
-    tokens = int(batch.attention_mask.sum())
-    return len(batch), tokens, packed_size(tokens) if padding_free else batch.input_ids.size
+    tokens = batch.tokens
+    return len(batch), tokens, packed_size(tokens) if padding_free else batch.padded_tokens
 
 
 def _turns(count: int, seconds: float, *, whole: bool) -> Iterator[int]:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ml_inference_server.backends import BACKENDS, create_backend
-from ml_inference_server.backends.base import Encoded, TokenBatch, collate
+from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.files.model_errors import start_errors
 from ml_inference_server.backends.model.export import graph_inputs
 from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
@@ -66,7 +66,8 @@ def random_batches(rows: Sequence[Encoded], seed: int = 0) -> list[list[int]]:
 
 
 def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
-    """The bare engine with the same model: its own call and nothing of ours."""
+    """The bare engine with the same model: its own call and nothing of ours but the padding."""
+    pad_id = backend.tokenizer.pad_id
     if backend.info.compiled:
         return lambda batch: backend.compiled.run(backend.compiled.pack(batch))
     if backend.info.backend == "pytorch":
@@ -74,17 +75,18 @@ def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
 
         def call_torch(batch: TokenBatch) -> object:
             with torch.inference_mode():
-                return backend.module(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+                padded = batch.padded(pad_id)
+                return backend.module(torch.from_numpy(padded.input_ids), torch.from_numpy(padded.attention_mask))
 
         return call_torch
     if backend.info.backend == "onnx":
-        return lambda batch: backend.session.run(None, graph_inputs(backend.input_names, batch))
+        return lambda batch: backend.session.run(None, graph_inputs(backend.input_names, batch.padded(pad_id)))
     local = threading.local()
 
     def call_openvino(batch: TokenBatch) -> object:
         if not hasattr(local, "request"):
             local.request = backend.compiled.create_infer_request()
-        return local.request.infer(graph_inputs(backend.input_names, batch), share_inputs=True)
+        return local.request.infer(graph_inputs(backend.input_names, batch.padded(pad_id)), share_inputs=True)
 
     return call_openvino
 
@@ -104,11 +106,10 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
         return
     rows = backend.tokenizer.encode(texts)
     pool = ThreadPoolExecutor(backend.info.concurrency)
-    pad_id = backend.tokenizer.pad_id
     direct = direct_call(backend)
 
     def seconds(batches: Sequence[Sequence[int]], call: Callable[[TokenBatch], object]) -> float:
-        padded = [collate([rows[i] for i in batch], pad_id) for batch in batches]
+        padded = [TokenBatch.of([rows[i] for i in batch]) for batch in batches]
         started = time.perf_counter()
         list(pool.map(call, padded))
         return time.perf_counter() - started
@@ -117,7 +118,7 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
         if command == "embed":
             out = np.empty((len(rows), backend.info.dimension), np.float32)
             batches = grouped_batches(rows)
-            calls = (collate([rows[i] for i in batch], pad_id) for batch in batches)
+            calls = (TokenBatch.of([rows[i] for i in batch]) for batch in batches)
             for batch, answer in zip(batches, pool.map(backend.infer, list(calls)), strict=True):
                 out[batch] = answer
             connection.send((out, psutil.Process().memory_info().rss / 2**20))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Encoded
+from ml_inference_server.backends.base import BackendInfo, Encoded, TokenBatch
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import CURRENT, RequestTrace
 from ml_inference_server.server.batching import Batch, BatchQueue, ClosedBy, Item, Limits, Running
@@ -262,7 +262,7 @@ class DynamicBatcher:
                 ticket.reserved_tokens -= item.length
                 self._reserved_tokens -= item.length
         try:
-            output = await self._worker.run([item.payload for item in items])
+            output = await self._worker.run(TokenBatch.of([item.payload for item in items]))
             _check(output, len(items))
         except Exception as error:
             self._observe(items, closed_by, now, now, self._loop.time(), ok=False)

@@ -1,4 +1,4 @@
-"""Where a backend runs. A worker takes rows of token ids and gives back an array; the scheduler knows no more."""
+"""Where a backend runs. A worker takes a batch of token ids and gives back an array; the scheduler knows no more."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.base import Backend, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Worker(Protocol):
         """Why no batch can run now; empty if one can."""
         ...
 
-    async def run(self, rows: Sequence[Encoded]) -> Output:
+    async def run(self, batch: TokenBatch) -> Output:
         """Run one batch; raises whatever the backend raised."""
         ...
 
@@ -59,16 +59,15 @@ class ThreadWorker:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._pad_id = backend.tokenizer.pad_id
         self.slots = backend.info.concurrency
         self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="backend")
 
-    async def run(self, rows: Sequence[Encoded]) -> Output:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, rows)
+    async def run(self, batch: TokenBatch) -> Output:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, batch)
 
-    def _infer(self, rows: Sequence[Encoded]) -> Output:
+    def _infer(self, batch: TokenBatch) -> Output:
         started_at = time.monotonic()
-        result = self._backend.infer(collate(rows, self._pad_id))
+        result = self._backend.infer(batch)
         return Output(result, started_at, time.monotonic())
 
     def close(self) -> None:

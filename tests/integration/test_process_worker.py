@@ -12,13 +12,14 @@ import numpy as np
 import psutil
 import pytest
 
-from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.fake import fake_embedding, fake_logit
 from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.system import SystemSampler
+from ml_inference_server.server.engine_process import EngineDied, pack_batch, unpack_batch
 from ml_inference_server.server.lifecycle import attach
-from ml_inference_server.server.process_worker import EngineDied, ProcessWorker, pack_texts, unpack_texts
+from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import BackendFailure, ModelError
@@ -46,8 +47,8 @@ async def started(**model: object) -> AsyncIterator[tuple[Described, ProcessWork
         await until(lambda: not worker.pids and not worker._engines)  # noqa: SLF001
 
 
-def encode(described: Described, texts: Sequence[str]) -> list[Encoded]:
-    return described.tokenizer.encode(texts)
+def encode(described: Described, texts: Sequence[str]) -> TokenBatch:
+    return TokenBatch.of(described.tokenizer.encode(texts))
 
 
 def expected(texts: Sequence[str]) -> np.ndarray:
@@ -55,19 +56,19 @@ def expected(texts: Sequence[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("segments", [[None, None], [None, [0, 1]], [[0, 0, 1], [1, 1]]])
-def test_texts_travel_unchanged(segments: list[list[int] | None]) -> None:
-    texts = [
-        Encoded(np.array(ids, np.int32), None if types is None else np.array(types, np.int32))
-        for ids, types in zip([[5, 6, 7], [8, 9]], segments, strict=True)
-    ]
-    got = unpack_texts(pack_texts(texts))
-    assert [list(text.ids) for text in got] == [[5, 6, 7], [8, 9]]
-    for text, types in zip(got, segments, strict=True):
-        if any(segments):
-            assert text.type_ids is not None
-            assert list(text.type_ids) == (types or [0] * text.length)
-        else:
-            assert text.type_ids is None
+@pytest.mark.parametrize("variants", [[0, 0], [0, 2]])
+def test_a_batch_travels_unchanged(segments: list[list[int] | None], variants: list[int]) -> None:
+    batch = TokenBatch.of(
+        [
+            Encoded(np.array(ids, np.int32), None if types is None else np.array(types, np.int32), variant=variant)
+            for ids, types, variant in zip([[5, 6, 7], [8, 9]], segments, variants, strict=True)
+        ]
+    )
+    got = unpack_batch(pack_batch(batch))
+    assert (got.ids.tolist(), got.starts.tolist()) == ([5, 6, 7, 8, 9], [0, 3, 5])
+    types = [kind for each, length in zip(segments, (3, 2), strict=True) for kind in each or [0] * length]
+    assert (None if got.type_ids is None else got.type_ids.tolist()) == (types if any(segments) else None)
+    assert (None if got.variants is None else got.variants.tolist()) == (variants if any(variants) else None)
 
 
 async def test_each_stream_is_a_process_and_all_answer_right() -> None:
@@ -84,7 +85,7 @@ async def test_each_stream_is_a_process_and_all_answer_right() -> None:
 
 async def test_pairs_of_a_cross_encoder_keep_their_segments() -> None:
     async with started(task="cross_encoder") as (described, worker):
-        output = await worker.run(described.tokenizer.encode_pairs([("a b", "c"), ("d", "e f g")]))
+        output = await worker.run(TokenBatch.of(described.tokenizer.encode_pairs([("a b", "c"), ("d", "e f g")])))
         assert output.rows[:, 0].tolist() == [fake_logit("a b", "c"), fake_logit("d", "e f g")]
 
 
@@ -120,7 +121,7 @@ async def test_an_idle_process_that_is_killed_is_noticed_and_one_that_is_stopped
         os.kill(worker.pids[0], how)
         if how is signal.SIGKILL:
             await until(lambda: worker.restarts == 1)  # with no batch to find out
-            assert "started anew" in worker.trouble
+            assert "started again" in worker.trouble
         else:
             with pytest.raises(EngineDied, match="a batch ran for"):
                 await worker.run(encode(described, ["fine"]))

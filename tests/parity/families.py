@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.utils.errors import ModelError
 from tests.parity.tiny_model import start
 from tests.parity.zoo import CROSS_ENCODERS, FAMILIES
@@ -95,7 +95,7 @@ def check_answers(backend: Backend, names: Sequence[str | None], expected: np.nd
     order = np.random.default_rng(0).permutation(len(texts))
     batches = [[int(place) for place in order[start : start + 5]] for start in range(0, len(order), 5)]
     for batch in [*batches, *([place] for place in range(len(texts)))]:
-        got = backend.infer(collate([texts[place] for place in batch], tokenizer.pad_id))
+        got = backend.infer(TokenBatch.of([texts[place] for place in batch]))
         assert got.shape == (len(batch), expected.shape[1])
         for row, place in zip(got, batch, strict=True):
             off = float(np.abs(row - expected[place]).max() / _scale(expected, place))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ml_inference_server.backends import create_backend
-from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.backends.compiled import native, packed
 from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.startup.resolve import resolve, title
@@ -48,7 +48,7 @@ def rows_of(backend: Backend, lengths: list[int], segments: bool = False) -> np.
     texts = [Encoded(random.integers(1000, 20000, n).astype(np.int32)) for n in lengths]
     if segments:
         texts = [Encoded(text.ids, (np.arange(text.length) >= text.length // 2).astype(np.int32)) for text in texts]
-    return backend.infer(collate(texts, backend.tokenizer.pad_id))
+    return backend.infer(TokenBatch.of(texts))
 
 
 def both(folder: Path, **keys: object) -> tuple[Backend, Backend]:

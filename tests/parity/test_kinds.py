@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
 from ml_inference_server.backends import onnx
-from ml_inference_server.backends.base import Company, collate
+from ml_inference_server.backends.base import Company, TokenBatch
 from ml_inference_server.backends.compiled import native
 from ml_inference_server.backends.model import export
 from ml_inference_server.backends.model.loading import TokenModule, load_model, locate, plain_model
@@ -263,7 +263,7 @@ def test_the_compiled_mean_counts_no_token_that_fills_up(compiled_roberta: tuple
     texts = [tokenizer_text(started, text, tokens) for text, tokens in zip(texts, (8, 8, 6), strict=True)]
     encoded = tokenizer.encode(texts)
     assert [each.length for each in encoded] == [8, 8, 6]
-    got, expected = started.backend.infer(collate(encoded, tokenizer.pad_id)), rows_of(plain(model), texts)
+    got, expected = started.backend.infer(TokenBatch.of(encoded)), rows_of(plain(model), texts)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_a_literal_padding_token_in_a_text_takes_the_position_that_the_library_g
     encoded = tokenizer.encode(texts)
     assert [int((each.ids == tokenizer.pad_id).sum()) for each in encoded] == [1, 3, 0]
     expected = rows_of(plain(model), texts)
-    np.testing.assert_allclose(started.backend.infer(collate(encoded, tokenizer.pad_id)), expected, atol=1e-5)
+    np.testing.assert_allclose(started.backend.infer(TokenBatch.of(encoded)), expected, atol=1e-5)
 
 
 # Names and shapes of weights.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ml_inference_server.backends import create_backend
-from ml_inference_server.backends.base import Backend, collate
+from ml_inference_server.backends.base import Backend, TokenBatch
 from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.sample import PAIRS
@@ -43,8 +43,7 @@ def load(**keys: object) -> Backend:
 
 def embed(backend: Backend, texts: list[str]) -> np.ndarray:
     encoded = backend.tokenizer.encode(texts)
-    pad_id = backend.tokenizer.pad_id
-    return np.concatenate([backend.infer(collate(encoded[i : i + 7], pad_id)) for i in range(0, len(texts), 7)])
+    return np.concatenate([backend.infer(TokenBatch.of(encoded[i : i + 7])) for i in range(0, len(texts), 7)])
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +102,8 @@ def test_a_cross_encoders_logits_equal_transformers_own(
     running = load(backend=backend, name=CROSS_ENCODER, task="cross_encoder", random_weights=True)
     assert (running.info.task, running.info.random_weights, running.info.dimension) == ("cross_encoder", True, 1)
     encoded = running.tokenizer.encode_pairs(pairs)
-    rows = np.concatenate(
-        [running.infer(collate(encoded[i : i + 9], running.tokenizer.pad_id)) for i in range(0, len(encoded), 9)]
-    )
+    rows = np.concatenate([running.infer(TokenBatch.of(encoded[i : i + 9])) for i in range(0, len(encoded), 9)])
     assert np.ptp(own_logits) > 0.01  # different pairs have different scores, or this compares constants
     np.testing.assert_allclose(rows, own_logits, atol=1e-4)
-    without_segments = collate([type(e)(e.ids, None) for e in encoded[:9]], running.tokenizer.pad_id)
+    without_segments = TokenBatch.of([type(e)(e.ids, None) for e in encoded[:9]])
     assert not np.allclose(running.infer(without_segments), own_logits[:9], atol=1e-4)

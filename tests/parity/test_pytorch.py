@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as models
 
-from ml_inference_server.backends.base import collate
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.pytorch import PyTorchBackend
 from ml_inference_server.backends.startup.resolve import resolve
@@ -51,7 +51,7 @@ def rows(backend: PyTorchBackend, texts: list[str], batch_size: int) -> np.ndarr
     encoded = backend.tokenizer.encode(texts)
     out = []
     for start in range(0, len(texts), batch_size):
-        out.append(backend.infer(collate(encoded[start : start + batch_size], backend.tokenizer.pad_id)))
+        out.append(backend.infer(TokenBatch.of(encoded[start : start + batch_size])))
     return np.concatenate(out)
 
 
@@ -117,7 +117,7 @@ def test_any_sentence_transformers_model_works_as_its_files_say(other_layout: Pa
     expected = np.asarray(model.encode(texts, show_progress_bar=False))
     np.testing.assert_allclose(rows(backend, texts, 10), expected, atol=1e-5)
     documents = backend.tokenizer.encode(texts, "document")
-    got = backend.infer(collate(documents, backend.tokenizer.pad_id))
+    got = backend.infer(TokenBatch.of(documents))
     expected = np.asarray(model.encode_document(texts, show_progress_bar=False))
     np.testing.assert_allclose(got, expected, atol=1e-5)
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 MEMORY = """
 import json, sys, numpy, psutil
-from ml_inference_server.backends.base import TokenBatch
+from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.startup.start import load_resolved
 from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
@@ -21,8 +21,8 @@ keys = json.loads(sys.argv[1]) | {"device": "cpu", "threads": 1, "streams": 1}
 backend = load_resolved(resolve(ModelSettings.model_validate(keys)), lambda done, total: None)
 def run(shapes):
     for shape in shapes:
-        ids = numpy.full(shape, 2003, numpy.int64)
-        backend.infer(TokenBatch(ids, numpy.ones_like(ids)))
+        texts, length = shape
+        backend.infer(TokenBatch.of([Encoded(numpy.full(length, 2003, numpy.int32))] * texts))
     return psutil.Process().memory_info().rss >> 20
 before, new = json.loads(sys.argv[2])
 shapes = [(texts, length) for texts in (1, 2, 3) for length in range(20, 220)]
@@ -33,13 +33,13 @@ CORES = """
 import contextlib, json, os, sys, threading
 os.sched_setaffinity(0, json.loads(sys.argv[2]))  # before a library starts its threads
 from pathlib import Path
-from ml_inference_server.backends.base import collate
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.startup.start import load_resolved
 from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.utils.config import ModelSettings
 keys = json.loads(sys.argv[1]) | {"device": "cpu", "streams": 2}
 backend = load_resolved(resolve(ModelSettings.model_validate(keys)), lambda done, total: None)
-batch = collate(backend.tokenizer.encode(["the price of bread in the town"] * 8), backend.tokenizer.pad_id)
+batch = TokenBatch.of(backend.tokenizer.encode(["the price of bread in the town"] * 8))
 stop = threading.Event()
 def work():
     while not stop.is_set():

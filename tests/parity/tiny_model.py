@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ml_inference_server.backends.base import Backend, collate
+from ml_inference_server.backends.base import Backend, TokenBatch
 from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.startup.start import Started, start_backend
 from ml_inference_server.utils.config import ModelSettings
@@ -44,7 +44,7 @@ def start(name: Path, backend: str = "onnx", **keys: object) -> Started:
 
 
 def embed(backend: Backend) -> np.ndarray:
-    return backend.infer(collate(backend.tokenizer.encode(TEXTS), backend.tokenizer.pad_id))
+    return backend.infer(TokenBatch.of(backend.tokenizer.encode(TEXTS)))
 
 
 def refused(name: Path, backend: str, **keys: object) -> str:

@@ -24,13 +24,12 @@ class Timed:
 
     def __init__(self, streams: int = 1, padding_free: bool = False) -> None:
         self.info = SimpleNamespace(concurrency=streams, padding_free=padding_free)
-        self.tokenizer = SimpleNamespace(pad_id=0)
         self.now_s = 0.0
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def infer(self, batch: TokenBatch) -> None:
-        self.shapes[batch.input_ids.shape] += 1
-        self.now_s += batch.input_ids.size * 1e-3
+        self.shapes[(len(batch), int(batch.lengths.max()))] += 1
+        self.now_s += batch.padded_tokens * 1e-3
 
 
 @pytest.fixture

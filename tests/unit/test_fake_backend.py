@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from ml_inference_server.backends.base import collate
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.utils.config import ModelSettings
 
@@ -17,7 +17,7 @@ def test_it_keeps_its_batches_only_when_asked(keeps_log: bool) -> None:
     backend.load_model()
     if keeps_log:
         backend.keep_log()
-    batch = collate(backend.tokenizer.encode(["a text of some words"] * 8), backend.tokenizer.pad_id)
+    batch = TokenBatch.of(backend.tokenizer.encode(["a text of some words"] * 8))
     for _ in range(BATCHES):  # Python keeps some freed tuples for later
         backend.infer(batch)
     tracemalloc.start()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.batching import Limits
 from ml_inference_server.server.scheduler import DynamicBatcher, Ticket
@@ -46,8 +46,8 @@ class StubWorker:
         self.closed = False
         self.takes_s = 0.0
 
-    async def run(self, rows: Sequence[Encoded]) -> Output:
-        ids = [int(row.ids[0]) for row in rows]
+    async def run(self, batch: TokenBatch) -> Output:
+        ids = batch.ids[batch.starts[:-1]].tolist()
         self.batches.append(ids)
         now = asyncio.get_running_loop().time()
         await self.gate.wait()

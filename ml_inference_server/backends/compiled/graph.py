@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch._inductor import config as inductor_config
 
-from ml_inference_server.backends.base import TokenBatch, packed_sizes
+from ml_inference_server.backends.base import Encoded, TokenBatch, packed_sizes
 from ml_inference_server.backends.compiled.native import compiler, no_compiler
 from ml_inference_server.backends.compiled.packed import Inputs, PackedModule, check_fit, pack
 from ml_inference_server.backends.model.loading import LoadedModel
@@ -52,8 +52,9 @@ class CompiledModel:
             raise ModelError(no_compiler())
         check_fit(loaded)
         probe = _probe(loaded)
+        padded = probe.padded(loaded.tokenizer.pad_id)
         with torch.inference_mode():
-            expected = loaded.module(torch.from_numpy(probe.input_ids), torch.from_numpy(probe.attention_mask))
+            expected = loaded.module(torch.from_numpy(padded.input_ids), torch.from_numpy(padded.attention_mask))
         self._module = PackedModule(loaded).eval()
         self.attention = self._module.attention
         _use_cache(loaded.files.model_sha256, threads)
@@ -109,12 +110,11 @@ def keep_freed_memory() -> None:
 
 def _probe(loaded: LoadedModel) -> TokenBatch:
     """Random tokens in texts of several lengths."""
-    lengths = np.minimum(_CHECK_LENGTHS, loaded.tokenizer.max_tokens)
     random = np.random.default_rng(0)
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
     vocabulary = int(loaded.base.get_input_embeddings().num_embeddings)
-    ids = random.integers(vocabulary // 2, vocabulary, mask.shape) * mask + loaded.tokenizer.pad_id * (1 - mask)
-    return TokenBatch(ids, mask)
+    lengths = np.minimum(_CHECK_LENGTHS, loaded.tokenizer.max_tokens)
+    texts = (random.integers(vocabulary // 2, vocabulary, int(length), np.int32) for length in lengths)
+    return TokenBatch.of([Encoded(ids) for ids in texts])
 
 
 def _check_same(got: torch.Tensor, expected: torch.Tensor) -> None:

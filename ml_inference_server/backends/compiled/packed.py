@@ -1,6 +1,6 @@
 """A model without padding: all texts of a batch lie one behind the other in one row of tokens.
 
-Matrix products, normalisation and activation do not care where a text ends; attention does, and is told (`starts`).
+Matrix products, normalisation and activation do not care where a text ends; attention does, and reads it in `starts`.
 So no work is spent on padding, and one graph, dynamic in its sizes, serves every mix of lengths. `compiled` runs this
 through torch.compile.
 """
@@ -36,44 +36,42 @@ class Positions:
     first: int = 0
     skipped: int | None = None
 
-    def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(texts, longest): of padded rows."""
+    def of(self, ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(tokens,): of texts one behind the other, which begin at `starts` and end with the last of it."""
+        lengths = np.diff(starts)
         if self.skipped is None:
-            return np.broadcast_to(np.arange(ids.shape[1]) + self.first, ids.shape)
+            return np.arange(len(ids)) - np.repeat(starts[:-1], lengths) + self.first
         counted = ids != self.skipped
-        places: NDArray[np.int64] = counted.cumsum(axis=1) * counted + (self.first - 1)
+        before = np.concatenate([[0], counted.cumsum()])
+        places: NDArray[np.int64] = (before[1:] - np.repeat(before[starts[:-1]], lengths)) * counted + (self.first - 1)
         return places
 
 
 def pack(batch: TokenBatch, positions: Positions) -> Inputs:
-    """The inputs of `PackedModule`, from padded rows.
+    """The inputs of `PackedModule`.
 
     (ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1), gather (texts, longest),
     mask (texts, longest)), all int64; `gather` says where in the row a padded place is found (anywhere for padding).
     The row is filled up to `packed_size` with tokens that belong to no text.
     """
-    ids, mask, types = batch.input_ids, batch.attention_mask, batch.token_type_ids
-    if ids.shape[1] == 1:
-        # For the same reason as below, rows need room for two tokens.
-        wider = ((0, 0), (0, 1))
-        ids, mask, types = np.pad(ids, wider), np.pad(mask, wider), None if types is None else np.pad(types, wider)
-    if len(ids) == 1:
+    ids, starts, types = batch.ids, batch.starts, batch.type_ids
+    if len(batch) == 1:
         # A size of 1 would be compiled into the graph as a constant: a second text, of two tokens, keeps it dynamic.
-        short = np.zeros_like(ids)
-        ids, types = np.vstack([ids, short]), None if types is None else np.vstack([types, short])
-        mask = np.vstack([mask, np.arange(mask.shape[1])[None] < 2]).astype(np.int64)
-    kept = mask.astype(bool)
-    lengths = kept.sum(axis=1)
-    starts = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    places = np.arange(ids.shape[1])
+        more = np.zeros(2, np.int32)
+        ids, starts = np.append(ids, more), np.append(starts, starts[-1] + 2)
+        types = None if types is None else np.append(types, more)
+    lengths = np.diff(starts)
+    # For the same reason there is room for two tokens.
+    places = np.arange(max(2, int(lengths.max())))
+    kept = places < lengths[:, None]
     gather = np.where(kept, starts[:-1, None] + places, 0)
-    row = np.zeros((3, packed_size(int(starts[-1]))), np.int64)
-    row[0, : starts[-1]] = ids[kept]
+    row = np.zeros((3, packed_size(len(ids))), np.int64)
+    row[0, : len(ids)] = ids
     row[1] = positions.first
-    row[1, : starts[-1]] = positions.of(ids)[kept]
+    row[1, : len(ids)] = positions.of(row[0, : len(ids)], starts)
     if types is not None:
-        row[2, : starts[-1]] = types[kept]
+        row[2, : len(ids)] = types
+    mask = kept.astype(np.int64)
     return tuple(torch.from_numpy(each) for each in (row[:1], row[1:2], row[2:], starts, gather, mask))
 
 

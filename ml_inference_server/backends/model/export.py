@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Company, TextTokenizer, TokenBatch
+from ml_inference_server.backends.base import Company, PaddedBatch, TextTokenizer
 from ml_inference_server.backends.files.model_files import ModelFiles, sha256_of
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings
@@ -135,7 +135,7 @@ def export(settings: ModelSettings) -> Exported:
     return made(folder / "model.onnx", OUTPUT, weights)
 
 
-def graph_inputs(names: Sequence[str], batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
+def graph_inputs(names: Sequence[str], batch: PaddedBatch) -> dict[str, NDArray[np.int64]]:
     """What a graph with inputs `names` takes for a batch; without segments their ids are all 0."""
     types = batch.token_type_ids if batch.token_type_ids is not None else np.zeros_like(batch.input_ids)
     arrays = dict(zip(_INPUTS, (batch.input_ids, batch.attention_mask, types), strict=True))

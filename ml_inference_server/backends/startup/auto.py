@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ml_inference_server.backends import BACKENDS, backend_class, create_backend
-from ml_inference_server.backends.base import collate
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.files.model_errors import one_line
 from ml_inference_server.backends.files.model_files import architecture_of, find_model
 from ml_inference_server.backends.startup import parity
@@ -209,7 +209,7 @@ def probe(model: ModelSettings) -> Measured:
     else:
         rows = tokenizer.encode([passage for _, passage in pairs])
     # The dearest batches first, so that the streams finish together.
-    batches = [collate([rows[i] for i in batch], tokenizer.pad_id) for batch in reversed(grouped_batches(rows))]
+    batches = [TokenBatch.of([rows[i] for i in batch]) for batch in reversed(grouped_batches(rows))]
     passes_s: list[float] = []
     with ThreadPoolExecutor(backend.info.concurrency) as pool:
         list(pool.map(backend.infer, batches))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.backends.startup.reference import Reference
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
@@ -168,7 +168,7 @@ def _run(
 ) -> dict[int, NDArray[np.float32]]:
     rows: dict[int, NDArray[np.float32]] = {}
     for batch in batches:
-        got = backend.infer(collate([encoded[i] for i in batch], backend.tokenizer.pad_id))
+        got = backend.infer(TokenBatch.of([encoded[i] for i in batch]))
         rows |= {place: np.array(row, np.float32) for place, row in zip(batch, got, strict=True)}
     return rows
 

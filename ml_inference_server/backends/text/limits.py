@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Company, Encoded, collate
+from ml_inference_server.backends.base import Company, Encoded, TokenBatch
 from ml_inference_server.backends.files.model_errors import one_line
 from ml_inference_server.backends.files.model_files import ModelFiles
 from ml_inference_server.utils.errors import ModelError
@@ -141,7 +141,7 @@ def _undisturbed(module: torch.nn.Module, texts: Sequence[Encoded], pad_id: int)
 
 
 def _run(module: torch.nn.Module, texts: Sequence[Encoded], pad_id: int) -> NDArray[np.float32]:
-    batch = collate(texts, pad_id)
+    batch = TokenBatch.of(texts).padded(pad_id)
     types = None if batch.token_type_ids is None else torch.from_numpy(batch.token_type_ids)
     with torch.inference_mode():
         rows: NDArray[np.float32] = module(
