@@ -210,6 +210,6 @@ async def test_health_says_so_while_no_process_runs() -> None:
         assert state.readiness() == (True, "ready")
         os.kill(worker.pids[0], signal.SIGKILL)
         await until(lambda: not state.readiness()[0])
-        assert state.readiness()[1] == "no process of the engine runs; it is being started anew"
+        assert state.readiness()[1] == "no process of the engine runs; it is being started again"
         await until(lambda: state.readiness()[0])
         state.require_service().close()
