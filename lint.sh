@@ -32,16 +32,17 @@ step() { # title, command...
 }
 
 generate_stubs() { # folder
-  "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" --grpc_python_out="$1" "$proto/inference.proto"
+  "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" --grpc_python_out="$1" "$proto/inference.proto" &&
+    "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" "$proto/error_details.proto"
 }
 
 compare_stubs() {
   local name status=0
   generate_stubs "$scratch" || return 1
-  for name in inference_pb2.py inference_pb2.pyi inference_pb2_grpc.py; do
+  for name in inference_pb2.py inference_pb2.pyi inference_pb2_grpc.py error_details_pb2.py error_details_pb2.pyi; do
     diff -u "$proto/$name" "$scratch/$proto/$name" || status=1
   done
-  [ "$status" = 0 ] || echo "The stubs do not match inference.proto: run ./lint.sh --fix"
+  [ "$status" = 0 ] || echo "The stubs do not match the .proto files: run ./lint.sh --fix"
   return "$status"
 }
 

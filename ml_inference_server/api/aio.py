@@ -1,0 +1,270 @@
+"""The client for programs with an event loop; the same as `Client`, awaited."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.api.client import PARTS_IN_FLIGHT
+from ml_inference_server.api.errors import ServerError, UnavailableError, error_of_call
+from ml_inference_server.api.operations import (
+    CHANNEL_OPTIONS,
+    Attempts,
+    CallDetails,
+    CutTexts,
+    Limits,
+    Operation,
+    Rank,
+    ServerInfo,
+    embed_operation,
+    rerank_operation,
+    score_operation,
+)
+from ml_inference_server.api.stream_state import StreamAnswer, StreamState, key_and_texts
+from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.proto import inference_pb2_grpc as rpc
+
+Result = TypeVar("Result")
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments, results and errors. Belongs to the event loop that first uses it."""
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout_s: float = 60.0,
+        max_attempts: int = 5,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        self._stub = rpc.InferenceServiceStub(self._channel)
+        self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
+        self._limits = Limits()
+        self._cut = CutTexts()
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """As `Client.embed`."""
+        operation = embed_operation(texts, prompt_name, truncate)
+        if not operation.items:
+            return np.empty((0, (await self.info(timeout_s=timeout_s)).dimension), np.float32)
+        return await self._run(operation, timeout_s, on_reply)
+
+    async def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """As `Client.score`."""
+        operation = score_operation(pairs, truncate)
+        return await self._run(operation, timeout_s, on_reply) if operation.items else np.empty(0, np.float32)
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int = 0,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> list[Rank]:
+        """As `Client.rerank`."""
+        operation = rerank_operation(query, documents, top_k, truncate)
+        return await self._run(operation, timeout_s, on_reply) if operation.items else []
+
+    async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """What runs there."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        attempts = Attempts(time.monotonic() + limit_s, self._max_attempts)
+        return ServerInfo.of((await self._ask("GetServerInfo", pb.GetServerInfoRequest(), attempts))[0])
+
+    async def stream(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        max_in_flight: int = 32,
+    ) -> AsyncIterator[StreamAnswer]:
+        """As `Client.stream`; `items` may be asynchronous, and must be where waiting for the next one takes time."""
+        state = StreamState(prompt_name, truncate, self._max_attempts)
+        feeder = _Feeder(items, state, max_in_flight)
+        feeding = asyncio.create_task(feeder.feed())
+        try:
+            while not await feeder.is_done():
+                call = self._stub.EmbedStream(metadata=self._metadata)
+                sending = asyncio.create_task(feeder.send(call))
+                try:
+                    async for response in call:
+                        answer, _ = state.answered(response)
+                        await feeder.notify()
+                        if answer is not None:
+                            yield answer
+                    failure: ServerError = UnavailableError("the stream ended", code="UNAVAILABLE")
+                    cause: BaseException | None = None
+                except grpc.aio.AioRpcError as error:
+                    failure, cause = error_of_call(error), error
+                finally:
+                    sending.cancel()
+                    call.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
+                if not state.is_done:
+                    try:
+                        pause_s = state.broke(failure)
+                    except ServerError:
+                        raise failure from cause
+                    await asyncio.sleep(pause_s)
+        finally:
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End all calls."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(
+        self, operation: Operation[Result], timeout_s: float | None, on_reply: Callable[[CallDetails], None] | None
+    ) -> Result:
+        """As `Client._run`."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        ends_at = time.monotonic() + limit_s
+        parts = operation.parts(self._limits)
+        try:
+            return await self._run_parts(operation, parts, ends_at, on_reply)
+        except ServerError as error:
+            if not error.is_about_size:
+                raise
+            self._limits = Limits.of(await self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
+            smaller = operation.parts(self._limits)
+            if smaller == parts:
+                raise
+        return await self._run_parts(operation, smaller, ends_at, on_reply)
+
+    async def _run_parts(
+        self,
+        operation: Operation[Result],
+        parts: Sequence[range],
+        ends_at: float,
+        on_reply: Callable[[CallDetails], None] | None,
+    ) -> Result:
+        free = asyncio.Semaphore(PARTS_IN_FLIGHT)
+
+        async def ask(places: range) -> tuple[Any, CallDetails]:
+            async with free:
+                attempts = Attempts(ends_at, self._max_attempts)
+                reply, request_id = await self._ask(operation.method, operation.part(places), attempts)
+            return reply, CallDetails(operation.method, len(places), reply.truncated, reply.timing, request_id)
+
+        waiting = [asyncio.ensure_future(ask(places)) for places in parts]
+        try:
+            answers = await asyncio.gather(*waiting)
+        finally:
+            for each in waiting:
+                each.cancel()
+        for _, details in answers:
+            self._cut.note(details)
+            if on_reply is not None:
+                on_reply(details)
+        return operation.join([reply for reply, _ in answers], parts)
+
+    async def _ask(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
+        while True:
+            call = getattr(self._stub, method)(request, timeout=attempts.remaining_s, metadata=self._metadata)
+            try:
+                reply = await call
+            except grpc.aio.AioRpcError as error:
+                failure = error_of_call(error)
+                pause_s = attempts.pause_s(failure)
+                if pause_s is None:
+                    raise failure from error
+                await asyncio.sleep(pause_s)
+            else:
+                trailers = dict(await call.trailing_metadata() or ())
+                return reply, str(trailers.get("request-id", ""))
+
+
+class _Feeder:
+    """Reads the items, and hands out messages to whichever stream is open."""
+
+    def __init__(self, items: Iterable[Any] | AsyncIterable[Any], state: StreamState, max_in_flight: int) -> None:
+        self._items, self._state, self._most = items, state, max_in_flight
+        self._changed = asyncio.Condition()
+        self._failure: BaseException | None = None
+
+    async def feed(self) -> None:
+        number = 0
+        try:
+            async for item in _each(self._items):
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._state.in_hand < self._most)
+                    self._state.add(*key_and_texts(number, item))
+                    self._changed.notify_all()
+                number += 1
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._state.is_complete = True
+            await self.notify()
+
+    async def notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def is_done(self) -> bool:
+        """As of the other client's feeder."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._state.is_complete or self._state.in_hand > 0)
+        if self._state.is_done and self._failure is not None:
+            raise self._failure
+        return self._state.is_done
+
+    async def send(self, call: Any) -> None:
+        """Write what is due until everything is answered."""
+        while not self._state.is_done:
+            if (message := self._state.next_message()) is not None:
+                await call.write(message)
+                continue
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), self._state.wait_s)
+        await call.done_writing()
+
+
+async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

@@ -1,0 +1,293 @@
+"""The client for programs without an event loop."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.api.errors import ServerError, UnavailableError, error_of_call
+from ml_inference_server.api.operations import (
+    CHANNEL_OPTIONS,
+    Attempts,
+    CallDetails,
+    CutTexts,
+    Limits,
+    Operation,
+    Rank,
+    ServerInfo,
+    embed_operation,
+    rerank_operation,
+    score_operation,
+)
+from ml_inference_server.api.stream_state import StreamAnswer, StreamState, key_and_texts
+from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.proto import inference_pb2_grpc as rpc
+
+Result = TypeVar("Result")
+# Parts of one call that are asked for at a time: enough to keep a server busy, too few to fill its queue.
+PARTS_IN_FLIGHT = 4
+
+
+class Client:
+    """Calls a server. Use it as a context manager, or `close` it. Safe to share between threads, not across `fork`.
+
+    target: "host:port", or "dns:///name:port" whose addresses then take their turn. timeout_s: of one call with all
+    its attempts, unless the call names another. max_attempts: of each request, where the server can be asked again.
+    credentials: for TLS. metadata: sent with every call. Every method raises a `ServerError`.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout_s: float = 60.0,
+        max_attempts: int = 5,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        self._stub = rpc.InferenceServiceStub(self._channel)
+        self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
+        self._limits = Limits()
+        self._cut = CutTexts()
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """(texts, dimension) float32, in the order of the texts; any number of them.
+
+        prompt_name: one of the model's own prompts, "query" say; None: its default. truncate: cut what is longer than
+        the model's limit; False refuses it. on_reply: called for each message of the answer.
+        """
+        operation = embed_operation(texts, prompt_name, truncate)
+        if not operation.items:
+            return np.empty((0, self.info(timeout_s=timeout_s).dimension), np.float32)
+        return self._run(operation, timeout_s, on_reply)
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """(pairs,) float32: of each (query, passage), as `info().similarity` says; more is more alike."""
+        operation = score_operation(pairs, truncate)
+        return self._run(operation, timeout_s, on_reply) if operation.items else np.empty(0, np.float32)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int = 0,
+        truncate: bool = True,
+        timeout_s: float | None = None,
+        on_reply: Callable[[CallDetails], None] | None = None,
+    ) -> list[Rank]:
+        """The documents by their score against the query, best first; the `top_k` best, or with 0 all of them."""
+        operation = rerank_operation(query, documents, top_k, truncate)
+        return self._run(operation, timeout_s, on_reply) if operation.items else []
+
+    def info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """What runs there."""
+        attempts = self._attempts(timeout_s)
+        return ServerInfo.of(self._ask("GetServerInfo", pb.GetServerInfoRequest(), attempts)[0])
+
+    def stream(
+        self,
+        items: Iterable[Any],
+        *,
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        max_in_flight: int = 32,
+    ) -> Iterator[StreamAnswer]:
+        """Answers in the order of completion, over one stream; made for items without end.
+
+        items: each a text, a list of texts, or (key, texts); the key comes back with the answer, and is the item's
+        place where there is none. They are read in another thread, at most `max_in_flight` ahead of the answers. An
+        item that fails is answered with its error. When the connection ends, the stream is opened again and what was
+        not answered is sent again; `ServerError` after `max_attempts` failures without an answer between them.
+        """
+        state = StreamState(prompt_name, truncate, self._max_attempts)
+        with _Feeder(items, state, max_in_flight) as feeder:
+            while not feeder.is_done():
+                call = self._stub.EmbedStream(feeder.requests(), metadata=self._metadata)
+                try:
+                    for response in call:
+                        with feeder.changed:
+                            answer, _ = state.answered(response)
+                            feeder.changed.notify_all()
+                        if answer is not None:
+                            yield answer
+                    pause_s = feeder.broke(UnavailableError("the stream ended", code="UNAVAILABLE"))
+                except grpc.RpcError as error:
+                    failure = error_of_call(error)
+                    try:
+                        pause_s = feeder.broke(failure)
+                    except ServerError:
+                        raise failure from error
+                finally:
+                    call.cancel()
+                time.sleep(pause_s)
+
+    def close(self) -> None:
+        """End all calls."""
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _attempts(self, timeout_s: float | None) -> Attempts:
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return Attempts(time.monotonic() + limit_s, self._max_attempts)
+
+    def _run(
+        self, operation: Operation[Result], timeout_s: float | None, on_reply: Callable[[CallDetails], None] | None
+    ) -> Result:
+        """All parts of an operation; they are cut again, once, where the server's limits are other than thought."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        ends_at = time.monotonic() + limit_s
+        parts = operation.parts(self._limits)
+        try:
+            return self._run_parts(operation, parts, ends_at, on_reply)
+        except ServerError as error:
+            if not error.is_about_size:
+                raise
+            self._limits = Limits.of(self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
+            smaller = operation.parts(self._limits)
+            if smaller == parts:
+                raise
+        return self._run_parts(operation, smaller, ends_at, on_reply)
+
+    def _run_parts(
+        self,
+        operation: Operation[Result],
+        parts: Sequence[range],
+        ends_at: float,
+        on_reply: Callable[[CallDetails], None] | None,
+    ) -> Result:
+        def ask(places: range) -> tuple[Any, CallDetails]:
+            attempts = Attempts(ends_at, self._max_attempts)
+            reply, request_id = self._ask(operation.method, operation.part(places), attempts)
+            return reply, CallDetails(operation.method, len(places), reply.truncated, reply.timing, request_id)
+
+        if len(parts) == 1:
+            answers = [ask(parts[0])]
+        else:
+            with ThreadPoolExecutor(min(PARTS_IN_FLIGHT, len(parts))) as pool:
+                waiting = [pool.submit(ask, places) for places in parts]
+                try:
+                    answers = [each.result() for each in waiting]
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        for _, details in answers:
+            self._cut.note(details)
+            if on_reply is not None:
+                on_reply(details)
+        return operation.join([reply for reply, _ in answers], parts)
+
+    def _ask(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
+        """(the reply, its request id). ServerError once no further attempt may help."""
+        while True:
+            try:
+                reply, call = getattr(self._stub, method).with_call(
+                    request, timeout=attempts.remaining_s, metadata=self._metadata
+                )
+            except grpc.RpcError as error:
+                failure = error_of_call(error)
+                pause_s = attempts.pause_s(failure)
+                if pause_s is None:
+                    raise failure from error
+                time.sleep(pause_s)
+            else:
+                trailers = dict(call.trailing_metadata() or ())
+                return reply, str(trailers.get("request-id", ""))
+
+
+class _Feeder:
+    """Reads the items in a thread of its own, and hands out messages to whichever stream is open."""
+
+    def __init__(self, items: Iterable[Any], state: StreamState, max_in_flight: int) -> None:
+        self._items, self._state, self._most = items, state, max_in_flight
+        self.changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._stream = 0
+        self._thread = threading.Thread(target=self._feed, name="client-stream", daemon=True)
+
+    def __enter__(self) -> "_Feeder":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+
+    def _feed(self) -> None:
+        try:
+            for number, item in enumerate(self._items):
+                with self.changed:
+                    self.changed.wait_for(lambda: self._closed or self._state.in_hand < self._most)
+                    if self._closed:
+                        return
+                    self._state.add(*key_and_texts(number, item))
+                    self.changed.notify_all()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            with self.changed:
+                self._state.is_complete = True
+                self.changed.notify_all()
+
+    def is_done(self) -> bool:
+        """Whether everything is answered. Raises what reading the items raised, once what came before is answered."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._state.is_complete or self._state.in_hand > 0)
+            done = self._state.is_done
+        if done and self._failure is not None:
+            raise self._failure
+        return done
+
+    def broke(self, error: ServerError) -> float:
+        with self.changed:
+            self._stream += 1
+            self.changed.notify_all()
+            return 0.0 if self._state.is_done else self._state.broke(error)
+
+    def requests(self) -> Iterator[pb.EmbedStreamRequest]:
+        """What one stream sends; ends with that stream, or once everything is answered."""
+        mine = self._stream
+        while True:
+            with self.changed:
+                while (message := self._next(mine)) is None:
+                    if self._closed or self._stream != mine or self._state.is_done:
+                        return
+                    self.changed.wait(self._state.wait_s)
+            yield message
+
+    def _next(self, stream: int) -> pb.EmbedStreamRequest | None:
+        return None if self._closed or self._stream != stream else self._state.next_message()

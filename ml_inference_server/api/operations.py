@@ -1,0 +1,264 @@
+"""What a client asks, without the asking: how work is split, when it is repeated, and how answers become one."""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_inference_server.api.errors import ServerError
+from ml_inference_server.proto import inference_pb2 as pb
+
+log = logging.getLogger("ml_inference_server.client")
+
+Result = TypeVar("Result")
+
+# gRPC's own limit on what a client receives is 4 MiB: 2,700 vectors of 384 numbers.
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # All addresses behind a name such as dns:///embeddings.default.svc:50051 take their turn.
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+]
+
+# Tags and lengths round each text of a message, and what else a message holds.
+_BYTES_PER_ITEM, _REST_BYTES = 16, 1024
+_RANK_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """index: of the document in the list that was given."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallDetails:
+    """What a server said beside the result of one call. truncated: how many of the texts it cut at the model's limit.
+
+    timing: tokenize_us, queue_us, compute_us, total_us on the server. request_id: under which its log knows the call.
+    """
+
+    method: str
+    texts: int
+    truncated: int
+    timing: pb.Timing
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What runs there. title: in one line. limits: of one request. message: all of it, as it came over the wire."""
+
+    title: str
+    server_version: str
+    model: str
+    task: str
+    dimension: int
+    max_tokens: int
+    similarity: str
+    max_texts: int
+    max_message_bytes: int
+    message: pb.GetServerInfoResponse
+
+    @classmethod
+    def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
+        ran = message.resolved
+        return cls(
+            message.title,
+            message.server_version,
+            ran.model,
+            ran.task,
+            ran.dimension,
+            ran.max_tokens,
+            ran.similarity,
+            message.max_texts,
+            message.max_message_bytes,
+            message,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one request: items, bytes either way, and bytes of the answer for one text (0: not known yet).
+
+    The defaults are those of a server that nobody configured; a refusal makes the client ask.
+    """
+
+    items: int = 1024
+    message_bytes: int = 16 << 20
+    row_bytes: int = 0
+
+    @classmethod
+    def of(cls, info: ServerInfo) -> "Limits":
+        return cls(info.max_texts, info.max_message_bytes, 4 * info.dimension)
+
+
+class Pauses:
+    """Waits between attempts: as long as the server asks, or else twice as long each time.
+
+    At random within a fifth or a half, so that callers that were refused together do not come back together.
+    """
+
+    def __init__(self) -> None:
+        self._next_s = 0.1
+
+    def after(self, error: ServerError) -> float:
+        pause_s = self._next_s * random.uniform(0.5, 1)  # noqa: S311 - no secret
+        self._next_s = min(2 * self._next_s, 5.0)
+        return error.retry_after_s * random.uniform(1, 1.2) if error.retry_after_s else pause_s  # noqa: S311
+
+
+class Attempts:
+    """How often one call may be made, and for how long in all."""
+
+    def __init__(self, ends_at: float, most: int) -> None:
+        """ends_at: on time.monotonic's clock."""
+        self._ends_at = ends_at
+        self._left = most - 1
+        self._pauses = Pauses()
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._ends_at - time.monotonic())
+
+    def pause_s(self, error: ServerError) -> float | None:
+        """How long to wait before the next attempt; None if there is to be none."""
+        if self._left <= 0 or not error.can_be_repeated:
+            return None
+        self._left -= 1
+        pause_s = self._pauses.after(error)
+        return None if pause_s >= self.remaining_s else pause_s
+
+
+@dataclass(frozen=True)
+class Operation(Generic[Result]):
+    """One kind of request about a list of items that may be split and asked for in parts.
+
+    sizes: bytes of each item. row_bytes: of the answer for one item, from what is known of the server.
+    """
+
+    method: str
+    items: Sequence[Any]
+    sizes: Sequence[int]
+    request: Callable[[Sequence[Any]], Any]
+    join: Callable[[Sequence[Any], Sequence[range]], Result]
+    row_bytes: Callable[[Limits], int]
+
+    def parts(self, limits: Limits) -> list[range]:
+        """Ranges of items, each within the limits where its items are."""
+        rows = self.row_bytes(limits)
+        room = limits.message_bytes - _REST_BYTES
+        most = min(limits.items, max(1, room // rows)) if rows else limits.items
+        found, first, size = [], 0, 0
+        for i, item_bytes in enumerate(self.sizes):
+            if i > first and (i - first >= most or size + item_bytes + _BYTES_PER_ITEM > room):
+                found.append(range(first, i))
+                first, size = i, 0
+            size += item_bytes + _BYTES_PER_ITEM
+        return [*found, range(first, len(self.items))]
+
+    def part(self, places: range) -> Any:
+        return self.request(self.items[places.start : places.stop])
+
+
+def embed_operation(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> Operation[NDArray[np.float32]]:
+    texts = checked_texts("texts", texts)
+
+    def join(replies: Sequence[pb.EmbedResponse], parts: Sequence[range]) -> NDArray[np.float32]:
+        return np.concatenate([matrix(reply) for reply in replies]) if len(replies) > 1 else matrix(replies[0])
+
+    return Operation(
+        "Embed",
+        texts,
+        [len(text.encode(errors="replace")) for text in texts],
+        lambda part: embed_request(part, prompt_name, truncate),
+        join,
+        lambda limits: limits.row_bytes,
+    )
+
+
+def score_operation(pairs: Sequence[tuple[str, str]], truncate: bool) -> Operation[NDArray[np.float32]]:
+    pairs = list(pairs)
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
+            raise TypeError(f"pairs[{i}]: expected (query, passage), two str, not {pair!r:.80}")
+    return Operation(
+        "Score",
+        pairs,
+        [len(query.encode(errors="replace")) + len(passage.encode(errors="replace")) for query, passage in pairs],
+        lambda part: pb.ScoreRequest(pairs=[pb.Pair(query=q, passage=p) for q, p in part], truncate=truncate),
+        lambda replies, parts: np.concatenate([np.asarray(reply.scores, np.float32) for reply in replies]),
+        lambda limits: 0,
+    )
+
+
+def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate: bool) -> Operation[list[Rank]]:
+    if not isinstance(query, str):
+        raise TypeError(f"query: expected a str, not {query!r:.80}")
+    documents = checked_texts("documents", documents)
+
+    def join(replies: Sequence[pb.RerankResponse], parts: Sequence[range]) -> list[Rank]:
+        found = [
+            Rank(places.start + rank.index, rank.score)
+            for reply, places in zip(replies, parts, strict=True)
+            for rank in reply.ranks
+        ]
+        found.sort(key=lambda rank: (-rank.score, rank.index))  # as one server would: equal scores in the given order
+        return found[:top_k] if top_k else found
+
+    around = len(query.encode(errors="replace"))
+    sizes = [len(text.encode(errors="replace")) for text in documents]
+    return Operation(
+        "Rerank",
+        documents,
+        [sizes[0] + around, *sizes[1:]] if sizes else [],
+        lambda part: pb.RerankRequest(query=query, documents=part, top_k=top_k, truncate=truncate),
+        join,
+        lambda limits: _RANK_BYTES,
+    )
+
+
+def embed_request(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> pb.EmbedRequest:
+    return pb.EmbedRequest(texts=texts, prompt_name=prompt_name, truncate=truncate)
+
+
+def matrix(reply: pb.EmbedResponse) -> NDArray[np.float32]:
+    """(count, dimension), writable."""
+    return np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension).astype(np.float32)
+
+
+def checked_texts(name: str, texts: Sequence[str]) -> list[str]:
+    """TypeError for a single str, which would be taken for a list of letters, and for what is no text."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{name} is one text: pass a list of texts")
+    found = list(texts)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{i}]: expected a str, not {type(text).__name__}")
+    return found
+
+
+class CutTexts:
+    """Says it once in the log when a server cuts texts; `on_reply` and `truncate=False` say it for each call."""
+
+    def __init__(self) -> None:
+        self._was_said = False
+
+    def note(self, details: CallDetails) -> None:
+        if details.truncated and not self._was_said:
+            self._was_said = True
+            log.warning(
+                "%d of %d texts were longer than the model's limit and were cut; truncate=False refuses them instead "
+                "(said once for each client)",
+                *(details.truncated, details.texts),
+            )
