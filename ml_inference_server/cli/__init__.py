@@ -25,7 +25,8 @@ COMMANDS = {
     "doctor": "show what is installed and what this machine can run",
     "completion": "print a completion script for your shell",
 }
-_EXAMPLES = """\
+_USAGE = "COMMAND [ARGUMENT...]"
+_EPILOG = """\
 examples:
   mlis serve sentence-transformers/all-MiniLM-L6-v2
   mlis embed "what is a cell" "a cell is the unit of life"
@@ -35,21 +36,18 @@ The first serves a model on port 50051; the second, in another terminal, prints 
 """
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18)
-
-
 def build_parser(wanted: Iterable[str]) -> argparse.ArgumentParser:
     """The parser of all commands, with the arguments of those in `wanted`."""
     parser = argparse.ArgumentParser(
         prog="mlis",
+        usage=f"mlis {_USAGE}",
         description="Serve sentence embeddings and reranking, and measure what is served.",
-        epilog=_EXAMPLES,
-        formatter_class=_formatter,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar=_USAGE, prog="mlis", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         if name in wanted:
