@@ -1,6 +1,7 @@
 """mlis embed: texts to vectors on a running server."""
 
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -11,7 +12,8 @@ import numpy as np
 
 from ml_inference_server.cli import remote
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.utils.files import replaceable
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.files import replace_file, replaceable
 
 _TEXTS_PER_REQUEST = 64
 
@@ -27,22 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output = None if arguments.output is None else replaceable(arguments.output, "--output")
-    vectors = _vectors(arguments)
-    if output is not None:
-        with output.open("wb") as file:
-            np.save(file, np.concatenate(list(vectors)))
+    if arguments.output is None:
+        for row in itertools.chain.from_iterable(_vectors(arguments)):
+            print(json.dumps(row.tolist()), flush=True)
         return 0
-    for row in itertools.chain.from_iterable(vectors):
-        print(json.dumps(row.tolist()), flush=True)
+    output = replaceable(arguments.output, "--output")
+    array = io.BytesIO()
+    np.save(array, np.concatenate(list(_vectors(arguments))))
+    replace_file(output, array.getvalue())
     return 0
 
 
 def _vectors(arguments: argparse.Namespace) -> Iterator[np.ndarray]:
-    """Some rows at a time, in the order of the texts."""
+    """Some rows at a time, in the order of the texts; at least one."""
     texts = iter(arguments.texts or (line.rstrip("\r\n") for line in sys.stdin))
+    chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))
+    if not chunk:
+        raise ConfigError("there is no text: give some as arguments, or as lines on standard input")
     with remote.connected(arguments.target) as stub:
-        while chunk := list(itertools.islice(texts, _TEXTS_PER_REQUEST)):
+        while chunk:
             request = pb.EmbedRequest(texts=chunk, prompt_name=arguments.prompt_name)
             reply = stub.Embed(request, timeout=arguments.timeout_s)
             yield np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension)
+            chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))

@@ -106,6 +106,12 @@ def extra_of(module: str) -> str | None:
     return None
 
 
+def remedy(module: str) -> str:
+    """What to do about a module that is missing."""
+    extra = extra_of(module)
+    return f"pip install {module}" if extra is None else pip_install(extra)
+
+
 def require(extra: str) -> None:
     """ConfigError with the command that installs it, unless this extra is complete."""
     missing = lacking(extras()[extra])

@@ -50,6 +50,18 @@ def test_embed_reads_lines_and_writes_an_array(
     assert np.array_equal(np.load(tmp_path / "x.npy"), vectors_of(capsys.readouterr().out))
 
 
+def test_an_array_that_is_there_survives_a_failure(
+    target: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "x.npy"
+    output.write_bytes(b"earlier")
+    assert cli.main(["embed", " ", "--output", str(output), *target]) == 5
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main(["embed", "--output", str(output), *target]) == 2
+    assert "there is no text" in capsys.readouterr().err
+    assert output.read_bytes() == b"earlier"
+
+
 def test_rerank_prints_the_documents_best_first(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rerank", "a cell", "a bank", "a cell", "the sea", "--top-k", "2", *target]) == 0
     ranks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
