@@ -11,7 +11,6 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - this is what an older Python would start
         print(f"Error: Python 3.11 or newer is needed, and this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(ROOT))
     try:
         from ml_inference_server.benchmark import all_experiments
     except ModuleNotFoundError as error:

@@ -2,12 +2,13 @@
 # Finds or makes the Python environment of the other scripts, which source this file and call `setup_env FILE`:
 # it sets PYTHON to an interpreter that has everything of FILE, and PYTHONPATH so that no script has to leave the
 # caller's folder. Run by itself it only prepares: ./setup_env.sh [requirements.txt | requirements-dev.txt]
+# Here is what only a shell can do: find a Python and obey signals. The rest is setup_env.py.
 #
 # Written for bash 3.2 and POSIX tools, because that is what a Mac has.
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 VENV="$ROOT/.venv"
-UNFINISHED="$VENV/.setup-unfinished" # there while pip runs; a set-up that was cut short leaves it behind
+HELPER="$ROOT/setup_env.py"
 PYTHON=""
 
 # What is opened next would take the number of a stream that the caller has closed, and be printed into.
@@ -59,36 +60,7 @@ version_of() { # python
 
 # What of the requirements is not installed as they ask, on one line; nothing when all is there.
 lacking() { # python, requirements file
-  "$1" -E -P - "$ROOT/$2" <<'PROGRAM'
-import re
-import sys
-from importlib import metadata
-from pathlib import Path
-
-try:
-    from packaging.requirements import Requirement
-except ImportError:  # then more than that is missing
-    Requirement = None
-
-
-def lacking(path):
-    for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.split("#")[0].strip()
-        if line.startswith("-r"):
-            yield from lacking(path.parent / line[2:].strip())
-        elif line:
-            name = re.match(r"[\w.-]+", line)[0]
-            try:
-                version = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                yield name
-                continue
-            if Requirement and not Requirement(line).specifier.contains(version, prereleases=True):
-                yield f"{line} (it has {version})"
-
-
-print(", ".join(lacking(Path(sys.argv[1]))))
-PROGRAM
+  "$1" -E -P "$HELPER" lacking "$2"
 }
 
 is_complete() { # python, requirements file
@@ -100,29 +72,6 @@ is_new_enough() { # version, such as 3.12
   case $1 in
     3.?|3.10|2.*) return 1 ;;
   esac
-}
-
-# What the environment was built from; a stamp with the same text means that there is nothing to do.
-fingerprint() { # requirements file
-  "$VENV/bin/python" -I -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.prefix != sys.base_prefix)' \
-    2>/dev/null || return 1
-  cat -- "$ROOT/requirements.txt"
-  if [ "$1" = requirements-dev.txt ]; then
-    cat -- "$ROOT/requirements-dev.txt"
-  fi
-}
-
-is_current() { # requirements file
-  local now
-  [ ! -e "$UNFINISHED" ] && [ -f "$VENV/.env-stamp-$1" ] && now=$(fingerprint "$1") &&
-    [ "$now" = "$(cat -- "$VENV/.env-stamp-$1")" ]
-}
-
-write_stamps() { # requirements file
-  fingerprint requirements.txt >"$VENV/.env-stamp-requirements.txt"
-  if [ "$1" = requirements-dev.txt ]; then
-    fingerprint requirements-dev.txt >"$VENV/.env-stamp-requirements-dev.txt"
-  fi
 }
 
 # Sets PYTHON to a Python that can make the environment. torch has no wheel for 3.15 yet, hence the upper end.
@@ -146,67 +95,6 @@ find_python() {
   fi
   fail 2 "Python 3.11 to 3.14 is needed${tried:- and no Python was found}:" \
     "install one ('brew install python@3.13' on macOS, 'sudo apt install python3 python3-venv' on Debian and Ubuntu)"
-}
-
-# One script at a time builds. The kernel drops the lock with its last holder, so that it can never be stale;
-# file descriptor 9 is shared with pip on purpose, in case only the script is killed.
-take_lock() {
-  [ -w "$ROOT" ] || fail 2 "cannot write to $ROOT, where the environment .venv has to be made"
-  exec 9>"$ROOT/.env-lock"
-  run_child "$PYTHON" -I -c '
-import fcntl, sys
-try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    print("Another script is setting up .venv; waiting for it.", file=sys.stderr, flush=True)
-    fcntl.flock(9, fcntl.LOCK_EX)
-except OSError:
-    pass  # a file system without locks: go on without one
-'
-}
-
-# A cut installation may hold half a package that pip takes for a whole one, so it is made again from nothing.
-# It is moved first: a removal that is cut short must not leave something that looks like an environment.
-discard_unfinished() {
-  local version
-  rm -rf -- "$VENV.discarded"
-  if [ ! -e "$VENV" ] && [ ! -L "$VENV" ]; then
-    return
-  fi
-  [ ! -f "$VENV" ] || fail 2 "$VENV is a file, and the environment has to be made there: move it away"
-  if [ ! -e "$UNFINISHED" ] && version=$(version_of "$VENV/bin/python") && is_new_enough "$version" &&
-    "$VENV/bin/python" -I -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then
-    return
-  fi
-  say ".venv is unfinished or broken; making it again."
-  mv -- "$VENV" "$VENV.discarded"
-  run_child rm -rf -- "$VENV.discarded"
-}
-
-build_venv() { # requirements file
-  find_python
-  take_lock
-  if ! is_current "$1"; then
-    discard_unfinished
-    if [ -d "$VENV" ]; then
-      say "Bringing .venv up to date with $1; this happens once after each change of it."
-    else
-      say "Setting up .venv with Python $(version_of "$PYTHON") and the packages of $1;" \
-        "this takes some minutes, once only."
-      mkdir -- "$VENV"
-    fi
-    : >"$UNFINISHED"
-    if [ ! -e "$VENV/pyvenv.cfg" ]; then
-      run_child "$PYTHON" -I -m venv "$VENV" >&2 || fail 1 "making $VENV failed; the reason stands above"
-    fi
-    run_child "$VENV/bin/python" -I -m pip install --no-input --disable-pip-version-check -r "$ROOT/$1" >&2 ||
-      fail 1 "installing $1 failed; the reason stands above. Run this script again to go on"
-    write_stamps "$1"
-    rm -f -- "$UNFINISHED"
-    say "Set-up of .venv done."
-  fi
-  exec 9>&-
-  PYTHON="$VENV/bin/python"
 }
 
 # An environment that the caller has activated is used as it is; nothing is installed into it unasked.
@@ -236,12 +124,14 @@ setup_env() { # requirements.txt or requirements-dev.txt
   fi
   if [ -n "$active" ] && [ "$active" != "$VENV" ] && ! [ "$active" -ef "$VENV" ]; then
     use_active "$active" "$1"
-  elif is_current "$1"; then
+  elif "$VENV/bin/python" -I "$HELPER" current "$1" 2>/dev/null; then
     PYTHON="$VENV/bin/python"
   elif is_complete "$ROOT/venv/bin/python" "$1"; then
     PYTHON="$ROOT/venv/bin/python"
   else
-    build_venv "$1"
+    find_python
+    run_child "$PYTHON" -I "$HELPER" build "$1" || exit "$?"
+    PYTHON="$VENV/bin/python"
   fi
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 }

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
@@ -11,7 +10,6 @@ from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.result.cell import planned_rows
 from ml_inference_server.benchmark.result.files import (
-    DOCS,
     Result,
     ResultFiles,
     exit_code,
@@ -25,7 +23,8 @@ from ml_inference_server.benchmark.session import finish, measure, run_to_exit_c
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
-from ml_inference_server.utils.layers import Given
+from ml_inference_server.utils.installation import require, results_folder
+from ml_inference_server.utils.layers import Given, experiment_file
 
 CONNECT_TIMEOUT_S = 10.0
 # A wildcard is a place to listen at, not one to call.
@@ -39,14 +38,12 @@ def _positive(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run_client.sh",
-        description="Measures a running server. Without --experiment: one row with one batch size and concurrency.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measures a running server. Without --experiment: one row with one batch size and concurrency."
     parser.add_argument("--experiment", action="store_true", help="run every row of the file given with --config")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="experiment file; a single run takes its defaults")
+    parser.add_argument(
+        "--config", type=experiment_file, metavar="FILE", help="experiment file; a single run takes its defaults"
+    )
     parser.add_argument("--batch-size", type=_positive, help="texts or pairs per request of a single run (default: 1)")
     parser.add_argument("--concurrency", type=_positive, help="requests in flight of a single run (default: 1)")
     parser.add_argument("--rate", type=float, metavar="N", help="open loop: N requests/s instead of a concurrency")
@@ -76,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         default=CONNECT_TIMEOUT_S,
         help="how long to wait for a server that is not there yet (default: %(default)g)",
     )
-    return parser
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str | Given]:
@@ -134,20 +130,21 @@ def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, in
     return _CALLABLE.get(host, host), port
 
 
-async def _run(arguments: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+async def _run(arguments: argparse.Namespace, command: Sequence[str], stop: Stop) -> int:
+    require("bench")
     overrides = _overrides(arguments)
     settings = load_settings(arguments.config, overrides=overrides)
-    suite_file = DOCS / "experiments" / f"{settings.name}_results.md"
-    default = suite_file if arguments.experiment else DOCS / "experiment_results.md"
+    suite_file = results_folder() / "experiments" / f"{settings.name}_results.md"
+    default = suite_file if arguments.experiment else results_folder() / "experiment_results.md"
     files = result_files(arguments.output, arguments.json, default)
     with locked(files):
         keep_partial(files)
-        return await _run_locked(arguments, argv, overrides, settings, files, stop)
+        return await _run_locked(arguments, command, overrides, settings, files, stop)
 
 
 async def _run_locked(
     arguments: argparse.Namespace,
-    argv: Sequence[str],
+    command: Sequence[str],
     overrides: Sequence[str | Given],
     settings: Settings,
     files: ResultFiles,
@@ -165,7 +162,6 @@ async def _run_locked(
     labelled = load_slice(load.quality) if load.quality.enabled else None
     if dataset is None:
         dataset = await stop.race(load_dataset(source))
-    command = ["python", "-m", "ml_inference_server.client", *argv]
     document = new_document("suite" if arguments.experiment else "single", settings, dataset, command)
     document["planned_rows"] = planned_rows(load)
     result = Result(document, files)
@@ -196,10 +192,16 @@ async def _run_locked(
     return code or exit_code(document)
 
 
+def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """`command` is what repeats the measurement; it stands in the result."""
+    return run_to_exit_code(lambda stop: _run(arguments, command, stop))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="run_client.sh", allow_abbrev=False)
+    add_arguments(parser)
     given = sys.argv[1:] if argv is None else argv
-    return run_to_exit_code(lambda stop: _run(arguments, given, stop))
+    return run(parser.parse_args(given), ["python", "-m", "ml_inference_server.client", *given])
 
 
 if __name__ == "__main__":

@@ -15,16 +15,15 @@ if sys.platform != "win32":
 from ml_inference_server import __version__
 from ml_inference_server.utils.cache import writable_root
 from ml_inference_server.utils.config import Settings, load_settings
-from ml_inference_server.utils.errors import EXIT_INTERNAL, ConfigError, StartError
+from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.files import replaceable
-from ml_inference_server.utils.layers import Given, given_by
+from ml_inference_server.utils.layers import Given, experiment_file, given_by
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 from ml_inference_server.utils.process import (
     ENGINE_ADDRESS_SPACE_BYTES,
-    begin_process,
     check_address_space,
     end_process,
-    limit_behind,
+    run_to_exit_code,
 )
 
 log = logging.getLogger(__name__)
@@ -41,14 +40,18 @@ else:
     _EventLoop = asyncio.ProactorEventLoop
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run_server.sh",
-        description="Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP.",
-        epilog="Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, 130 Ctrl-C.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP."
+    parser.epilog = (
+        "Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, 130 Ctrl-C."
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--experiment", type=Path, metavar="FILE", help="experiment file (YAML)")
+    source.add_argument(
+        "--experiment",
+        type=experiment_file,
+        metavar="FILE",
+        help="experiment file (YAML), or the name of one that ships",
+    )
     source.add_argument("--config", type=Path, metavar="FILE", help="legacy single-file configuration (deprecated)")
     parser.add_argument("--variant", default="", metavar="NAME", help="one of the experiment's variants")
     parser.add_argument(
@@ -76,6 +79,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--otlp-endpoint", metavar="URL", help="send traces there, such as http://localhost:4318")
     parser.add_argument("--version", action="version", version=__version__)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run_server.sh")
+    add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -102,36 +110,27 @@ def _ready_file(path: Path) -> Path:
     return real
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        begin_process()
-        args = parse(argv)
-        set_up_logging(args.log_level, args.log_format)
-        settings = settings_from(args)
-        if from_environment := given_by(os.environ):
-            log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
-        ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
-        if args.config is not None:
-            log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
-        if settings.model.backend != "fake":
-            check_address_space(ENGINE_ADDRESS_SPACE_BYTES)
-        writable_root(quiet=True)
-        # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
-        from ml_inference_server.server.lifecycle import serve
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it; StartError where it cannot start."""
+    set_up_logging(args.log_level, args.log_format)
+    settings = settings_from(args)
+    if from_environment := given_by(os.environ):
+        log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
+    ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
+    if args.config is not None:
+        log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
+    if settings.model.backend != "fake":
+        check_address_space(ENGINE_ADDRESS_SPACE_BYTES)
+    writable_root(quiet=True)
+    # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
+    from ml_inference_server.server.lifecycle import serve
 
-        with asyncio.Runner(loop_factory=_EventLoop) as runner:
-            return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))
-    except StartError as caught:
-        error = limit_behind(caught.__cause__) or caught
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        if (limit := limit_behind(error)) is not None:
-            log.debug("a limit was met", exc_info=error)
-            print(f"error: {limit}", file=sys.stderr)
-            return limit.exit_code
-        log.exception("the server failed")
-        return EXIT_INTERNAL
+    with asyncio.Runner(loop_factory=_EventLoop) as runner:
+        return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_to_exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

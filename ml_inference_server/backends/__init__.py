@@ -7,6 +7,7 @@ from typing import cast
 from ml_inference_server.backends.base import Backend
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import remedy
 
 BACKENDS = {
     "pytorch": "ml_inference_server.backends.pytorch:PyTorchBackend",
@@ -29,9 +30,7 @@ def backend_class(name: str) -> type[Backend]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ModelError(
-            f"model.backend {name} needs the package {error.name}: pip install -r requirements.txt"
-        ) from error
+        raise ModelError(f"model.backend {name} needs the package {error.name}: {remedy(error.name or '')}") from error
     return cast(type[Backend], getattr(module, class_name))
 
 

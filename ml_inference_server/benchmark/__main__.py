@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ml_inference_server.benchmark.result.files import ResultFiles, read_documen
 from ml_inference_server.benchmark.session import contents, show
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.installation import require
 from ml_inference_server.utils.process import begin_process
 
 EXIT_REGRESSION = 1
@@ -78,6 +79,46 @@ def _share(text: str) -> float:
     return value
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes the report of each result again, from its JSON and raw records."
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="results, or a summary")
+    parser.add_argument("--output", type=Path, metavar="OUT.md", help="where the report goes (default: beside)")
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Says what changed from A to B; exit code 1 if something got worse."
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--max-regression",
+        type=_share,
+        default=0.05,
+        metavar="SHARE",
+        help="how much throughput, or median latency at a fixed rate, may be lost (default: 5%%)",
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    return _run(lambda: _report(arguments.files, arguments.output))
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    return _run(lambda: _compare(arguments.before, arguments.after, arguments.max_regression))
+
+
+def _run(work: Callable[[], int]) -> int:
+    try:
+        begin_process()
+        require("bench")
+        return work()
+    except StartError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"Error: the report cannot be written: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 5
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ml_inference_server.benchmark",
@@ -85,32 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit codes: 0 fine, 1 compare found a regression, 2 a file or an argument is wrong.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    rebuild = commands.add_parser("report", help="write the report of each result anew, from its JSON and raw records")
-    rebuild.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="results, or a summary")
-    rebuild.add_argument("--output", type=Path, metavar="OUT.md", help="where the report goes (default: beside)")
-    against = commands.add_parser("compare", help="say what changed from A to B; exit 1 if something got worse")
-    against.add_argument("before", type=Path, metavar="A.json")
-    against.add_argument("after", type=Path, metavar="B.json")
-    against.add_argument(
-        "--max-regression",
-        type=_share,
-        default=0.05,
-        metavar="SHARE",
-        help="how much throughput, or median latency at a fixed rate, may be lost (default: 5%%)",
+    commands = parser.add_subparsers(required=True)
+    report_parser = commands.add_parser(
+        "report", help="write the report of each result again, from its JSON and raw records"
     )
+    add_report_arguments(report_parser)
+    report_parser.set_defaults(run=run_report)
+    compare_parser = commands.add_parser("compare", help="say what changed from A to B; exit 1 if something got worse")
+    add_compare_arguments(compare_parser)
+    compare_parser.set_defaults(run=run_compare)
     arguments = parser.parse_args(argv)
-    try:
-        begin_process()
-        if arguments.command == "report":
-            return _report(arguments.files, arguments.output)
-        return _compare(arguments.before, arguments.after, arguments.max_regression)
-    except StartError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"Error: the report cannot be written: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 5
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from ml_inference_server.benchmark.load.dataset import Dataset
 from ml_inference_server.benchmark.report import advice, report
 from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.result.files import (
-    DOCS,
     SCHEMA,
     ResultFiles,
     ResultsNotWritten,
@@ -44,7 +43,8 @@ from ml_inference_server.utils.errors import (
     StartError,
 )
 from ml_inference_server.utils.files import replace_file
-from ml_inference_server.utils.layers import EXPERIMENTS_DIR, command_to_repeat
+from ml_inference_server.utils.installation import require, results_folder
+from ml_inference_server.utils.layers import EXPERIMENTS_DIR, QUICKSTART, command_to_repeat, experiment_file
 
 # Too few for a p99, enough to see what works and roughly how fast.
 QUICK = {"benchmark_requests": 24, "warmup_iterations": 4, "in_process_s": 0.5}
@@ -68,7 +68,9 @@ def quick(path: Path) -> list[str]:
 
 def choose(files: Sequence[Path], only: str | None) -> list[Path]:
     """The files to run, in order, the baseline first. ConfigError if none is left."""
-    found = list(files) or [path for path in sorted(EXPERIMENTS_DIR.glob("*.yaml")) if path != BASE_CONFIG]
+    found = list(files) or [
+        path for path in sorted(EXPERIMENTS_DIR.glob("*.yaml")) if path not in (BASE_CONFIG, QUICKSTART)
+    ]
     chosen = [path for path in found if only is None or fnmatch(path.name, only) or fnmatch(path.stem, only)]
     if not chosen:
         raise ConfigError(f"--only {only}: no experiment is called that; there are: {', '.join(p.stem for p in found)}")
@@ -246,14 +248,17 @@ def _positive(text: str) -> int:
     return value
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run_all_experiments.py",
-        description="Runs every experiment file one after the other and ends with a comparison of them all.",
-        epilog="Exit codes: 0 all ran or were cleanly refused, 2 bad arguments, 5 something failed, 130 interrupted.",
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Runs every experiment file one after the other and ends with a comparison of them all."
+    parser.epilog = (
+        "Exit codes: 0 all ran or were cleanly refused, 2 bad arguments, 5 something failed, 130 interrupted."
     )
-    parser.add_argument("files", nargs="*", type=Path, help="experiment files (default: all that ship)")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=experiment_file,
+        help="experiment files, or names of some that ship (default: all of them)",
+    )
     parser.add_argument("--only", metavar="GLOB", help="only files whose name matches, e.g. 'minilm_*'")
     parser.add_argument("--quick", action="store_true", help="few rows with few requests: a first look")
     parser.add_argument("--resume", action="store_true", help="leave out what an interrupted run has measured already")
@@ -261,17 +266,33 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=_positive, metavar="N", help="how often each row is measured (default: the file's)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
-    parser.add_argument("--output-dir", type=Path, default=DOCS / "experiments", help="default: docs/experiments")
-    parser.add_argument("--start-timeout-s", type=float, default=START_TIMEOUT_S, help="see run_experiment.sh --help")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=results_folder() / "experiments",
+        help="where results go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=START_TIMEOUT_S,
+        help="how long each server may take to load and warm up its model (default: %(default)g)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(argv)
-    given = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="run_all_experiments.py", allow_abbrev=False)
+    add_arguments(parser)
+    given = sys.argv[1:] if argv is None else argv
+    return run(parser.parse_args(given), ["python", "run_all_experiments.py", *given])
+
+
+def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """`command` is what repeats it; it stands in the summary."""
     repeats = [] if arguments.repeats is None else [f"experiment.repeats={arguments.repeats}"]
 
-    async def run(stop: Stop) -> int:
+    async def every_one(stop: Stop) -> int:
+        require("bench")
         experiments = [
             Experiment(
                 file=path,
@@ -283,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         files = result_files(None, None, arguments.output_dir / "summary.md")
         with locked(files):
-            summary = Summary(files, ["python", "run_all_experiments.py", *given], arguments.quick)
+            summary = Summary(files, command, arguments.quick)
             left = summary.begin(experiments, resume=arguments.resume)
             outcomes = await run_all(left, stop, summary)
             print(f"\n{advice.table(summary.document)}\n", flush=True)
@@ -293,4 +314,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             return stop.exit_code
         return EXIT_OK if all(o.exit_code in (EXIT_OK, EXIT_MODEL) for o in outcomes) else EXIT_FAILED_RUN
 
-    return run_to_exit_code(run)
+    return run_to_exit_code(every_one)

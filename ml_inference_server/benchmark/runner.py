@@ -1,7 +1,8 @@
-"""One experiment from start to end: python -m ml_inference_server.benchmark.runner FILE."""
+"""One experiment from start to end: python -m ml_inference_server.benchmark.runner [FILE]."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 from ml_inference_server.benchmark.load.dataset import Dataset, load_dataset
 from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
+from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.result.cell import planned_rows
 from ml_inference_server.benchmark.result.files import (
-    DOCS,
     Result,
     ResultFiles,
     exit_code,
@@ -28,6 +29,8 @@ from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, StartError
+from ml_inference_server.utils.installation import checkout, require, results_folder
+from ml_inference_server.utils.layers import EXPERIMENTS_DIR, QUICKSTART, experiment_file
 
 # The first start may fetch the model over a slow line.
 START_TIMEOUT_S = 600.0
@@ -41,7 +44,7 @@ class Experiment:
     overrides: Sequence[str] = ()
     output: str | None = None
     json_output: str | None = None
-    output_dir: Path = DOCS / "experiments"
+    output_dir: Path = results_folder() / "experiments"
     port: int = 0
     http_port: int = 0
     start_timeout_s: float = START_TIMEOUT_S
@@ -241,13 +244,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "file", type=Path, help="the experiment, e.g. ml_inference_server/experiments/minilm_baseline.yaml"
+        "file",
+        nargs="?",
+        type=experiment_file,
+        help="the experiment, e.g. ml_inference_server/experiments/minilm_baseline.yaml; without one: the baseline on"
+        " few rows, for a first look",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting (repeatable)"
     )
     parser.add_argument(
-        "--output", metavar="OUT.md", help="where the table goes; default: docs/experiments/<name>_results.md"
+        "--output",
+        metavar="OUT.md",
+        help=f"where the table goes; default: {results_folder() / 'experiments' / '<name>_results.md'}",
     )
     parser.add_argument("--json", metavar="OUT.json", help="where everything goes; default: beside the table")
     parser.add_argument("--port", type=int, default=0, help="gRPC port of the server; default 0: a free one")
@@ -261,10 +270,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _whole_baseline() -> str:
+    root = checkout()
+    if root is None:
+        return f"mlis experiments {BASELINE}"
+    script, file = (
+        os.path.relpath(path) for path in (root / "run_experiment.sh", EXPERIMENTS_DIR / f"{BASELINE}.yaml")
+    )
+    return shlex.join([script if "/" in script else f"./{script}", file])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     experiment = Experiment(
-        file=arguments.file,
+        file=arguments.file or QUICKSTART,
         overrides=arguments.set,
         output=arguments.output,
         json_output=arguments.json,
@@ -274,9 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     async def run(stop: Stop) -> int:
+        require("bench")
         outcome = await run_experiment(experiment, stop, {})
         if outcome.message:
             print(f"Error: {outcome.message}", file=sys.stderr)
+        elif arguments.file is None:
+            print(f"This was a first look on few rows. The whole baseline takes some minutes: {_whole_baseline()}")
         return outcome.exit_code
 
     return run_to_exit_code(run)

@@ -16,6 +16,7 @@ from typing import Any
 from ml_inference_server import __version__
 from ml_inference_server.metrics.table import STAGES
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.installation import pip_install
 
 SERVICE_NAME = "ml-inference-server"
 CLOSE_TIMEOUT_S = 2.0
@@ -46,9 +47,7 @@ class Tracer:
             raise ConfigError(f"metrics.otlp_endpoint {endpoint!r} is no URL: for instance http://localhost:4318")
         for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
             if not _is_installed(package):
-                raise ConfigError(
-                    "metrics.otlp_endpoint needs OpenTelemetry: pip install -r requirements-tracing.txt, or unset it"
-                )
+                raise ConfigError(f"metrics.otlp_endpoint needs OpenTelemetry: {pip_install('tracing')}, or unset it")
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

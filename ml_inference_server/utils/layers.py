@@ -12,6 +12,8 @@ from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.yaml_text import NotYaml, has_comment, parse_yaml
 
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
+# The baseline on few rows.
+QUICKSTART = EXPERIMENTS_DIR / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Layer:
                 return False
             node = node[part]
         return True
+
+
+def experiment_file(name: str) -> Path:
+    """The file at this path, or the experiment of this name that ships with the project."""
+    path = Path(name)
+    shipped = EXPERIMENTS_DIR / f"{name.removesuffix('.yaml')}.yaml"
+    return shipped if path.name == name and not path.exists() and shipped.is_file() else path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

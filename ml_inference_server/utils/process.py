@@ -8,10 +8,12 @@ import select
 import signal
 import stat
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from ml_inference_server.utils.cache import remove_temporary
-from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, StartError
+from ml_inference_server.utils.installation import extra_of, pip_install
 
 if sys.platform != "win32":
     import resource
@@ -22,6 +24,8 @@ _LEAST_FILES = 128
 # or one of the numerical libraries that come with an engine asks for memory again and again.
 _LEAST_ADDRESS_SPACE_BYTES = 1 << 30
 ENGINE_ADDRESS_SPACE_BYTES = 3 << 30
+log = logging.getLogger(__name__)
+
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
@@ -37,6 +41,34 @@ def begin_process() -> None:
             f"ulimit -n 4096"
         )
     check_address_space(_LEAST_ADDRESS_SPACE_BYTES)
+
+
+def run_to_exit_code(work: Callable[[], int]) -> int:
+    """Begin the process and run `work`: its exit code, or that of what it raised, told in one line on stderr."""
+    try:
+        begin_process()
+        return work()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except StartError as caught:
+        return _told(limit_behind(caught.__cause__) or caught)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name or "")
+        if extra is None:
+            log.exception("a module is missing")
+            return EXIT_INTERNAL
+        return _told(ConfigError(f"the package {error.name} is not installed: {pip_install(extra)}"))
+    except Exception as error:
+        if (limit := limit_behind(error)) is None:
+            log.exception("the program failed")
+            return EXIT_INTERNAL
+        log.debug("a limit was met", exc_info=error)
+        return _told(limit)
+
+
+def _told(error: StartError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def check_address_space(least_bytes: int) -> None:

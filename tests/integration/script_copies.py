@@ -24,7 +24,7 @@ def make_copy(folder: Path, requirements: str) -> Path:
     copy = folder / "a clone"
     for name in ("server", "benchmark"):
         (copy / "ml_inference_server" / name).mkdir(parents=True)
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, ROOT / "setup_env.py"):
         target = copy / script.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(script, target)

@@ -21,10 +21,13 @@ import pytest
 from ml_inference_server.benchmark import __main__ as benchmark_commands
 from ml_inference_server.benchmark import all_experiments, runner
 from ml_inference_server.benchmark.load import channel
+from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.runner import Experiment, run_experiment
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import ServerOptions, ServerProcess
+from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.layers import EXPERIMENTS_DIR
 from tests.integration.benchmark_kit import ENVIRONMENT, ROOT, SCRIPTED, python, write_pairs
 
 # The end of a process that was told to end; far above what it takes, so that only a real orphan reaches it.
@@ -313,9 +316,35 @@ def test_all_experiments_survive_one_that_fails(tmp_path: Path, capsys: pytest.C
     assert len(list(folder.glob("summary.*.md"))) == 1
 
 
+def test_the_quickstart_is_the_baseline_on_few_rows() -> None:
+    parts = ("model", "batching", "server", "metrics", "variants")
+    quickstart, baseline = (load_settings(EXPERIMENTS_DIR / f"{name}.yaml") for name in ("quickstart", BASELINE))
+    assert [getattr(quickstart, part) for part in parts] == [getattr(baseline, part) for part in parts]
+    measured = quickstart.experiment
+    assert measured.workload == baseline.experiment.workload
+    assert measured.quality == baseline.experiment.quality
+    assert set(measured.batch_sizes) <= set(baseline.experiment.batch_sizes)
+    assert set(measured.concurrency_levels) <= set(baseline.experiment.concurrency_levels)
+
+
+def test_without_a_file_the_quickstart_runs_and_names_the_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--set", "experiment.benchmark_requests=2", "--set", "experiment.quality.enabled=false"]
+    fake = ["--set", "model.backend=fake", "--set", f"model.name={MODEL}"]
+    monkeypatch.chdir(tmp_path)
+    assert runner.main([*few, *fake, "--output", "out.md"]) == 0
+    assert read(tmp_path / "out.json")["name"] == "quickstart"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "The whole baseline takes some minutes: " in last
+    script, file = last.split(": ")[1].split()
+    assert (ROOT / "run_experiment.sh").samefile(script)
+    assert (EXPERIMENTS_DIR / f"{BASELINE}.yaml").samefile(file)
+
+
 def test_the_choice_of_experiments() -> None:
     names = [path.stem for path in all_experiments.choose([], None)]
-    assert "base_config" not in names
+    assert {"base_config", "quickstart"} & set(names) == set()
     assert "minilm_baseline" in names
     assert [path.stem for path in all_experiments.choose([], "*_onnx")] == ["minilm_onnx"]
     with pytest.raises(ConfigError, match=r"no experiment is called that; there are: .*minilm_baseline"):

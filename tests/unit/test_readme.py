@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_inference_server import client, main
+from ml_inference_server import cli, client, main
 from ml_inference_server.benchmark import all_experiments, runner
 from ml_inference_server.metrics.table import REASONS
 from ml_inference_server.proto import inference_pb2 as pb
@@ -59,6 +59,18 @@ def test_every_flag_of_the_benchmark_is_listed(
         arguments(["--help"])
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     row = next(line for line in COMMANDS.splitlines() if line.startswith(f"| `{name}` |"))
+    assert {flag for flag in flags if f"`{flag}" not in row} == set()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_of_mlis_is_listed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = next(line for line in COMMANDS.splitlines() if f"`mlis {command}" in line)
+    program = re.search(r"those of `([^`]+)`", row)
+    if program is not None:
+        row += next(line for line in COMMANDS.splitlines() if line.startswith(f"| `{program[1]}"))
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert {flag for flag in flags if f"`{flag}" not in row} == set()
 
 

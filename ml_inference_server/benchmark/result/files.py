@@ -24,7 +24,6 @@ from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigErr
 from ml_inference_server.utils.files import replace_file, replaceable, write_beside
 from ml_inference_server.utils.layers import command_to_repeat
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 SCHEMA = 2
 # Less than this on the disk, and there is no point in measuring.
 _LEAST_FREE_BYTES = 8 << 20

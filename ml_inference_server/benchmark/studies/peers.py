@@ -18,8 +18,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ml_inference_server.benchmark.report.plots import Bar, of_bars
-from ml_inference_server.benchmark.result.files import DOCS
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
+from ml_inference_server.utils.installation import results_folder
 
 
 class Server(BaseModel):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ml_inference_server.benchmark.studies.peers", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("file", nargs="?", type=Path, default=DOCS / "peers.json")
+    parser.add_argument("file", nargs="?", type=Path, default=results_folder() / "peers.json")
     parser.add_argument("--output", type=Path, help="default: beside the file, as .svg")
     options = parser.parse_args(argv)
     try:

@@ -25,7 +25,6 @@ from ml_inference_server.benchmark.load.driver import Driver, Share
 from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.report.plots import Panel, of_panels
 from ml_inference_server.benchmark.result.figures import figures, lag_reason
-from ml_inference_server.benchmark.result.files import DOCS
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.target.counters import Sidecar, difference
@@ -34,6 +33,7 @@ from ml_inference_server.benchmark.target.server_process import LOOPBACK, Server
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK
 from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.installation import results_folder
 
 _TIMEOUT_S = 60.0
 # Under overload a caller waits so long for an answer; what comes later is no use to it.
@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        default=DOCS / "scaling.svg",
+        default=results_folder() / "scaling.svg",
         metavar="FILE",
-        help="the plots (default: docs/scaling.svg)",
+        help="the plots (default: %(default)s)",
     )
     return run_to_exit_code(lambda stop: _run(parser.parse_args(argv), stop))
 

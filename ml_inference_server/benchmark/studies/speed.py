@@ -28,7 +28,6 @@ from ml_inference_server.benchmark.load.driver import Driver, Left, Share
 from ml_inference_server.benchmark.load.records import ok_only
 from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.result.figures import figures
-from ml_inference_server.benchmark.result.files import DOCS
 from ml_inference_server.benchmark.result.stats import samples_needed
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import run_to_exit_code
@@ -40,9 +39,10 @@ from ml_inference_server.benchmark.target.server_process import LOOPBACK, Server
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.installation import results_folder
 from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible
 
-STORE = DOCS / "speed.json"
+STORE = results_folder() / "speed.json"
 _KINDS: tuple[Kind, ...] = ("queries", "passages")
 _STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
 _WARMUP_S = 2.0

@@ -6,15 +6,13 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ml_inference_server import __version__
 from ml_inference_server.utils.cpu import available_cpus, cpu_name, instruction_set, quota_cpus
-
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
+from ml_inference_server.utils.installation import checkout
 
 
 def machine_facts() -> dict[str, Any]:
@@ -53,9 +51,12 @@ def git_facts() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    root = checkout()
+    if root is None:
+        return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(PROJECT_ROOT), *arguments], capture_output=True, text=True, check=False, timeout=10
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -64,5 +65,6 @@ def _git(*arguments: str) -> str | None:
 
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment for a Python child that imports this project from whatever folder it is started in."""
-    path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH", ""))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    path = [str(root)] if (root := checkout()) else []
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **extra}

@@ -1,0 +1,27 @@
+"""mlis rerank: documents ordered for a query on a running server."""
+
+import argparse
+import json
+import sys
+
+from ml_inference_server.cli import remote
+from ml_inference_server.proto import inference_pb2 as pb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Prints the documents, best first, as JSON objects: index, score, document."
+    parser.add_argument("query", metavar="QUERY")
+    parser.add_argument("documents", nargs="*", metavar="DOCUMENT", help="(default: the lines of standard input)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="how many of them (default: all)")
+    remote.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    documents = arguments.documents or [line.rstrip("\r\n") for line in sys.stdin]
+    request = pb.RerankRequest(query=arguments.query, documents=documents, top_k=arguments.top_k)
+    with remote.connected(arguments.target) as stub:
+        reply = stub.Rerank(request, timeout=arguments.timeout_s)
+    for rank in reply.ranks:
+        found = {"index": rank.index, "score": rank.score, "document": documents[rank.index]}
+        print(json.dumps(found, ensure_ascii=False))
+    return 0
