@@ -16,17 +16,19 @@ PACKAGE = "ml_inference_server"
 ALLOWED: dict[str, set[str]] = {
     "utils": set(),
     "proto": set(),
-    # Upwards: base, files, text, model, compiled, then the engines (the files of `backends` itself), then startup.
+    # Upwards: base, files, text, model, exported, compiled, the engines (the files of `backends` itself), startup.
     "backends.base": {"utils"},
     "backends.files": {"utils"},
     "backends.text": {"backends.base", "backends.files", "utils"},
     "backends.model": {"backends.base", "backends.files", "backends.text", "utils"},
+    "backends.exported": {"backends.base", "backends.files", "backends.text", "backends.model", "utils"},
     "backends.compiled": {"backends.base", "backends.files", "backends.model", "utils"},
     "backends": {
         "backends.base",
         "backends.files",
         "backends.text",
         "backends.model",
+        "backends.exported",
         "backends.compiled",
         "utils",
     },
