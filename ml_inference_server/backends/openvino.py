@@ -26,6 +26,7 @@ from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 from ml_inference_server.utils.sample import sample_pairs
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def quantize_int8(exported: Exported) -> Path:
     try:
         import nncf
     except ModuleNotFoundError as error:
-        raise ModelError("INT8 with OpenVINO needs the package nncf: pip install -r requirements.txt") from error
+        raise ModelError(f"INT8 with OpenVINO needs the package nncf: {pip_install('export')}") from error
 
     key = exported.key | {"nncf": nncf.__version__, "openvino": ov.__version__, "rows": _CALIBRATION_ROWS}
 

@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from ml_inference_server.utils.config import Given, load_settings
+from ml_inference_server.utils.config import load_settings
+from ml_inference_server.utils.layers import Given
 from ml_inference_server.utils.logging import set_up_logging
 
 _EPILOG = """\

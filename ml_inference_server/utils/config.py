@@ -49,8 +49,8 @@ class ModelSettings(Section):
     )
     backend: str = Field(
         "pytorch",
-        description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests). An exported folder "
-        "brings its own.",
+        description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests). An exported "
+        "folder brings its own.",
     )
     task: Literal["auto", "embedding", "cross_encoder"] = Field(
         "auto",

@@ -48,7 +48,15 @@ ALLOWED: dict[str, set[str]] = {
     "deploy": {"server"},
     "main": {"server", "utils"},
     "client": {"benchmark", "utils"},
-    "cli": {"backends.compiled.native", "benchmark", "client", "main", "proto", "utils"},
+    "cli": {
+        "backends.compiled.native",
+        "backends.startup.write_folder",
+        "benchmark",
+        "client",
+        "main",
+        "proto",
+        "utils",
+    },
     "__main__": {"cli"},
     "run_all_experiments": {"benchmark", "utils"},
 }

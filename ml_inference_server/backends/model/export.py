@@ -23,6 +23,7 @@ from ml_inference_server.backends.files.model_kind import Task
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 
 if TYPE_CHECKING:
     from ml_inference_server.backends.model.loading import LoadedModel
@@ -219,8 +220,7 @@ def _need(package: str) -> None:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"exporting to ONNX needs the package {error.name}: pip install -r requirements.txt, or use "
-            f"model.backend pytorch"
+            f"exporting to ONNX needs the package {error.name}: {pip_install('export')}, or use model.backend pytorch"
         ) from error
 
 

@@ -15,6 +15,7 @@ from ml_inference_server.backends.startup.reference import read_reference, refer
 from ml_inference_server.backends.startup.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def need_libraries(model: ModelSettings) -> None:
             raise ModelError(
                 f"model {shown(model.name)} is no exported folder, and any other model needs the package {package}: "
                 f"export it on a machine that has it (mlis export {shown(model.name)} FOLDER) and serve the folder, or "
-                f"pip install 'ml-inference-server[torch]'"
+                f"{pip_install('torch')}"
             )
 
 
