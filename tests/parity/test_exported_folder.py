@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ml_inference_server.backends.base import Backend, Encoded, collate
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.backends.exported.manifest import MANIFEST, Manifest, read_manifest
 from ml_inference_server.backends.startup.resolve import title
 from ml_inference_server.backends.startup.start import Started, load_resolved, start_backend
@@ -95,7 +95,7 @@ def encoded(backend: Backend) -> list[Encoded]:
 
 def rows_of(backend: Backend, texts: list[Encoded]) -> np.ndarray:
     batches = [texts[start : start + 4] for start in range(0, len(texts), 4)]
-    return np.concatenate([backend.infer(collate(batch, backend.tokenizer.pad_id)) for batch in batches])
+    return np.concatenate([backend.infer(TokenBatch.of(batch)) for batch in batches])
 
 
 def check_same(folder: Started, model: Started) -> None:
