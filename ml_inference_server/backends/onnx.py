@@ -1,11 +1,12 @@
 """ONNX Runtime: FP32 on cpu, cuda and mps (CoreML), FP16 on cuda, INT8 on the cpu; one graph from token ids to rows."""
 
+import importlib.metadata
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -17,9 +18,11 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
+from ml_inference_server.backends.exported.folder import exported_graph
 from ml_inference_server.backends.model.export import (
     MOST_BYTES_IN_ONE_FILE,
     Exported,
+    GraphFacts,
     engine_errors,
     export,
     graph_inputs,
@@ -49,9 +52,12 @@ class OnnxBackend:
         return {device: precisions[device] for device, provider in _PROVIDERS.items() if provider in available}
 
     def load_model(self) -> None:
-        """Export or read the cache, quantise where asked, open the session. ModelError if any of it fails."""
-        self._exported = export(self._settings)
-        file = quantize_int8(self._exported) if self._quantization == "int8" else self._exported.file
+        """The graph of an exported folder, or the model's, from the cache or made now, in a session.
+
+        ModelError if any of it fails.
+        """
+        self._exported = exported_graph(self._settings) or export(self._settings)
+        file = _file(self._exported, self._quantization)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._settings.threads
         options.inter_op_num_threads = 1
@@ -63,23 +69,25 @@ class OnnxBackend:
         self._info = self._describe(file)
 
     def _describe(self, file: Path) -> BackendInfo:
-        graph = onnx.load(str(file), load_external_data=False).graph
-        quantized = sum(node.op_type in _INTEGER_OPS for node in graph.node)
-        weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
-        largest = max(weights, key=lambda tensor: int(np.prod(tensor.dims)))
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(largest.data_type).name
+        is_stored = self._exported.facts is not None
+        facts = self._exported.facts or graph_facts(file)
+        if facts.needs_byte_products and not _has_byte_products():
+            log.warning(
+                "the INT8 weights have 8 bits, whose sums can saturate on this CPU (it has no VNNI): export the model "
+                "on such a CPU for weights of 7 bits"
+            )
         # The session may put a provider other than the one asked for in front: what it says is what runs.
         provider = self.session.get_providers()[0]
         device = next(name for name, each in _PROVIDERS.items() if each == provider)
         return BackendInfo(
             backend="onnx",
-            model=self._settings.name,
+            model=self._exported.model,
             task=self._exported.task,
             similarity=self._exported.similarity,
             device=device,
             device_name=cpu_name() if device == "cpu" else provider.removesuffix("ExecutionProvider"),
-            dtype="int8" if quantized else dtype,
-            quantized_layers=quantized,
+            dtype=facts.dtype,
+            quantized_layers=facts.quantized_layers,
             execution_provider=f"ONNX Runtime {ort.__version__} {provider}",
             instruction_set=instruction_set() if device == "cpu" else "",
             threads=self.session.get_session_options().intra_op_num_threads,
@@ -92,7 +100,8 @@ class OnnxBackend:
             source=self._exported.files.source,
             parameters=self._exported.parameters,
             random_weights=self._settings.random_weights,
-            versions={"onnxruntime": ort.__version__, "onnx": onnx.__version__},
+            versions={"onnxruntime": ort.__version__}
+            | ({} if is_stored else {"onnx": importlib.metadata.version("onnx")}),
         )
 
     def warmup(self, progress: Progress) -> None:
@@ -115,12 +124,49 @@ class OnnxBackend:
         return self._exported.tokenizer
 
 
+def _file(exported: Exported, quantization: Quantization) -> Path:
+    needs_quantising = quantization == "int8" and exported.precision != "int8"
+    return quantize_int8(exported) if needs_quantising else exported.file
+
+
+def write_graph(exported: Exported, quantization: Quantization, folder: Path) -> tuple[Path, GraphFacts]:
+    """Put the graph in this precision into an exported folder: from which file, and what is to be known of it."""
+    import onnx
+
+    file = _file(exported, quantization)
+    for part in file.parent.glob(f"{file.name}?*"):  # what is too large for the graph's own file lies beside it
+        shutil.copyfile(part, folder / part.name)
+    model = onnx.load(str(file), load_external_data=False)
+    for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
+        del node.metadata_props[:]  # the exporter notes which line of which file on this machine each comes from
+        node.doc_string = ""
+    onnx.save(model, str(folder / file.name))
+    return file, graph_facts(file)
+
+
+def graph_facts(file: Path) -> GraphFacts:
+    """What a session does not tell of its graph."""
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    quantized = sum(node.op_type in _INTEGER_OPS for node in graph.node)
+    weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
+    largest = max(weights, key=lambda tensor: int(np.prod(tensor.dims)))
+    dtype = "int8" if quantized else onnx.helper.tensor_dtype_to_np_dtype(largest.data_type).name
+    return GraphFacts(dtype, quantized, bool(quantized) and _has_byte_products())
+
+
+def _has_byte_products() -> bool:
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & cpu_flags())
+
+
 def quantize_int8(exported: Exported) -> Path:
     """The graph with INT8 matrix products and per-channel weights, made now or read from the cache."""
+    import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
     # Without VNNI, products of unsigned and signed bytes saturate at 16 bits: 7-bit weights avoid that.
-    reduce_range = not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & cpu_flags()
+    reduce_range = not _has_byte_products()
     key = exported.key | {"int8": 1, "reduce_range": reduce_range, "onnxruntime": ort.__version__}
 
     def make(folder: Path) -> None:

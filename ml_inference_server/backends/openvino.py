@@ -20,11 +20,13 @@ from ml_inference_server.backends.base import (
     run_in_company,
     run_warmup,
 )
+from ml_inference_server.backends.exported.folder import exported_graph
 from ml_inference_server.backends.model.export import Exported, engine_errors, export, graph_inputs
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 from ml_inference_server.utils.sample import sample_pairs
 
 log = logging.getLogger(__name__)
@@ -59,10 +61,13 @@ class OpenVinoBackend:
         return {"cpu": ("none", *halves, "int8")}
 
     def load_model(self) -> None:
-        """Export or read the cache, quantise where asked, compile. ModelError if any of it fails."""
-        self._exported = export(self._settings)
+        """The graph of an exported folder, or the model's, from the cache or made now, compiled.
+
+        ModelError if any of it fails.
+        """
+        self._exported = exported_graph(self._settings) or export(self._settings)
         core = ov.Core()
-        file = quantize_int8(self._exported) if self._quantization == "int8" else self._exported.file
+        file = _file(self._exported, self._quantization)
         configuration = {
             "INFERENCE_PRECISION_HINT": _HINTS[self._quantization],
             "NUM_STREAMS": str(self._settings.streams),
@@ -84,7 +89,7 @@ class OpenVinoBackend:
         streams = int(self.compiled.get_property("NUM_STREAMS"))
         return BackendInfo(
             backend="openvino",
-            model=self._settings.name,
+            model=self._exported.model,
             task=self._exported.task,
             similarity=self._exported.similarity,
             device="cpu",
@@ -137,12 +142,29 @@ def _runtime_precision(op: Any) -> str:
     return str(op.get_rt_info()["runtimePrecision"].astype(str))
 
 
+def _file(exported: Exported, quantization: Quantization) -> Path:
+    needs_quantising = quantization == "int8" and exported.precision != "int8"
+    return quantize_int8(exported) if needs_quantising else exported.file
+
+
+def write_graph(exported: Exported, quantization: Quantization, folder: Path) -> tuple[Path, None]:
+    """Put the graph into an exported folder, as model.xml: from which file, and nothing more is to be known.
+
+    BF16 and FP16 have the FP32 graph: the engine takes the precision when it compiles.
+    """
+    file = _file(exported, quantization)
+    with engine_errors(f"OpenVINO cannot run {exported.describe(file)}"):
+        model = ov.Core().read_model(str(file))
+        ov.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
+    return file, None
+
+
 def quantize_int8(exported: Exported) -> Path:
     """The graph in INT8, calibrated by NNCF on the sample's texts; made now or read from the cache."""
     try:
         import nncf
     except ModuleNotFoundError as error:
-        raise ModelError("INT8 with OpenVINO needs the package nncf: pip install -r requirements.txt") from error
+        raise ModelError(f"INT8 with OpenVINO needs the package nncf: {pip_install('export')}") from error
 
     key = exported.key | {"nncf": nncf.__version__, "openvino": ov.__version__, "rows": _CALIBRATION_ROWS}
 

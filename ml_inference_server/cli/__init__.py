@@ -15,6 +15,7 @@ from ml_inference_server.utils.process import end_process, run_to_exit_code
 
 COMMANDS = {
     "serve": "serve a model over gRPC, with a live page over HTTP",
+    "export": "write a folder that serves a model without torch",
     "info": "show what a running server serves",
     "embed": "turn texts into vectors on a running server",
     "rerank": "order documents by a query on a running server",

@@ -54,7 +54,7 @@ class ServerState:
         return True, "ready"
 
     def requested(self) -> dict[str, str]:
-        model = self.settings.model
+        model = self.resolution.requested if self.resolution else self.settings.model
         asked_on = self.resolution.device if self.resolution and model.device == "auto" else model.device
         return {
             "model": model.name,

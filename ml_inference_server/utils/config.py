@@ -45,10 +45,12 @@ class ModelSettings(Section):
     name: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2",
         min_length=1,
-        description="Hugging Face name, or a local folder in sentence-transformers layout.",
+        description="Hugging Face name, a local folder in sentence-transformers layout, or an exported folder.",
     )
     backend: str = Field(
-        "pytorch", description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests)."
+        "pytorch",
+        description="pytorch, onnx, openvino, auto (the fastest here), or fake (no model: for tests). An exported "
+        "folder brings its own.",
     )
     task: Literal["auto", "embedding", "cross_encoder"] = Field(
         "auto",

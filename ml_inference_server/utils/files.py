@@ -1,9 +1,12 @@
 """Files that our programs write anew: whole or not at all, and never in the place of something that is no file."""
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_inference_server.utils.errors import ConfigError
@@ -65,3 +68,38 @@ def write_beside(path: Path, content: str | bytes) -> Path:
             Path(name).unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
     return Path(name)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to fill, which takes its place at the end, and is gone if that is not reached.
+
+    What stood at `path` is removed once the new one stands there.
+    """
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = draft.with_suffix(".old")
+    try:
+        yield draft
+        for each in [*draft.rglob("*"), draft]:
+            _to_disk(each)
+        draft.chmod(0o755)  # mkdtemp's own is for secrets
+        if path.exists():
+            path.rename(old)
+        try:
+            draft.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        _to_disk(path.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

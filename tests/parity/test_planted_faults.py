@@ -151,13 +151,13 @@ def test_without_a_fault_the_same_models_are_served(model: Path, chat: Path) -> 
 
 
 def test_a_lost_chat_template_is_found(chat: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(text_input, "_is_plain", lambda module: True)
+    monkeypatch.setattr(text_input, "_why_not_fast", lambda module, variants: "")
     monkeypatch.setattr(text_input, "_agree", lambda fast, exact, names, is_pairs: True)
     assert "tokens here and" in refused(chat, "pytorch")
 
 
 def test_a_chat_template_that_only_looks_plain_is_noticed_before(chat: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(text_input, "_is_plain", lambda module: True)
+    monkeypatch.setattr(text_input, "_why_not_fast", lambda module, variants: "")
     start(chat, "pytorch")
 
 

@@ -18,17 +18,19 @@ ALLOWED: dict[str, set[str]] = {
     "proto": set(),
     "": {"api"},
     "api": {"proto"},
-    # Upwards: base, files, text, model, compiled, then the engines (the files of `backends` itself), then startup.
+    # Upwards: base, files, text, model, exported, compiled, the engines (the files of `backends` itself), startup.
     "backends.base": {"utils"},
     "backends.files": {"utils"},
     "backends.text": {"backends.base", "backends.files", "utils"},
     "backends.model": {"backends.base", "backends.files", "backends.text", "utils"},
+    "backends.exported": {"backends.base", "backends.files", "backends.text", "backends.model", "utils"},
     "backends.compiled": {"backends.base", "backends.files", "backends.model", "utils"},
     "backends": {
         "backends.base",
         "backends.files",
         "backends.text",
         "backends.model",
+        "backends.exported",
         "backends.compiled",
         "utils",
     },
@@ -48,7 +50,15 @@ ALLOWED: dict[str, set[str]] = {
     "deploy": {"server"},
     "main": {"server", "utils"},
     "client": {"benchmark", "utils"},
-    "cli": {"backends.compiled.native", "benchmark", "client", "main", "proto", "utils"},
+    "cli": {
+        "backends.compiled.native",
+        "backends.startup.write_folder",
+        "benchmark",
+        "client",
+        "main",
+        "proto",
+        "utils",
+    },
     "__main__": {"cli"},
     "run_all_experiments": {"benchmark", "utils"},
 }

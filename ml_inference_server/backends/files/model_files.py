@@ -60,7 +60,7 @@ def find_model(name: str) -> ModelFiles:
     ModelError says what was tried and why each failed.
     """
     name = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}.get(name, name)
-    path = _local(name)
+    path = local_path(name)
     if path is not None:
         return _verified(path, "local folder")
     tried: list[str] = [f"local folder {name}: no such folder"]
@@ -82,7 +82,7 @@ def find_model(name: str) -> ModelFiles:
     raise ModelError(f"model {name} was not found. Tried, in order: " + "; ".join(tried))
 
 
-def _local(name: str) -> Path | None:
+def local_path(name: str) -> Path | None:
     """The path that `name` means, where it means one."""
     try:
         path = Path(name).expanduser()

@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Company, PaddedBatch, TextTokenizer
 from ml_inference_server.backends.files.model_files import ModelFiles, sha256_of
+from ml_inference_server.backends.files.model_kind import Task
 from ml_inference_server.utils.cache import cached
-from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 
 if TYPE_CHECKING:
     from ml_inference_server.backends.model.loading import LoadedModel
@@ -39,20 +41,35 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
+class GraphFacts:
+    """Read off an ONNX graph. needs_byte_products: its INT8 sums saturate on a CPU without them (VNNI and the like)."""
+
+    dtype: str
+    quantized_layers: int
+    needs_byte_products: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Exported:
-    """`output` is the name of the graph's rows, `weights` what `file` is; `key` identifies its content."""
+    """`output` is the name of the graph's rows, `weights` what `file` is; `key` identifies its content.
+
+    model: the name of the model that it was made from. precision: of `file`. facts: known of it without reading it.
+    """
 
     file: Path
     output: str
     weights: str
+    model: str
     files: ModelFiles
     tokenizer: TextTokenizer
-    task: str
+    task: Task
     similarity: str
     company: Company
     dimension: int
     parameters: int
-    key: dict[str, object]
+    key: dict[str, object] = field(default_factory=dict)
+    precision: Quantization = "none"
+    facts: GraphFacts | None = None
 
     def describe(self, file: Path) -> str:
         """For BackendInfo.weights_file: `file` is this graph, or was quantised from it."""
@@ -62,12 +79,17 @@ class Exported:
 def export(settings: ModelSettings) -> Exported:
     """The FP32 graph of `settings.name`: its own, or from the cache, or exported now. ModelError if there is none."""
     _need("onnx")
+    from ml_inference_server.backends.model.loading import load_model
+
+    return export_loaded(load_model(settings), settings)
+
+
+def export_loaded(loaded: "LoadedModel", settings: ModelSettings) -> Exported:
+    """As `export`, of a model that is loaded already."""
+    _need("onnx")
     import torch
     import transformers
 
-    from ml_inference_server.backends.model.loading import load_model
-
-    loaded = load_model(settings)
     key: dict[str, object] = {
         "graph_version": GRAPH_VERSION,
         "model": loaded.files.model_sha256,
@@ -83,6 +105,7 @@ def export(settings: ModelSettings) -> Exported:
             file,
             output,
             weights,
+            settings.name,
             loaded.files,
             loaded.tokenizer,
             loaded.task,
@@ -197,8 +220,7 @@ def _need(package: str) -> None:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"exporting to ONNX needs the package {error.name}: pip install -r requirements.txt, or use "
-            f"model.backend pytorch"
+            f"exporting to ONNX needs the package {error.name}: {pip_install('export')}, or use model.backend pytorch"
         ) from error
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
+from ml_inference_server.backends.base import Backend, Encoded, TextTokenizer, TokenBatch
 from ml_inference_server.backends.startup.reference import Reference
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
@@ -55,11 +55,14 @@ _LOGITS: dict[Quantization, _Limits] = {
 }
 
 
-def measure(backend: Backend, reference: Reference | None) -> Parity | None:
-    """The parity of a loaded backend; None without a reference. ModelError if it makes other tokens of a text."""
+def measure(backend: Backend, reference: Reference | None, tokenizer: TextTokenizer | None = None) -> Parity | None:
+    """The parity of a loaded backend; None without a reference. ModelError if it makes other tokens of a text.
+
+    tokenizer: one with the limit of the reference, where the backend's own has another.
+    """
     if reference is None:
         return None
-    encoded = _encoded(backend, reference)
+    encoded = _encoded(tokenizer or backend.tokenizer, reference)
     places = [i for i in range(len(encoded)) if not np.isnan(reference.rows[i]).any()]
     mixed = _run(backend, encoded, _batches(encoded, places))
     alone_places = _alone(encoded, places)
@@ -128,16 +131,16 @@ def _limits(settings: ModelSettings, task: str) -> _Limits:
     return (_LOGITS if task == "cross_encoder" else _EMBEDDINGS)[settings.precision]
 
 
-def _encoded(backend: Backend, reference: Reference) -> list[Encoded]:
-    """The probes as the backend's own tokenizer prepares them."""
+def _encoded(tokenizer: TextTokenizer, reference: Reference) -> list[Encoded]:
+    """The probes as the backend's tokenizer prepares them."""
     out: list[Encoded] = []
     for text, name in zip(reference.texts, reference.names, strict=True):
-        if name is not None and name not in backend.tokenizer.prompts:
+        if name is not None and name not in tokenizer.prompts:
             raise ModelError(f"the model has a prompt {name!r} that this backend does not know: refusing to drop it")
         if isinstance(text, tuple):
-            out += backend.tokenizer.encode_pairs([text])
+            out += tokenizer.encode_pairs([text])
         else:
-            out += backend.tokenizer.encode([text], name)
+            out += tokenizer.encode([text], name)
     if reference.tokens is not None:
         for text, one, ids in zip(reference.texts, out, reference.tokens, strict=True):
             if one.ids.tolist() != list(ids):

@@ -41,6 +41,7 @@ _LONGEST_TOKENS = 512
 _LONGEST_LIMIT = 32_768
 # A model of more weights is not loaded a second time: only a reference that is there already is used.
 _MOST_PARAMETERS = 1_000_000_000
+_ROWS, _PROBES = "rows.npy", "probes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,11 @@ class Reference:
     rows: NDArray[np.float32]
 
 
-def reference_for(settings: ModelSettings) -> Reference | None:
-    """From the cache, or made now; None, with a log line, where the model is too large to be loaded for it."""
+def reference_for(settings: ModelSettings, *, of_any_size: bool = False) -> Reference | None:
+    """From the cache, or made now; None, with a log line, where the model is too large to be loaded for it.
+
+    of_any_size: however large it is.
+    """
     if settings.backend == "fake":
         return _of_the_fake(settings)
     from ml_inference_server.backends.model.loading import locate
@@ -78,14 +82,14 @@ def reference_for(settings: ModelSettings) -> Reference | None:
 
     def make(folder: Path) -> None:
         log.info("computing what sentence-transformers answers in FP32 (once for this model)")
-        _write(folder, *_answers(settings, files, task))
+        write_reference(folder, _answers(settings, files, task))
 
-    is_small = _parameters(files) <= _MOST_PARAMETERS
+    is_small = of_any_size or _parameters(files) <= _MOST_PARAMETERS
     entry = cached("reference", key, make) if is_small else find("reference", key)
     if entry is None:
         log.warning("parity was not checked: the model has more than %d million weights", _MOST_PARAMETERS // 1_000_000)
         return None
-    return _read(entry)
+    return read_reference(entry)
 
 
 def _parameters(files: ModelFiles) -> int:
@@ -115,9 +119,7 @@ def probes(names: Sequence[str | None], limit: int) -> list[tuple[str, str | Non
     return found
 
 
-def _answers(
-    settings: ModelSettings, files: ModelFiles, task: Task
-) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
+def _answers(settings: ModelSettings, files: ModelFiles, task: Task) -> Reference:
     from ml_inference_server.backends.model.loading import plain_model
 
     model = plain_model(settings, files, task)
@@ -133,9 +135,7 @@ def _answers(
     return answers
 
 
-def _asked(
-    model: Any, asked: Sequence[tuple[Any, str | None]], task: Task, files: ModelFiles
-) -> tuple[list[Any], list[str | None], list[list[int]], NDArray[np.float32]]:
+def _asked(model: Any, asked: Sequence[tuple[Any, str | None]], task: Task, files: ModelFiles) -> Reference:
     import torch
 
     document = next((name for name in DOCUMENT_PROMPTS if name in model.prompts), None)
@@ -163,7 +163,7 @@ def _asked(
     blank = np.full(width, np.nan, np.float32)
     texts = [text for text, _ in asked]
     names = [name for _, name in asked]
-    return texts, names, tokens, np.stack([blank if row is None else row for row in rows])
+    return Reference(texts, names, tokens, np.stack([blank if row is None else row for row in rows]))
 
 
 def _check_sense(rows: Sequence[NDArray[np.float32]], task: Task, files: ModelFiles) -> None:
@@ -250,14 +250,13 @@ def _of_the_fake(settings: ModelSettings) -> Reference:
     return Reference(texts, [None] * len(texts), None, rows)
 
 
-def _write(
-    folder: Path, texts: list[Any], names: list[str | None], tokens: list[list[int]], rows: NDArray[np.float32]
-) -> None:
-    np.save(folder / "rows.npy", rows)
-    (folder / "probes.json").write_text(json.dumps({"texts": texts, "names": names, "tokens": tokens}))
+def write_reference(folder: Path, reference: Reference) -> None:
+    np.save(folder / _ROWS, reference.rows)
+    probes = {"texts": reference.texts, "names": reference.names, "tokens": reference.tokens}
+    (folder / _PROBES).write_text(json.dumps(probes))
 
 
-def _read(entry: Path) -> Reference:
-    kept = json.loads((entry / "probes.json").read_text())
+def read_reference(folder: Path) -> Reference:
+    kept = json.loads((folder / _PROBES).read_text())
     texts = [tuple(text) if isinstance(text, list) else text for text in kept["texts"]]
-    return Reference(texts, kept["names"], kept["tokens"], np.load(entry / "rows.npy"))
+    return Reference(texts, kept["names"], kept["tokens"], np.load(folder / _ROWS))

@@ -1,17 +1,21 @@
 """From settings to a backend that is fit to serve: choose, resolve, load, check the label, warm up, check parity."""
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ml_inference_server.backends import create_backend
 from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
-from ml_inference_server.backends.files.model_errors import start_errors
+from ml_inference_server.backends.exported.folder import open_folder
+from ml_inference_server.backends.files.model_errors import shown, start_errors
 from ml_inference_server.backends.startup import auto, parity
-from ml_inference_server.backends.startup.reference import reference_for
+from ml_inference_server.backends.startup.reference import read_reference, reference_for
 from ml_inference_server.backends.startup.resolve import Resolution, resolve
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.errors import ModelError
+from ml_inference_server.utils.installation import pip_install
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +52,18 @@ def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started
 
 
 def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
+    phase("looking for the model")
     auto_choice, chosen = "", model
-    if auto.is_auto(model):
-        choice = auto.choose(model, phase)
-        auto_choice, chosen = choice.sentence, choice.model
+    folder = open_folder(model.name)
+    if folder is not None:
+        model = folder.requested(model)
+        chosen = folder.concrete(model)
+    else:
+        if model.backend != "fake":
+            need_libraries(model)
+        if auto.is_auto(model):
+            choice = auto.choose(model, phase)
+            auto_choice, chosen = choice.sentence, choice.model
     phase("choosing a device")
     resolution = dataclasses.replace(resolve(chosen), requested=model)
     for sentence in resolution.fallbacks:
@@ -59,12 +71,13 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     for sentence in resolution.warnings:
         log.warning("%s", sentence)
     phase("looking for the FP32 reference")
-    reference = reference_for(resolution.model)
+    reference = reference_for(resolution.model) if folder is None else read_reference(folder.path)
     phase("loading the model")
     backend = load_resolved(resolution, lambda done, total: phase(f"warming up {done}/{total}"))
     phase("checking the parity to FP32")
     info = backend.info
-    measured = parity.measure(backend, reference)
+    is_cut_shorter = folder is not None and info.max_tokens < folder.manifest.text.max_tokens
+    measured = parity.measure(backend, reference, folder.tokenizer() if folder and is_cut_shorter else None)
     parity.check(measured, resolution.model, info.task)
     if model.process_per_stream:
         info = dataclasses.replace(info, concurrency=resolution.model.streams)
@@ -73,6 +86,17 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     return Started(
         resolution=resolution, backend=backend, info=info, tokenizer=backend.tokenizer, auto_choice=auto_choice
     )
+
+
+def need_libraries(model: ModelSettings) -> None:
+    """ModelError if what reads a model's own files is not installed."""
+    for package in ("torch", "transformers", "sentence_transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"model {shown(model.name)} is no exported folder, and any other model needs the package {package}: "
+                f"export it on a machine that has it (mlis export {shown(model.name)} FOLDER) and serve the folder, or "
+                f"{pip_install('torch')}"
+            )
 
 
 def load_resolved(resolution: Resolution, progress: Progress) -> Backend:

@@ -98,11 +98,16 @@ class LibraryTokenizer:
         prompts: Mapping[str, str],
         ways: Mapping[str | None, Way],
         truncation_side: str = "right",
+        reason: str = "",
     ) -> None:
-        """module: from `input_module`, with its limit set. ways: by prompt name; None is the default."""
+        """module: from `input_module`, with its limit set. ways: by prompt name; None is the default.
+
+        reason: why it takes this tokenizer and no faster one.
+        """
         self._module = module
         self._ways = ways
         self._side = truncation_side
+        self.reason = reason
         self._lock = threading.Lock()  # the library keeps the settings of the last call in the tokenizer
         self.max_tokens = max(way.max_tokens for way in ways.values())
         self.pad_id = pad_id

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # square of it; a bag of tokens does not.
 NO_LIMIT_TOLD_TOKENS = 4096
 BAG_TOKENS = 1 << 20
+_DISAGREES = "its tokenizer gives other tokens under sentence-transformers than by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +56,22 @@ def prepare(model: Any, max_tokens: int | None, files: ModelFiles) -> Prepared:
     ways, variants = _ways(module, asked, is_pairs, _leaves_prompts_out(model))
     hf_tokenizer = module.tokenizer if isinstance(module, Transformer) else None
     pad_id = _pad_id(first, hf_tokenizer)
+    takes_segments = "token_type_ids" in getattr(hf_tokenizer, "model_input_names", ())
+    reason = _why_not_fast(module, variants)
+    fast = None if reason else _fast(hf_tokenizer, limit, pad_id, prompts, takes_segments)
     exact = LibraryTokenizer(
         module,
         pad_id=pad_id,
         prompts=prompts,
         ways=ways,
         truncation_side=str(getattr(hf_tokenizer, "truncation_side", "right")),
+        reason=reason or ("its tokenizer has no tokenizer.json form" if fast is None else _DISAGREES),
     )
-    takes_segments = "token_type_ids" in getattr(hf_tokenizer, "model_input_names", ())
     tokenizer: TextTokenizer = exact
-    if len(variants) == 1 and isinstance(module, Transformer) and _is_plain(module):
-        fast = _fast(hf_tokenizer, limit, pad_id, prompts, takes_segments)
-        if fast is not None and _agree(fast, exact, ways, is_pairs):
-            tokenizer = fast
-    if tokenizer is exact:
-        log.info("texts are tokenised by sentence-transformers' own code, which is slower than the server's")
+    if fast is not None and _agree(fast, exact, ways, is_pairs):
+        tokenizer = fast
+    else:
+        log.info("texts are tokenised by sentence-transformers' own code, which is slower: %s", exact.reason)
     probes = tuple(
         tuple(_encode(exact, next(name for name, way in ways.items() if way.variant == number), is_pairs))
         for number in range(len(variants))
@@ -157,14 +159,18 @@ def _pad_id(first: torch.nn.Module, tokenizer: Any) -> int:
     return int(told) if isinstance(told, int) and told >= 0 else 0
 
 
-def _is_plain(module: Transformer) -> bool:
-    """Whether nothing stands between a text and the tokenizer but a prompt."""
+def _why_not_fast(module: Any, variants: Sequence[Variant]) -> str:
+    """What stands between a text and its tokens besides a prompt and the tokenizer; "" if nothing does."""
+    if not isinstance(module, Transformer):
+        return f"it begins with a {type(module).__name__}"
+    if len(variants) > 1:
+        return "its pooling leaves prompts out"
+    if "message" in module.modality_config:
+        return "it has a chat template"
     settings = ("query_length", "document_length", "query_expansion", "processing_kwargs")
-    return (
-        module.processor is module.tokenizer
-        and "message" not in module.modality_config
-        and not any(getattr(module, name, None) for name in settings)
-    )
+    if module.processor is not module.tokenizer or any(getattr(module, name, None) for name in settings):
+        return "its configuration changes how texts are tokenised"
+    return ""
 
 
 def _fast(

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -55,12 +55,22 @@ class FastTokenizer:
         self.pad_id = pad_id
         self.prompts = prompts
         self.most_characters = max_tokens * _CHARACTERS_PER_TOKEN
+        self.takes_segments = takes_segments
         self._keeps_start = side == "right"
         self._words = WordCache(tokenizer) if WordCache.fits(tokenizer) else None
         self._text = Template(tokenizer, 1, has_segments=takes_segments)
         self._pair = Template(tokenizer, 2, has_segments=takes_segments)
         self._room, self._pair_room = self._text.room(max_tokens), self._pair.room(max_tokens)
         self.needs_prompt_name = False
+
+    @property
+    def side(self) -> Literal["left", "right"]:
+        """Where texts are cut."""
+        return "right" if self._keeps_start else "left"
+
+    def to_json(self) -> str:
+        """The library's tokenizer, as its own files have it; the limit and the prompts are not in it."""
+        return str(self._tokenizer.to_str())
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         """One Encoded for each text, cut at max_tokens. Prompt "" is the default; KeyError for an unknown one."""

@@ -75,7 +75,7 @@ async def _reference(
         return ours, {"title": "this server itself, which is FP32", "weights_sha256": ran["weights_sha256"]}
     progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
     settings = {
-        "model.name": other or info["requested"]["model"],
+        "model.name": other or ran["model"],
         "model.task": ran["task"],
         "model.backend": "pytorch",
         "model.device": "cpu",
