@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from ml_inference_server.cli import remote
-from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.files import replace_file, replaceable
 
@@ -46,9 +45,7 @@ def _vectors(arguments: argparse.Namespace) -> Iterator[np.ndarray]:
     chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))
     if not chunk:
         raise ConfigError("there is no text: give some as arguments, or as lines on standard input")
-    with remote.connected(arguments.target) as stub:
+    with remote.connected(arguments) as client:
         while chunk:
-            request = pb.EmbedRequest(texts=chunk, prompt_name=arguments.prompt_name)
-            reply = stub.Embed(request, timeout=arguments.timeout_s)
-            yield np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension)
+            yield client.embed(chunk, prompt_name=arguments.prompt_name)
             chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))

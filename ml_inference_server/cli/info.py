@@ -6,7 +6,6 @@ import json
 from google.protobuf.json_format import MessageToDict
 
 from ml_inference_server.cli import remote
-from ml_inference_server.proto import inference_pb2 as pb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with remote.connected(arguments.target) as stub:
-        info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=arguments.timeout_s)
-    answer = MessageToDict(info, preserving_proto_field_name=True)
+    with remote.connected(arguments) as client:
+        info = client.info()
+    answer = MessageToDict(info.message, preserving_proto_field_name=True)
     answer["settings"] = json.loads(answer.pop("settings_json", "{}"))
     print(json.dumps(answer, indent=2, ensure_ascii=False))
     return 0

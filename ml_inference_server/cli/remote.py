@@ -4,13 +4,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-import grpc
-
-from ml_inference_server.proto import inference_pb2_grpc
+from ml_inference_server.api import Client, ServerError, UnavailableError
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
-
-# The server's own limit is lower; this is the largest that its settings allow.
-_OPTIONS = (("grpc.max_receive_message_length", 1 << 30), ("grpc.max_send_message_length", 1 << 30))
 
 
 class RequestFailed(StartError):
@@ -36,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def connected(target: str) -> Iterator[inference_pb2_grpc.InferenceServiceStub]:
-    """The stub of the server at `target`; RequestFailed instead of gRPC's own errors."""
-    with grpc.insecure_channel(target, options=_OPTIONS) as channel:
+def connected(arguments: argparse.Namespace) -> Iterator[Client]:
+    """A client of the server that the arguments name; RequestFailed instead of its errors."""
+    target = arguments.target
+    with Client(target, timeout_s=arguments.timeout_s) as client:
         try:
-            yield inference_pb2_grpc.InferenceServiceStub(channel)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-                raise RequestFailed(
-                    f"no server answers at {target}: start one with 'mlis serve', or name its address with --target"
-                ) from None
-            raise RequestFailed(f"{target} refused: {error.code().name}: {error.details()}") from None
+            yield client
+        except UnavailableError as error:
+            if error.reason:
+                raise RequestFailed(f"{target}: {error}") from None
+            raise RequestFailed(
+                f"no server answers at {target}: start one with 'mlis serve', or name its address with --target"
+            ) from None
+        except ServerError as error:
+            raise RequestFailed(f"{target} refused: {error}") from None

@@ -5,7 +5,6 @@ import json
 import sys
 
 from ml_inference_server.cli import remote
-from ml_inference_server.proto import inference_pb2 as pb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     documents = arguments.documents or [line.rstrip("\r\n") for line in sys.stdin]
-    request = pb.RerankRequest(query=arguments.query, documents=documents, top_k=arguments.top_k)
-    with remote.connected(arguments.target) as stub:
-        reply = stub.Rerank(request, timeout=arguments.timeout_s)
-    for rank in reply.ranks:
+    with remote.connected(arguments) as client:
+        ranks = client.rerank(arguments.query, documents, top_k=arguments.top_k)
+    for rank in ranks:
         found = {"index": rank.index, "score": rank.score, "document": documents[rank.index]}
         print(json.dumps(found, ensure_ascii=False))
     return 0

@@ -84,7 +84,7 @@ def test_a_refusal_is_one_line(target: list[str], capsys: pytest.CaptureFixture[
         assert told.out == ""
         (line,) = told.err.splitlines()
         assert line.startswith("error: ")
-        assert "INVALID_ARGUMENT" in line
+        assert "EMPTY_TEXT" in line
 
 
 @pytest.mark.parametrize("command", [["embed", "x"], ["rerank", "x", "y"], ["info"]])

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "benchmark",
         "client",
         "main",
-        "proto",
+        "api",
         "utils",
     },
     "__main__": {"cli"},
