@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ml_inference_server import __version__
+from ml_inference_server.utils.errors import EXIT_OK
 from ml_inference_server.utils.process import end_process, run_to_exit_code
 
 COMMANDS = {
@@ -64,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         arguments = build_parser(given[:1]).parse_args(given)
         arguments.command_line = ["mlis", *given]
-        return int(arguments.run(arguments))
+        try:
+            return int(arguments.run(arguments))
+        except BrokenPipeError:  # whoever reads the output has seen enough
+            return EXIT_OK
 
     return run_to_exit_code(run)
 

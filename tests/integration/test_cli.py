@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,18 @@ def test_embed_reads_lines_and_writes_an_array(
     assert capsys.readouterr().out == ""
     assert cli.main(["embed", *texts, *target]) == 0
     assert np.array_equal(np.load(tmp_path / "x.npy"), vectors_of(capsys.readouterr().out))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(target: list[str]) -> None:
+    """More vectors than a pipe holds, of which only the first line is read."""
+    command = [sys.executable, "-m", "ml_inference_server", "embed", *map(str, range(500)), *target]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert len(json.loads(process.stdout.readline())) > 1
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_an_array_that_is_there_survives_a_failure(
@@ -198,7 +211,11 @@ def test_bash_completes_commands_and_flags(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_shells_get_every_command(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each shell checks the syntax itself, where it is installed."""
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert [command for command in cli.COMMANDS if command not in script] == []
+    if program := shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=20)
