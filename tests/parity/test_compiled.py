@@ -216,3 +216,19 @@ def test_without_a_compiler_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) 
 def test_what_cannot_be_compiled_is_refused(keys: dict[str, object]) -> None:
     with pytest.raises(ModelError, match=r"model\.compile"):
         resolve(asks(**keys))
+
+
+@pytest.mark.parametrize("positions", [packed.Positions(), packed.Positions(2, 1), packed.Positions(1, 0)])
+def test_positions_are_counted_within_each_text(positions: packed.Positions) -> None:
+    """Padding ids that a text holds literally share one position; what comes behind them goes on where they began."""
+    texts = [[5, 1, 6, 0, 7], [1], [0, 0, 8], [9]]
+    starts = np.array([0, 5, 6, 9, 10])
+    got = positions.of(np.array([i for ids in texts for i in ids]), starts)
+    expected: list[int] = []
+    for ids in texts:
+        counted = 0
+        for number in ids:
+            is_skipped = number == positions.skipped
+            counted += not is_skipped
+            expected.append(positions.first - 1 + (0 if is_skipped else counted))
+    assert got.tolist() == expected

@@ -1,0 +1,74 @@
+"""Batches as they travel from the tokenizer to the engines: ragged, and padded only where an engine asks for it."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ml_inference_server.backends.base import Company, Encoded, TokenBatch, run_in_company
+
+
+def text(*ids: int, types: list[int] | None = None, variant: int = 0) -> Encoded:
+    return Encoded(np.array(ids, np.int32), None if types is None else np.array(types, np.int32), variant=variant)
+
+
+def test_texts_stand_one_behind_the_other() -> None:
+    batch = TokenBatch.of([text(5, 6, 7), text(8), text(9, 9)])
+    assert (batch.ids.tolist(), batch.starts.tolist()) == ([5, 6, 7, 8, 9, 9], [0, 3, 4, 6])
+    assert (len(batch), batch.lengths.tolist(), batch.tokens, batch.padded_tokens) == (3, [3, 1, 2], 6, 9)
+    assert batch.type_ids is None
+    assert batch.variants is None
+
+
+def test_segments_of_some_texts_are_zero_for_the_others() -> None:
+    batch = TokenBatch.of([text(5, 6), text(8, 9, 7, types=[0, 1, 1])])
+    assert batch.type_ids is not None
+    assert batch.type_ids.tolist() == [0, 0, 0, 1, 1]
+    padded = batch.padded(0)
+    assert padded.token_type_ids is not None
+    assert padded.token_type_ids.tolist() == [[0, 0, 0], [0, 1, 1]]
+
+
+def test_padding_is_told_from_a_token_that_has_its_id() -> None:
+    padded = TokenBatch.of([text(1, 0, 1), text(0)]).padded(1)
+    assert padded.input_ids.tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert padded.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert padded.token_type_ids is None
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_some_of_the_texts_are_the_batch_of_these(rows: list[list[int]]) -> None:
+    texts = [text(*ids, types=ids[::-1], variant=len(ids) % 3) for ids in rows]
+    places = list(range(len(rows)))[::-1][: 1 + len(rows) // 2]
+    got, expected = TokenBatch.of(texts).texts(places), TokenBatch.of([texts[i] for i in places])
+    assert (got.ids.tolist(), got.starts.tolist()) == (expected.ids.tolist(), expected.starts.tolist())
+    assert got.type_ids is not None
+    assert expected.type_ids is not None
+    assert got.type_ids.tolist() == expected.type_ids.tolist()
+    variants = [texts[i].variant for i in places]
+    assert (got.variants.tolist() if got.variants is not None else [0] * len(places)) == variants
+
+
+@pytest.mark.parametrize(
+    ("company", "groups"),
+    [
+        (Company.ANY, [[[1, 2], [5, 6], [7, 8]], [[3], [4]]]),
+        (Company.EQUAL_LENGTHS, [[[1, 2], [5, 6], [7, 8]], [[3], [4]]]),
+        (Company.NONE, [[[1, 2]], [[3]], [[4]], [[5, 6]], [[7, 8]]]),
+    ],
+)
+def test_texts_run_in_the_company_that_they_bear_and_come_back_in_order(
+    company: Company, groups: list[list[list[int]]]
+) -> None:
+    """The texts of one token take another way through the model than those of two."""
+    ran: list[list[list[int]]] = []
+
+    def run(batch: TokenBatch) -> np.ndarray:
+        parts = [part.tolist() for part in np.split(batch.ids, batch.starts[1:-1])]
+        ran.append(parts)
+        return np.array([[sum(part)] for part in parts], np.float32)
+
+    rows = [(1, 2), (3,), (4,), (5, 6), (7, 8)]
+    batch = TokenBatch.of([text(*ids, variant=len(ids) % 2) for ids in rows])
+    assert run_in_company(batch, company, run)[:, 0].tolist() == [sum(ids) for ids in rows]
+    assert ran == groups
