@@ -18,9 +18,9 @@ from ml_inference_server.api.operations import (
     Attempts,
     CallDetails,
     CutTexts,
-    Limits,
     Operation,
     Rank,
+    RequestLimits,
     ServerInfo,
     embed_operation,
     rerank_operation,
@@ -51,7 +51,7 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
         self._stub = rpc.InferenceServiceStub(self._channel)
         self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
-        self._limits = Limits()
+        self._limits = RequestLimits()
         self._cut = CutTexts()
 
     async def embed(
@@ -111,7 +111,7 @@ class AsyncClient:
     ) -> AsyncIterator[StreamAnswer]:
         """As `Client.stream`; `items` may be asynchronous, and must be where waiting for the next one takes time."""
         state = StreamState(prompt_name, truncate, self._max_attempts)
-        feeder = _Feeder(items, state, max_in_flight)
+        feeder = _AsyncFeeder(items, state, max_in_flight)
         feeding = asyncio.create_task(feeder.feed())
         try:
             while not await feeder.is_done():
@@ -165,7 +165,7 @@ class AsyncClient:
         except ServerError as error:
             if not error.is_about_size:
                 raise
-            self._limits = Limits.of(await self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
+            self._limits = RequestLimits.of(await self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
             smaller = operation.parts(self._limits)
             if smaller == parts:
                 raise
@@ -214,7 +214,7 @@ class AsyncClient:
                 return reply, str(trailers.get("request-id", ""))
 
 
-class _Feeder:
+class _AsyncFeeder:
     """Reads the items, and hands out messages to whichever stream is open."""
 
     def __init__(self, items: Iterable[Any] | AsyncIterable[Any], state: StreamState, max_in_flight: int) -> None:

@@ -17,9 +17,9 @@ from ml_inference_server.api.operations import (
     Attempts,
     CallDetails,
     CutTexts,
-    Limits,
     Operation,
     Rank,
+    RequestLimits,
     ServerInfo,
     embed_operation,
     rerank_operation,
@@ -57,7 +57,7 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
         self._stub = rpc.InferenceServiceStub(self._channel)
         self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
-        self._limits = Limits()
+        self._limits = RequestLimits()
         self._cut = CutTexts()
 
     def embed(
@@ -175,7 +175,7 @@ class Client:
         except ServerError as error:
             if not error.is_about_size:
                 raise
-            self._limits = Limits.of(self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
+            self._limits = RequestLimits.of(self.info(timeout_s=max(0.0, ends_at - time.monotonic())))
             smaller = operation.parts(self._limits)
             if smaller == parts:
                 raise

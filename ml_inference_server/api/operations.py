@@ -88,7 +88,7 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """Of one request: items, bytes either way, and bytes of the answer for one text (0: not known yet).
 
     The defaults are those of a server that nobody configured; a refusal makes the client ask.
@@ -99,7 +99,7 @@ class Limits:
     row_bytes: int = 0
 
     @classmethod
-    def of(cls, info: ServerInfo) -> "Limits":
+    def of(cls, info: ServerInfo) -> "RequestLimits":
         return cls(info.max_texts, info.max_message_bytes, 4 * info.dimension)
 
 
@@ -152,9 +152,9 @@ class Operation(Generic[Result]):
     sizes: Sequence[int]
     request: Callable[[Sequence[Any]], Any]
     join: Callable[[Sequence[Any], Sequence[range]], Result]
-    row_bytes: Callable[[Limits], int]
+    row_bytes: Callable[[RequestLimits], int]
 
-    def parts(self, limits: Limits) -> list[range]:
+    def parts(self, limits: RequestLimits) -> list[range]:
         """Ranges of items, each within the limits where its items are."""
         rows = self.row_bytes(limits)
         room = limits.message_bytes - _REST_BYTES

@@ -8,7 +8,7 @@ from ml_inference_server.api import Client, ServerError, UnavailableError
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 
 
-class RequestFailed(StartError):
+class NotAnswered(StartError):
     """The server refused the request, or there is none."""
 
     exit_code = EXIT_FAILED_RUN
@@ -32,16 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def connected(arguments: argparse.Namespace) -> Iterator[Client]:
-    """A client of the server that the arguments name; RequestFailed instead of its errors."""
+    """A client of the server that the arguments name; NotAnswered instead of its errors."""
     target = arguments.target
     with Client(target, timeout_s=arguments.timeout_s) as client:
         try:
             yield client
         except UnavailableError as error:
             if error.reason:
-                raise RequestFailed(f"{target}: {error}") from None
-            raise RequestFailed(
+                raise NotAnswered(f"{target}: {error}") from None
+            raise NotAnswered(
                 f"no server answers at {target}: start one with 'mlis serve', or name its address with --target"
             ) from None
         except ServerError as error:
-            raise RequestFailed(f"{target} refused: {error}") from None
+            raise NotAnswered(f"{target} refused: {error}") from None

@@ -45,7 +45,7 @@ MODES = ("random", "grouped", "direct")
 
 
 @dataclass
-class Row:
+class EngineRow:
     """One combination. `rates`: passages per second, one value for each repeat."""
 
     name: str
@@ -130,7 +130,7 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
             connection.send(seconds(moved, direct if command == "direct" else backend.infer))
 
 
-def combinations(model: ModelSettings) -> list[tuple[Row, ModelSettings]]:
+def combinations(model: ModelSettings) -> list[tuple[EngineRow, ModelSettings]]:
     """Every backend and precision that this machine can run on the cpu or its best device."""
     out = []
     kinds = [(backend, compiled) for backend in BACKENDS for compiled in (False, True) if backend != "fake"]
@@ -142,7 +142,7 @@ def combinations(model: ModelSettings) -> list[tuple[Row, ModelSettings]]:
             continue
         if not resolution.warnings:  # a precision that this machine only emulates would take hours
             name = f"{backend} {PRECISION_NAMES[DTYPES[resolution.quantization]]}" + " compiled" * compiled
-            out.append((Row(name), resolution.model))
+            out.append((EngineRow(name), resolution.model))
     return out
 
 
@@ -165,7 +165,7 @@ def ranking(
 
 def compare(
     model: ModelSettings, pairs_file: Path, qrels_file: Path, *, repeats: int, timed: int, speed_only: bool = False
-) -> list[Row]:
+) -> list[EngineRow]:
     """Measure every combination; a combination that cannot start has its error in its row."""
     texts: dict[str, str] = {}
     pairs = []
@@ -181,8 +181,8 @@ def compare(
     qrels = read_qrels(qrels_file)
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
-    running: list[tuple[Row, Connection]] = []
-    rows: list[Row] = []
+    running: list[tuple[EngineRow, Connection]] = []
+    rows: list[EngineRow] = []
     try:
         for row, settings in tqdm(combinations(model), desc="loading", disable=None):
             here, there = context.Pipe()
@@ -220,7 +220,7 @@ def compare(
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[EngineRow]) -> str:
     """The table; speeds as median with the spread of the repeats."""
     lines = [
         "| backend | random, passages/s | grouped, passages/s | to FP32 PyTorch, grouped | backend / bare engine |"

@@ -7,7 +7,7 @@ import pytest
 
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.studies import scaling
-from ml_inference_server.benchmark.studies.scaling import Point, Sweep, report, texts_of
+from ml_inference_server.benchmark.studies.scaling import Sweep, SweepPoint, report, texts_of
 
 
 def test_all_sweeps_are_measured_and_plotted(
@@ -41,7 +41,7 @@ def test_texts_are_cut_to_about_the_length_that_was_asked() -> None:
 
 def test_the_report_tells_how_far_answers_in_time_fall_beyond_the_capacity() -> None:
     def sweep(*rates: tuple[float, float], **failed: int) -> Sweep:
-        return Sweep("a", "b", [Point(x, [rate], [2.0], [4.0], [x], Counter(failed)) for x, rate in rates])
+        return Sweep("a", "b", [SweepPoint(x, [rate], [2.0], [4.0], [x], Counter(failed)) for x, rate in rates])
 
     flat = sweep((1, 100.0), (2, 100.0))
     beyond = sweep((0.5, 50.0), (1.0, 100.0), (2.0, 80.0), DEADLINE_EXCEEDED=2, RESOURCE_EXHAUSTED=7, unfinished=0)

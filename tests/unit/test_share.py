@@ -5,7 +5,7 @@ import pytest
 from ml_inference_server.benchmark.studies import speed
 from ml_inference_server.engine_bench import ceiling, compare
 from ml_inference_server.engine_bench.ceiling import Ceiling
-from ml_inference_server.engine_bench.compare import Row
+from ml_inference_server.engine_bench.compare import EngineRow
 from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible, of_limit
 
 
@@ -25,7 +25,7 @@ def test_a_ceiling_above_the_roofline(texts_per_s: float, said: str) -> None:
 
 @pytest.mark.parametrize(("rate", "marked"), [(90.0, False), (120.0, True)])
 def test_a_backend_above_its_bare_engine(rate: float, marked: bool) -> None:
-    row = Row("pytorch fp32", rates={"random": [50.0], "grouped": [rate], "direct": [100.0]})
+    row = EngineRow("pytorch fp32", rates={"random": [50.0], "grouped": [rate], "direct": [100.0]})
     text = compare.markdown([row])
     assert f"| {cell(rate / 100)} |" in text
     assert (NOTE in text) is (MARK in text) is marked

@@ -22,7 +22,7 @@ from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 from ml_inference_server.utils.installation import results_folder
 
 
-class Server(BaseModel):
+class PeerServer(BaseModel):
     """texts_per_s: of each round, by workload."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +42,7 @@ class Peers(BaseModel):
     machine: str
     load: str
     baseline: str
-    servers: Sequence[Server]
+    servers: Sequence[PeerServer]
 
 
 def bars(peers: Peers) -> dict[str, list[Bar]]:

@@ -49,7 +49,7 @@ _TOKENS_A_WORD = 1.3  # of English in WordPiece, about; the true count comes fro
 
 
 @dataclass
-class Point:
+class SweepPoint:
     """One place of a sweep and what its repeats gave. x: what the sweep varies; for lengths, measured afterwards."""
 
     x: float
@@ -65,7 +65,7 @@ class Point:
 class Sweep:
     title: str
     x_label: str
-    points: list[Point]
+    points: list[SweepPoint]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -73,7 +73,7 @@ class Sweep:
         return max(statistics.median(point.texts_per_s) for point in self.points)
 
 
-class Bench:
+class ScalingBench:
     """A running server and the texts for it."""
 
     def __init__(self, target: Target, sidecar: Sidecar, url: str, dataset: Dataset, seconds: float) -> None:
@@ -81,12 +81,12 @@ class Bench:
         self.queries, self.passages = dataset.workload("queries", 0), dataset.workload("passages", 0)
         self.rss_bytes: list[int] = []
 
-    async def closed(self, point: Point, workload: Workload, per_call: int, in_flight: int) -> None:
+    async def closed(self, point: SweepPoint, workload: Workload, per_call: int, in_flight: int) -> None:
         await self._measure(
             point, Share(workload, per_call, _TIMEOUT_S, False, concurrency=in_flight, duration_s=self._seconds)
         )
 
-    async def offered(self, point: Point, calls_per_s: float, repeat: int) -> None:
+    async def offered(self, point: SweepPoint, calls_per_s: float, repeat: int) -> None:
         due_s = arrivals_s("poisson", calls_per_s, duration_s=2 * self._seconds, seed=0, repeat=repeat).tolist()
         await self._measure(point, Share(self.passages, _OFFERED_PER_CALL, _PATIENCE_S, False, due_s=due_s))
 
@@ -94,7 +94,7 @@ class Bench:
         share = Share(self.passages, 4, _TIMEOUT_S, False, concurrency=16, duration_s=_WARMUP_S)
         await Driver(self._target, share, lambda _: None).run(time.perf_counter())
 
-    async def _measure(self, point: Point, share: Share) -> None:
+    async def _measure(self, point: SweepPoint, share: Share) -> None:
         before = await self._sidecar.counters()
         driver = Driver(self._target, share, lambda _: None)
         await driver.run(time.perf_counter())
@@ -127,13 +127,13 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     given = [part for override in args.overrides for part in ("--set", override)]
     settings = load_settings(args.experiment, overrides=args.overrides)
     dataset = await load_dataset(args.dataset)
-    in_flight = Sweep("Queries, one per call", "requests in flight", [Point(x) for x in _IN_FLIGHT])
-    per_call = Sweep(f"Passages, {_TEXTS_IN_FLIGHT} in flight", "texts per call", [Point(x) for x in _PER_CALL])
-    lengths = Sweep("Texts of one length, 32 in flight", "tokens per text", [Point(x) for x in _TOKENS])
+    in_flight = Sweep("Queries, one per call", "requests in flight", [SweepPoint(x) for x in _IN_FLIGHT])
+    per_call = Sweep(f"Passages, {_TEXTS_IN_FLIGHT} in flight", "texts per call", [SweepPoint(x) for x in _PER_CALL])
+    lengths = Sweep("Texts of one length, 32 in flight", "tokens per text", [SweepPoint(x) for x in _TOKENS])
     offered = Sweep(
         f"Passages, {_OFFERED_PER_CALL} per call, Poisson, callers wait {_PATIENCE_S:g} s",
         "offered load, in multiples of the capacity",
-        [Point(x) for x in _LOADS],
+        [SweepPoint(x) for x in _LOADS],
     )
     sweeps = [in_flight, per_call, lengths, offered]
     steps = tqdm(total=args.repeats * (1 + sum(len(s.points) for s in sweeps)), desc="scaling", disable=None)
@@ -147,7 +147,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
             async with Target(LOOPBACK, ports["grpc_port"]) as target, Sidecar(LOOPBACK, ports["http_port"]) as sidecar:
                 info = await target.server_info()
                 url = f"http://{LOOPBACK}:{ports['http_port']}/metrics"
-                bench = Bench(target, sidecar, url, dataset, args.seconds)
+                bench = ScalingBench(target, sidecar, url, dataset, args.seconds)
                 for repeat in range(args.repeats):
                     await stop.race(bench.warm_up())
                     for point in in_flight.points:
@@ -160,7 +160,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
                     for point in lengths.points:
                         await stop.race(bench.closed(point, texts_of(bench.passages, int(point.x)), 1, 32))
                         steps.update()
-                    capacity = Point(0)
+                    capacity = SweepPoint(0)
                     await stop.race(bench.closed(capacity, bench.passages, _OFFERED_PER_CALL, 32))
                     steps.update()
                     for point in offered.points:

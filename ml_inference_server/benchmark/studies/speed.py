@@ -70,7 +70,7 @@ class Load:
         return f"{self.kind}, {self.batch_size} per call, {self.concurrency} in flight"
 
 
-class Bench:
+class SpeedBench:
     """A running server and the texts for it."""
 
     def __init__(self, target: Target, ports: dict[str, int], dataset: Dataset, seconds: float) -> None:
@@ -160,7 +160,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
             ports = await stop.race(server.start())
             async with Target(LOOPBACK, ports["grpc_port"]) as target:
                 info = await target.server_info()
-                bench = Bench(target, ports, dataset, args.seconds)
+                bench = SpeedBench(target, ports, dataset, args.seconds)
                 for _ in range(args.repeats):
                     for load in loads:
                         await stop.race(bench.closed(load))
