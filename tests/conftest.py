@@ -19,10 +19,10 @@ from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2_grpc as rpc
-from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.lifecycle import attach
-from ml_inference_server.server.servicers.native import NativeServicer
-from ml_inference_server.server.servicers.shell import Shell
+from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
+from ml_inference_server.server.rpc.method_handlers import Shell
+from ml_inference_server.server.rpc.native import NativeServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from ml_inference_server.server.grpc_server import GrpcServer
+from ml_inference_server.server.rpc.grpc_server import GrpcServer
 from ml_inference_server.server.state import MAX_FAILURES_IN_A_ROW, ServerState
 from ml_inference_server.utils.errors import ServiceError
 

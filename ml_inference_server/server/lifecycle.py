@@ -21,13 +21,13 @@ from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
-from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.health import watch_health, watch_parent
 from ml_inference_server.server.process_worker import ProcessWorker
+from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
+from ml_inference_server.server.rpc.method_handlers import Shell
+from ml_inference_server.server.rpc.native import NativeServicer
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
-from ml_inference_server.server.servicers.native import NativeServicer
-from ml_inference_server.server.servicers.shell import Shell
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings

@@ -13,10 +13,10 @@ from ml_inference_server.backends.startup.start import Started, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
-from ml_inference_server.server.grpc_server import start_grpc
 from ml_inference_server.server.lifecycle import attach
-from ml_inference_server.server.servicers.native import NativeServicer
-from ml_inference_server.server.servicers.shell import Shell
+from ml_inference_server.server.rpc.grpc_server import start_grpc
+from ml_inference_server.server.rpc.method_handlers import Shell
+from ml_inference_server.server.rpc.native import NativeServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings

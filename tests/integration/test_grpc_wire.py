@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.server.grpc_server import server_options
-from ml_inference_server.server.servicers.native import SERVICE
+from ml_inference_server.server.rpc.grpc_server import server_options
+from ml_inference_server.server.rpc.native import SERVICE
 from ml_inference_server.utils.config import ServerSettings
 from tests.conftest import FakeServer, fake_server, raw, refusal, until
 

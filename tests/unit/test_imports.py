@@ -233,7 +233,7 @@ def test_a_foreign_data_file_is_noticed() -> None:
         ("backends/x.py", "def f():\n    import ml_inference_server.metrics.registry", "metrics.registry"),
         ("backends/x.py", "from ..server.batching import Batch", "ml_inference_server.server.batching:Batch"),
         ("backends/__init__.py", "from .. import metrics", "ml_inference_server.metrics"),
-        ("server/servicers/x.py", "from ml_inference_server.backends import pytorch", "backends.pytorch"),
+        ("server/rpc/x.py", "from ml_inference_server.backends import pytorch", "backends.pytorch"),
         ("server/x.py", "from ml_inference_server.backends import BACKENDS", "backends:BACKENDS"),
         ("server/x.py", "from ml_inference_server.backends.files.model_files import f", "backends.files.model_files:f"),
         ("backends/text/x.py", "from ml_inference_server.backends.model import loading", "backends.model.loading"),
@@ -259,7 +259,7 @@ def test_a_wrong_import_is_noticed(path: str, source: str, blamed: str) -> None:
     [
         ("server/x.py", "from ml_inference_server.backends.startup.start import start_backend"),
         ("server/x.py", "from ml_inference_server import __version__\nfrom . import batching"),
-        ("server/servicers/x.py", "from ..batching import Batch\nfrom ...metrics import registry"),
+        ("server/rpc/x.py", "from ..batching import Batch\nfrom ...metrics import registry"),
         ("backends/pytorch.py", "import torch\nfrom .base import Backend"),
         ("benchmark/x.py", "def f():\n    from datasets import load_dataset"),
     ],

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from ml_inference_server.server import status
+from ml_inference_server.server.rpc import status
 from ml_inference_server.utils import errors
 
 

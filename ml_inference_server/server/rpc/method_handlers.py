@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError, Message
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.table import STAGES
 from ml_inference_server.metrics.tracing import CURRENT, RequestTrace, trace_id
+from ml_inference_server.server.rpc.status import grpc_code, status_text, trailing_metadata
 from ml_inference_server.server.service import Timing
-from ml_inference_server.server.status import grpc_code, status_text, trailing_metadata
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 from ml_inference_server.utils.logging import log_event
 

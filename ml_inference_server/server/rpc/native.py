@@ -11,10 +11,10 @@ from google.protobuf.message import Message
 
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.server.rpc.method_handlers import Call, Reply, Shell
+from ml_inference_server.server.rpc.status import grpc_code
 from ml_inference_server.server.service import Timing
-from ml_inference_server.server.servicers.shell import Call, Reply, Shell
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.server.status import grpc_code
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError, Unavailable
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name

@@ -14,8 +14,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from ml_inference_server.server.servicers.library import health_handlers, reflection_handlers
-from ml_inference_server.server.servicers.native import SERVICE, NativeServicer
+from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
+from ml_inference_server.server.rpc.native import SERVICE, NativeServicer
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import ConfigError, PortInUse
 
