@@ -2,13 +2,14 @@
 
 import { byId, children, element, number, percent, setText } from "./format.js";
 
+// utils/stages.py has the definitions: name, label, meaning.
 const STAGES = [
   ["receive", "receive", "decode, check, admit"],
   ["tokenize", "tokenise", "text to token ids"],
-  ["queue", "queue", "wait for a batch"],
-  ["engine", "engine", "the model computes"],
+  ["queue", "queue", "until its first batch starts"],
+  ["engine", "engine", "until its last batch ends"],
   ["scatter", "scatter", "rows back to the request"],
-  ["reply", "reply", "build and encode the answer"],
+  ["reply", "reply", "compare, encode the answer"],
   ["other", "other", "no stage accounts for it"],
 ];
 
