@@ -35,7 +35,7 @@ class Worker(Protocol):
 
     @property
     def restarts(self) -> int:
-        """How often one of them had to be started anew."""
+        """How often one of them had to be replaced."""
         ...
 
     @property

@@ -488,3 +488,16 @@ async def test_a_batch_that_hangs_is_seen() -> None:
     assert rig.batcher.oldest_batch_s() == pytest.approx(90)
     rig.worker.gate.set()
     await call
+
+
+@virtual_time
+async def test_a_request_that_was_let_in_but_not_queued_when_the_server_closed_is_answered() -> None:
+    """Its texts were still being tokenised."""
+    rig = Rig()
+    now = asyncio.get_running_loop().time()
+    call = Call("test", received_at=now, deadline=now + HOUR)
+    with rig.admission.admit(3, call.deadline) as reservation:
+        rig.batcher.close()
+        with pytest.raises(Unavailable):
+            await rig.batcher.compute([Encoded(np.array([1, 0, 0], np.int32))], call, reservation)
+    assert (rig.admission.requests, rig.worker.batches) == (0, [])

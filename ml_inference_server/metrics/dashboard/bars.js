@@ -68,9 +68,9 @@ export function showHistogram(list, { le, counts }, unit) {
   children(list, columns, makeColumn, (column, { range, short, amount, height, share }) => {
     column.children[0].style.blockSize = `${(100 * height).toFixed(1)}%`;
     setText(column.children[1], short);
-    const told = `${range} ${unit}: ${number(amount)} (${percent(share, 0)} %)`;
-    setText(column.children[2], told);
-    column.title = told;
+    const sentence = `${range} ${unit}: ${number(amount)} (${percent(share, 0)} %)`;
+    setText(column.children[2], sentence);
+    column.title = sentence;
   });
 }
 
