@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         check_address_space(ENGINE_ADDRESS_SPACE_BYTES)
     writable_root(quiet=True)
     # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
-    from ml_inference_server.server.lifecycle import serve
+    from ml_inference_server.server.serve import serve
 
     with asyncio.Runner(loop_factory=_EventLoop) as runner:
         return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))

@@ -8,21 +8,17 @@ import selectors
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 import pytest
 
 from ml_inference_server.backends.base import Backend
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.startup.resolve import resolve
-from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2_grpc as rpc
-from ml_inference_server.server.grpc_server import GrpcServer, start_grpc
-from ml_inference_server.server.lifecycle import attach
-from ml_inference_server.server.servicers.native import NativeServicer
-from ml_inference_server.server.servicers.shell import Shell
+from ml_inference_server.server.lifecycle import Server, serving
+from ml_inference_server.server.ready_model import Load, ReadyModel, load_model
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
@@ -82,79 +78,84 @@ def logging_as_at_the_start() -> None:
 
 @dataclass(kw_only=True)
 class RunningServer:
-    """A real gRPC server on loopback and a real channel to it."""
+    """A real server on loopback and a real channel to it."""
 
-    state: ServerState
-    metrics: Metrics
-    grpc_server: GrpcServer
+    server: Server
     channel: grpc.aio.Channel
     stub: Any
 
     @property
+    def state(self) -> ServerState:
+        return self.server.state
+
+    @property
+    def model(self) -> ReadyModel:
+        return self.server.model
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.server.metrics
+
+    @property
+    def backend(self) -> Backend:
+        """The one that runs in threads of this process."""
+        worker = self.server.model.worker
+        assert isinstance(worker, ThreadWorker)
+        return worker.backend
+
+    @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.grpc_server.port}"
+        return f"127.0.0.1:{self.server.grpc_port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.http_port}"
 
 
 @dataclass(kw_only=True)
 class FakeServer(RunningServer):
     """One whose model is the fake backend."""
 
-    backend: FakeBackend
+    @property
+    def backend(self) -> FakeBackend:
+        backend = super().backend
+        assert isinstance(backend, FakeBackend)
+        return backend
+
+
+S = TypeVar("S", bound=RunningServer)
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings, described: Described, backend: Backend) -> AsyncIterator[RunningServer]:
-    """A server round a loaded backend."""
-    state, metrics = ServerState(settings), Metrics(window_s=30)
-    shell = Shell(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix="test")
-    grpc_server = await start_grpc(settings.server, NativeServicer(state, metrics, shell))
-    attach(state, described, ThreadWorker(backend), metrics)
-    await grpc_server.set_serving(True)
-    channel = grpc.aio.insecure_channel(
-        f"127.0.0.1:{grpc_server.port}", options=[("grpc.max_receive_message_length", 64 << 20)]
-    )
-    try:
-        yield RunningServer(
-            state=state,
-            metrics=metrics,
-            grpc_server=grpc_server,
-            channel=channel,
-            stub=rpc.InferenceServiceStub(channel),
-        )
-    finally:
-        state.draining.set()
-        await channel.close()
-        if state.batcher is not None and state.service is not None:
-            state.batcher.close()
-            state.service.close()
-        await grpc_server.server.stop(None)
+async def running(made: type[S], settings: Settings, load: Load = load_model) -> AsyncIterator[S]:
+    """The server as main starts it, and a channel; nobody but this process calls, so no quiet period is waited for."""
+    async with serving(settings, load=load, quiet_s=0) as server:
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
+            yield made(server=server, channel=channel, stub=rpc.InferenceServiceStub(channel))
+
+
+def free_ports(sections: dict[str, Any]) -> dict[str, Any]:
+    """`sections` of settings, with ports of which nobody else knows."""
+    return sections | {name: {"port": 0, **sections.get(name, {})} for name in ("server", "metrics")}
 
 
 @contextlib.asynccontextmanager
 async def fake_server(**sections: dict[str, Any]) -> AsyncIterator[FakeServer]:
     """Settings by section, for instance fake_server(batching={"max_batch_size": 4})."""
-    sections.setdefault("model", {})
-    sections["model"].setdefault("backend", "fake")
-    sections.setdefault("server", {}).setdefault("port", 0)
-    settings = Settings.model_validate(sections)
-    resolution = resolve(settings.model)
-    backend = FakeBackend(resolution.model)
-    backend.load_model()
-    backend.keep_log()
-    described = Described(resolution=resolution, info=backend.info, tokenizer=backend.tokenizer)
-    if settings.server.enable_test_faults:
-        backend.enable_faults()
-    async with serving(settings, described, backend) as running:
+    sections["model"] = {"backend": "fake", **sections.get("model", {})}
+    async with running(FakeServer, Settings.model_validate(free_ports(sections))) as server:
+        server.backend.keep_log()
         try:
-            yield FakeServer(**vars(running), backend=backend)
+            yield server
         finally:
-            backend.release()
+            server.backend.release()
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[FakeServer]:
-    async with fake_server(server={"enable_test_faults": True}) as running:
-        yield running
+    async with fake_server(server={"enable_test_faults": True}) as fake:
+        yield fake
 
 
 async def until(condition: Callable[[], bool]) -> None:

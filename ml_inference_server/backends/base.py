@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,6 +246,22 @@ class Backend(Protocol):
     def tokenizer(self) -> TextTokenizer:
         """Valid after `load_model`."""
         ...
+
+
+@runtime_checkable
+class AcceptsFaults(Protocol):
+    """What a backend for tests has beside: it can misbehave on request."""
+
+    def enable_faults(self) -> None:
+        """Obey fault words from now on."""
+        ...
+
+
+def enable_faults(backend: Backend) -> None:
+    """ModelError where the backend has no faults to switch on."""
+    if not isinstance(backend, AcceptsFaults):
+        raise ModelError(f"server.enable_test_faults: backend {backend.info.backend} has no faults; unset it")
+    backend.enable_faults()
 
 
 # Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.

@@ -37,7 +37,7 @@ class BenchmarkProgress:
         self._latest: Progress | None = None
         self._told_s = 0.0
 
-    def tell(self, body: bytes, now_s: float) -> None:
+    def update(self, body: bytes, now_s: float) -> None:
         """Take a JSON body in; ValueError says in one line what is wrong with it."""
         try:
             progress = Progress.model_validate_json(body)

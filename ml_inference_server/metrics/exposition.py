@@ -1,8 +1,8 @@
 """The values behind the table, and their text for Prometheus.
 
-The text is put together here because the library's encoder builds and escapes every label of every line anew; these
-lines never change, so they are prepared once. Tests hold the result to the library's parsers, and a real Prometheus
-scrapes it. The library still decides which form an Accept header asks for.
+The text is put together here because the library's encoder builds and escapes every label of every line at each scrape.
+These lines never change, so they are prepared once. Tests hold the result to the library's parsers, and a real
+Prometheus scrapes it. The library still decides which form an Accept header asks for.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Histogram:
         self.bounds = np.array(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
-        # For each bucket the latest (labels, value, time) that was told with its request.
+        # For each bucket the latest (labels, value, time) that came with the ids of its request.
         self.exemplars: list[tuple[str, float, float] | None] = [None] * len(self.counts)
 
     def observe_many(self, values: NDArray[Any]) -> list[int]:

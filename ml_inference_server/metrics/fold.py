@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.metrics.exposition import Series
-from ml_inference_server.metrics.table import CODES, METHODS, REASONS, STAGES
+from ml_inference_server.metrics.table import CODES, METHODS, REASONS
 from ml_inference_server.metrics.window import Slot
+from ml_inference_server.utils.stages import STAGE_NAMES, Stamps
 
 REQUEST = ("method", "code", "seconds", "texts", "pairs", "truncated", "reason", "request_id", "trace_id")
-NO_STAMPS = (0.0,) * (len(STAGES) + 1)
-"""Of a request that was not answered. Behind the names of REQUEST stand as many stamps."""
+NO_STAMPS = Stamps(*[0.0] * len(Stamps._fields))
+"""Of a request that was not answered. The stamps stand behind the values of REQUEST."""
 REQUEST_WIDTH = len(REQUEST) + len(NO_STAMPS)
 
 BATCH = ("texts", "tokens", "padded_tokens", "compute_s", "closed_by")
@@ -51,7 +52,8 @@ def fold_requests(noted: Sequence[Any], series: Series, slot: Slot) -> None:
             numbers[series_name][(method,) if of_method else ()] += amount
             sums[name] += amount
         slot.times["latency"].add_many(seconds[indexes])
-        _observe_stages(np.diff(stamps[:, indexes], axis=0), series, slot)
+        begun = stamps[:, indexes]
+        _observe_stages(begun, begun[0] + seconds[indexes], series, slot)
 
 
 def _observe_durations(
@@ -71,12 +73,13 @@ def _observe_durations(
             histogram.exemplars[bucket] = (name, columns["seconds"][index], now_s)
 
 
-def _observe_stages(stages_s: NDArray[np.float64], series: Series, slot: Slot) -> None:
-    """stages_s: (stages, requests)."""
-    stages_s = stages_s[:, stages_s.any(axis=0)]  # without those that brought no stamps
-    if not stages_s.size:
+def _observe_stages(begun: NDArray[np.float64], ended: NDArray[np.float64], series: Series, slot: Slot) -> None:
+    """begun: (stages, requests); ended: (requests,)."""
+    answered = begun.any(axis=0)  # the others brought no stamps
+    if not answered.any():
         return
-    for stage, of_stage_s in zip(STAGES, stages_s, strict=True):
+    stages_s = np.diff(np.vstack((begun, ended))[:, answered], axis=0)
+    for stage, of_stage_s in zip(STAGE_NAMES, stages_s, strict=True):
         series.histograms["mlis_request_stage_seconds"][(stage,)].observe_many(of_stage_s)
         slot.sums[f"stage_{stage}_ns"] += round(1e9 * float(of_stage_s.sum()))
 

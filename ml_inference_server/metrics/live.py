@@ -1,4 +1,4 @@
-"""Once a second: looks at everything once, keeps it for an hour, and tells every page that listens."""
+"""Once a second: looks at everything once, keeps it for an hour, and sends it to every page that listens."""
 
 import asyncio
 import json
@@ -103,8 +103,8 @@ class Live:
         self._failed = False
         self._message = f'{{"figures":{figures},"row":{fine},"coarse_row":{coarse or "null"}}}'
         if self._next is not None:
-            told, self._next = self._next, asyncio.get_running_loop().create_future()
-            told.set_result(self._message)
+            waited_for, self._next = self._next, asyncio.get_running_loop().create_future()
+            waited_for.set_result(self._message)
 
     async def _probe_lag(self) -> None:
         loop = asyncio.get_running_loop()

@@ -66,14 +66,14 @@ class LiveRoutes:
             raise web.HTTPUnsupportedMediaType
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                # One byte more than allowed tells a body that is too long from one that just fits.
+                # One byte more than allowed: a body that is too long differs from one that just fits.
                 body = await _read_at_most(request, MAX_BODY_BYTES + 1)
         except TimeoutError:
             raise web.HTTPRequestTimeout from None
         if len(body) > MAX_BODY_BYTES:
             raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, len(body))
         try:
-            self._live.benchmark.tell(body, time.monotonic())
+            self._live.benchmark.update(body, time.monotonic())
         except ValueError as error:
             return json_error(400, f"not the progress of a benchmark: {error}"[:200])
         return web.Response(status=204, headers=_NOT_STORED)

@@ -16,6 +16,7 @@ from ml_inference_server.metrics.system import SystemFigures, SystemSampler
 from ml_inference_server.metrics.table import METHODS
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.window import SlidingWindow, Slot
+from ml_inference_server.utils.stages import Stamps
 
 MOST_NOTED = 100_000
 """Values that are noted before they are counted."""
@@ -65,7 +66,7 @@ class Metrics:
         texts: int = 0,
         pairs: int = 0,
         truncated: int = 0,
-        stamps: Sequence[float] = (),
+        stamps: Stamps | None = None,
         reason: str = "",
         request_id: str = "",
         trace_id: str = "",
@@ -73,9 +74,8 @@ class Metrics:
         """Call once for each `request_started`, whatever the outcome.
 
         code: a gRPC status name, any other counts as UNKNOWN. texts, pairs, truncated: how many were answered, and how
-        many of the texts were cut. stamps: when each of STAGES began, and the last one ended; empty for a request that
-        was not answered. reason: of an error; one that the table does not know counts as other. The ids lead from a
-        bucket of the histogram to this request.
+        many of the texts were cut. stamps: None for a request that was not answered. reason: of an error; one that the
+        table does not know counts as other. The ids lead from a bucket of the histogram to this request.
         """
         if not self.enabled:
             return
@@ -153,7 +153,7 @@ class Metrics:
     ) -> None:
         """Where to look up the queue when somebody asks; until then it is empty. slots: batches at a time.
 
-        pids: of the processes that the model runs in, besides this one; restarts: how many were started anew.
+        pids: of the processes that the model runs in, besides this one; restarts: how many were replaced.
         """
         self._queue_texts = queue_texts
         self._queue_tokens = queue_tokens

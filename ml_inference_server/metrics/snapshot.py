@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ml_inference_server.metrics.system import SystemFigures
-from ml_inference_server.metrics.table import CLOSED_BY, METHODS, REASONS, STAGES, buckets_of
+from ml_inference_server.metrics.table import CLOSED_BY, METHODS, REASONS, buckets_of
 from ml_inference_server.metrics.window import Distribution, Slot
+from ml_inference_server.utils.stages import STAGE_NAMES
 
 SCHEMA_VERSION = 1
 
@@ -87,7 +88,7 @@ def _stages_ms(view: Slot) -> dict[str, float] | None:
     latency = view.times["latency"]
     if latency.mean_s is None:
         return None
-    stages = {stage: view.sums[f"stage_{stage}_ns"] / 1e6 / latency.count for stage in STAGES}
+    stages = {stage: view.sums[f"stage_{stage}_ns"] / 1e6 / latency.count for stage in STAGE_NAMES}
     total = latency.mean_s * 1e3
     return {**stages, "other": max(0.0, total - sum(stages.values())), "total": total}
 
@@ -101,7 +102,7 @@ def _distribution(view: Slot, name: str) -> dict[str, list[Any]]:
 
 
 def totals(numbers: Mapping[str, Mapping[tuple[str, ...], float]]) -> dict[str, Any]:
-    """What was counted since the start, as `totals` tells it."""
+    """What was counted since the start: the field `totals`."""
     requests, batches = numbers["mlis_requests_total"], numbers["mlis_batches_total"]
     by_method: dict[str, dict[str, float]] = {method: {} for method in METHODS}
     for (method, code), count in requests.items():

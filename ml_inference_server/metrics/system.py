@@ -28,7 +28,7 @@ class SystemFigures:
 class SystemSampler:
     """Takes a sample when the last one is older than SAMPLE_EVERY_S, and repeats the last one otherwise.
 
-    `pids` tells which processes, besides this one, belong to the server now.
+    pids: which processes, besides this one, belong to the server now.
     """
 
     def __init__(self, now_s: float) -> None:
@@ -86,7 +86,7 @@ class SystemSampler:
 
 
 def gpu_figures(torch: Any) -> dict[str, Any] | None:
-    """GPU memory as `torch` (the loaded module, or None) tells it; None where no GPU is in use.
+    """GPU memory by `torch` (the loaded module, or None); None where no GPU is in use.
 
     {"kind", "name", "memory_bytes", "reserved_bytes", "total_bytes"}: what tensors hold, what the allocator holds for
     them, and what there is. CUDA is asked only once something runs on it, because asking would take memory there.

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from ml_inference_server.utils.stages import STAGE_NAMES
+
 METHODS = ("Embed", "EmbedStream", "Score", "Rerank", "other")
 CODES = (
     "OK",
@@ -26,10 +28,6 @@ CODES = (
 )
 CLOSED_BY = ("full", "tokens", "timer", "idle", "single", "retry")
 OUTCOMES = ("ok", "error")
-STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply")
-"""Where the time of an answered request goes, in this order, without a gap: decode, check and admit it; text to token
-ids; wait until the last of its batches starts; the model's time for that one; rows back to the request; build and
-encode the answer."""
 REASONS = (
     "EMPTY_REQUEST",
     "EMPTY_TEXT",
@@ -56,7 +54,7 @@ LABEL_VALUES = {
     "code": CODES,
     "closed_by": CLOSED_BY,
     "outcome": OUTCOMES,
-    "stage": STAGES,
+    "stage": STAGE_NAMES,
     "reason": REASONS,
 }
 """Every value that a label can have: whatever arrives, the number of series stays what it is at the start."""
@@ -169,7 +167,7 @@ TABLE = (
         "counter",
         "restarts",
         (),
-        "Processes of the model that ended and were started anew (model.process_per_stream).",
+        "Processes of the model that ended and were replaced (model.process_per_stream).",
     ),
     Row("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
     Row("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),

@@ -1,4 +1,4 @@
-"""Which request is being worked on, and OpenTelemetry spans of where its time went where an endpoint is set.
+"""OpenTelemetry spans of where the time of requests and batches went, where an endpoint is set.
 
 A request is a span with one child for each of its stages. A batch is a trace of its own, with the engine inside,
 because it belongs to all of its requests alike: it links to them, and their engine spans link to it.
@@ -8,15 +8,14 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ml_inference_server import __version__
-from ml_inference_server.metrics.table import STAGES
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.installation import pip_install
+from ml_inference_server.utils.stages import Stamps, spans
 
 SERVICE_NAME = "ml-inference-server"
 CLOSE_TIMEOUT_S = 2.0
@@ -24,15 +23,15 @@ CLOSE_TIMEOUT_S = 2.0
 
 @dataclass(slots=True)
 class RequestTrace:
-    """`span` is None where nothing is traced. `batches`: the contexts of the batches that its texts travelled in."""
+    """The span of a request, and the contexts of the batches that its texts travelled in."""
 
-    request_id: str
-    span: Any = None
+    span: Any
     batches: list[Any] = field(default_factory=list)
 
-
-CURRENT: ContextVar[RequestTrace | None] = ContextVar("current_request", default=None)
-"""Set in the task that answers a request. Tasks of batches inherit whichever it was: they must not look at it."""
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        return f"{self.span.get_span_context().trace_id:032x}"
 
 
 class Tracer:
@@ -64,24 +63,25 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer(SERVICE_NAME, __version__)
 
-    def start_request(self, method: str, request_id: str, metadata: Mapping[str, str], started_at: float) -> Any:
-        """The span of a request; a `traceparent` in the metadata makes it a child of the caller's."""
-        return self._tracer.start_span(
+    def start_request(self, method: str, request_id: str, traceparent: str, received_at: float) -> RequestTrace:
+        """traceparent: of the caller, which makes this span a child of the caller's; or empty."""
+        span = self._tracer.start_span(
             method,
-            context=self._propagator.extract(metadata),
+            context=self._propagator.extract({"traceparent": traceparent}),
             kind=self._api.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.method": method, "request.id": request_id},
-            start_time=_epoch_ns(started_at),
+            start_time=_epoch_ns(received_at),
         )
+        return RequestTrace(span)
 
     def end_request(
-        self, request: RequestTrace, code: str, stamps: Sequence[float], ended_at: float, **attributes: int
+        self, request: RequestTrace, code: str, stamps: Stamps | None, ended_at: float, **attributes: int
     ) -> None:
-        """stamps: when the request entered each of STAGES, on the monotonic clock; empty if it was not answered."""
+        """stamps: None if the request was not answered."""
         span = request.span
         if span.is_recording():
             inside = self._api.set_span_in_context(span)
-            for stage, begin, end in zip(STAGES, stamps, (*stamps[1:], ended_at), strict=False):
+            for stage, begin, end in spans(stamps, ended_at) if stamps is not None else ():
                 links = [self._api.Link(batch) for batch in request.batches] if stage == "engine" else []
                 child = self._tracer.start_span(stage, context=inside, links=links, start_time=_epoch_ns(begin))
                 child.end(_epoch_ns(end))
@@ -101,7 +101,7 @@ class Tracer:
         **attributes: str | int,
     ) -> None:
         """One batch: dispatched, then run by the model from `started_at` to `ended_at`. requests: one for each text."""
-        members = {id(request): request for request in requests if request is not None and request.span is not None}
+        members = {id(request): request for request in requests if request is not None}
         links = [self._api.Link(request.span.get_span_context()) for request in members.values()]
         nothing_above = self._api.set_span_in_context(self._api.INVALID_SPAN)
         span = self._tracer.start_span(
@@ -121,11 +121,6 @@ class Tracer:
         sending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         sending.start()
         sending.join(CLOSE_TIMEOUT_S)
-
-
-def trace_id(span: Any) -> str:
-    """32 hexadecimal digits."""
-    return f"{span.get_span_context().trace_id:032x}"
 
 
 def _epoch_ns(monotonic_s: float) -> int:

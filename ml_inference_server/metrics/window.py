@@ -32,14 +32,6 @@ class Distribution:
         self._total_ns = 0
         self._buckets: defaultdict[int, int] = defaultdict(int)
 
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        if seconds < SMALLEST_S:
-            self._buckets[-1] += 1
-            return
-        self._total_ns += round(seconds * _NS)
-        self._buckets[math.ceil(math.log(seconds / SMALLEST_S) / _LOG_GROWTH)] += 1
-
     def add_many(self, seconds: NDArray[np.float64]) -> None:
         long = seconds[seconds >= SMALLEST_S]
         self.count += len(seconds)

@@ -74,12 +74,16 @@ class Limits:
 
     @property
     def worth_a_stream_tokens(self) -> int:
-        """Waiting work that is opened another stream for although one is about to be free: starting costs a fifth."""
+        """Open a second stream only once this many tokens wait: the start of a batch costs a fifth of that."""
         return 4 * self.overhead_tokens
 
     def work_tokens(self, texts: int, longest: int, tokens: int) -> int:
         """What the engine computes for a batch of `texts` texts with `tokens` tokens in all."""
         return packed_size(tokens) if self.padding_free else texts * longest
+
+    def cost_tokens(self, batch: "Batch") -> int:
+        """Its work, and what starting it costs."""
+        return self.overhead_tokens + self.work_tokens(len(batch.items), batch.longest, batch.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Backend, TokenBatch
+from ml_inference_server.backends.base import Backend, TokenBatch, enable_faults
 from ml_inference_server.backends.startup.resolve import Resolution
 from ml_inference_server.backends.startup.start import Described, load_resolved, start_backend
 from ml_inference_server.server.workers import Output
@@ -80,7 +80,7 @@ def _child(
     try:
         backend, described = _load(asked, lambda text: _send(connection, _Kind.PHASE, text.encode()))
         if faults:
-            backend.enable_faults()  # type: ignore[attr-defined] # Settings allow this with the fake backend only
+            enable_faults(backend)
     except StartError as error:
         _send(connection, _Kind.REFUSED, pickle.dumps(error))
         return

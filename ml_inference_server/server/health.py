@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from typing import Protocol
 
-from ml_inference_server.server.grpc_server import GrpcServer
+from ml_inference_server.server.call import Call
 from ml_inference_server.server.state import MAX_FAILURES_IN_A_ROW, ServerState
 from ml_inference_server.utils.errors import ServiceError
 
@@ -15,36 +15,45 @@ _INTERVAL_S = 0.5
 _PROBE_EVERY = 10  # intervals
 
 
-async def watch_health(state: ServerState, grpc_server: GrpcServer) -> None:
+class Health(Protocol):
+    """What is said to those who ask for the server's health."""
+
+    @property
+    def serving(self) -> bool: ...
+
+    async def set_serving(self, serving: bool) -> None: ...
+
+
+async def watch_health(state: ServerState, health: Health) -> None:
     """Runs until cancelled."""
-    loop = asyncio.get_running_loop()
     turn = 0
     while True:
         await asyncio.sleep(_INTERVAL_S)
         turn += 1
         ready, why = state.readiness()
-        if ready != grpc_server.serving:
+        if ready != health.serving:
             log.log(
                 logging.INFO if ready else logging.ERROR, "health: %s (%s)", "SERVING" if ready else "NOT_SERVING", why
             )
-            await grpc_server.set_serving(ready)
-        failing = state.batcher is not None and state.batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW
+            await health.set_serving(ready)
+        failing = state.model is not None and state.model.batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW
         if failing and turn % _PROBE_EVERY == 0:
-            await _probe(state, loop.time() + _INTERVAL_S * _PROBE_EVERY)
+            await _probe(state)
 
 
-async def _probe(state: ServerState, deadline: float) -> None:
+async def _probe(state: ServerState) -> None:
     """A text through the real queue and the real model: its success resets the count of failures."""
+    now = asyncio.get_running_loop().time()
+    call = Call("health-probe", received_at=now, deadline=now + _INTERVAL_S * _PROBE_EVERY)
     try:
-        await state.require_service().embed(["health probe"], deadline)
+        await state.require_model().service.embed(["health probe"], call)
     except ServiceError as error:
         log.info("health probe failed: %s", error)
 
 
-async def watch_parent(stop: Callable[[], None]) -> None:
-    """Calls `stop` once the process that started this one is gone."""
+async def parent_ended() -> None:
+    """Returns once the process that started this one is gone."""
     parent = os.getppid()
-    while os.getppid() == parent:  # noqa: ASYNC110 - no event tells that a parent has died
+    while os.getppid() == parent:  # noqa: ASYNC110 - no event says that a parent has died
         await asyncio.sleep(_INTERVAL_S)
     log.warning("the parent process is gone: shutting down")
-    stop()

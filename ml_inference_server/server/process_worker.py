@@ -23,7 +23,7 @@ _MOST_BACKOFF_S = 30.0
 
 
 class ProcessWorker:
-    """A process for each slot; one that ends is started anew. `start` first."""
+    """A process for each slot; one that ends is replaced. `start` first."""
 
     def __init__(self, *, hang_timeout_s: float, faults: bool) -> None:
         """faults: let the fake backend obey its fault words."""

@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import DOCUMENT_PROMPTS, BackendInfo, Encoded, TextTokenizer
 from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.call import Call
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.similarity import similarity
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import InvalidRequest, WrongTask
+from ml_inference_server.utils.stages import Stamps
 
 # Up to so much text is tokenised at once, in some 10 to 100 us; handing it to a thread and back takes longer than that,
 # and costs the event loop more. Longer requests go to a thread, so that no other has to wait for them.
@@ -23,45 +26,12 @@ _INVISIBLE = "\u200b\ufeff"
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """When a request passed from one stage to the next, on the event loop's clock, in ascending order.
-
-    The durations are those of the message of the same name in inference.proto. Where the texts travelled in several
-    batches, `dispatched_at` belongs to the first of them and `last_started_at` to the one that ended last.
-    """
-
-    started_at: float
-    admitted_at: float
-    enqueued_at: float
-    dispatched_at: float
-    last_started_at: float
-    computed_at: float
-    gathered_at: float
-
-    @property
-    def tokenize_s(self) -> float:
-        return self.enqueued_at - self.admitted_at
-
-    @property
-    def queue_s(self) -> float:
-        return self.dispatched_at - self.enqueued_at
-
-    @property
-    def compute_s(self) -> float:
-        return self.computed_at - self.dispatched_at
-
-    @property
-    def total_s(self) -> float:
-        return self.gathered_at - self.started_at
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """`values`: (texts, dimension) for embed, (pairs,) for score. `truncated`: texts that were cut."""
 
     values: NDArray[np.float32]
     truncated: int
-    timing: Timing
+    stamps: Stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +40,7 @@ class Ranking:
 
     ranks: list[tuple[int, float]]
     truncated: int
-    timing: Timing
+    stamps: Stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +55,22 @@ class _Job:
     texts: tuple[tuple[str, str], ...]
 
 
+class _BadText(Exception):
+    """One text of a request cannot be computed; the request is refused once all of its texts were looked at."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class InferenceService:
-    """Every protocol calls these three methods. `deadline` is on the event loop's clock."""
+    """Every protocol calls these three methods. They raise any ServiceError."""
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
         info: BackendInfo,
+        admission: Admission,
         batcher: DynamicBatcher,
         limits: ServerSettings,
         metrics: Metrics,
@@ -99,6 +78,7 @@ class InferenceService:
         self._tokenizer = tokenizer
         self._is_cross_encoder = info.task == "cross_encoder"
         self._similarity = info.similarity
+        self._admission = admission
         self._batcher = batcher
         self._limits = limits
         self._metrics = metrics
@@ -107,9 +87,9 @@ class InferenceService:
         self._document_prompt = next((name for name in DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
 
     async def embed(
-        self, texts: Sequence[str], deadline: float, *, prompt_name: str | None = None, truncate: bool = True
+        self, texts: Sequence[str], call: Call, *, prompt_name: str | None = None, truncate: bool = True
     ) -> Answer:
-        """One row for each text, in order. Raises any ServiceError."""
+        """One row for each text, in order."""
         if self._is_cross_encoder:
             raise WrongTask("this model is a cross-encoder: it scores pairs (Score, Rerank) and has no embeddings")
         if prompt_name is not None and prompt_name not in self._tokenizer.prompts:
@@ -121,68 +101,56 @@ class InferenceService:
             raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         self._check_count("texts", len(texts))
         jobs = [_embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
-        return await self._rows(jobs, deadline, truncate)
+        return await self._rows(jobs, call, truncate)
 
-    async def score(self, pairs: Sequence[tuple[str, str]], deadline: float, *, truncate: bool = True) -> Answer:
+    async def score(self, pairs: Sequence[tuple[str, str]], call: Call, *, truncate: bool = True) -> Answer:
         """One score for each (query, passage) pair, in order: raw logits, or what `BackendInfo.similarity` names."""
         self._check_count("pairs", len(pairs))
+        queries = [(f"pairs[{i}].query", query) for i, (query, _) in enumerate(pairs)]
+        passages = [(f"pairs[{i}].passage", passage) for i, (_, passage) in enumerate(pairs)]
         if self._is_cross_encoder:
-            fields = [(f"pairs[{i}].query", f"pairs[{i}].passage") for i in range(len(pairs))]
-            return await self._logits([f"pairs[{i}]" for i in range(len(pairs))], fields, pairs, deadline, truncate)
-        jobs = [_embedding_job(f"pairs[{i}].query", pair[0], self._query_prompt) for i, pair in enumerate(pairs)]
-        jobs += [_embedding_job(f"pairs[{i}].passage", pair[1], self._document_prompt) for i, pair in enumerate(pairs)]
-        answer = await self._rows(jobs, deadline, truncate)
-        queries, passages = np.split(answer.values, 2)
-        return Answer(similarity(self._similarity, queries, passages), answer.truncated, answer.timing)
+            jobs = [_pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
+            return await self._logits(jobs, call, truncate)
+        jobs = [_embedding_job(*query, self._query_prompt) for query in queries]
+        jobs += [_embedding_job(*passage, self._document_prompt) for passage in passages]
+        answer = await self._rows(jobs, call, truncate)
+        scores = similarity(self._similarity, *np.split(answer.values, 2))
+        return Answer(scores, answer.truncated, answer.stamps)
 
     async def rerank(
-        self, query: str, documents: Sequence[str], top_k: int, deadline: float, *, truncate: bool = True
+        self, query: str, documents: Sequence[str], top_k: int, call: Call, *, truncate: bool = True
     ) -> Ranking:
         """The `top_k` best documents (0: all); equal scores keep the given order."""
         self._check_count("documents", len(documents))
-        names = [f"documents[{i}]" for i in range(len(documents))]
+        named = [(f"documents[{i}]", document) for i, document in enumerate(documents)]
         if self._is_cross_encoder:
-            fields = [("query", name) for name in names]
-            pairs = [(query, document) for document in documents]
-            answer = await self._logits(names, fields, pairs, deadline, truncate)
+            jobs = [_pair_job(document[0], ("query", query), document) for document in named]
+            answer = await self._logits(jobs, call, truncate)
             scores = answer.values
         else:
             jobs = [_embedding_job("query", query, self._query_prompt)]
-            jobs += [_embedding_job(*each, self._document_prompt) for each in zip(names, documents, strict=True)]
-            answer = await self._rows(jobs, deadline, truncate)
+            jobs += [_embedding_job(*document, self._document_prompt) for document in named]
+            answer = await self._rows(jobs, call, truncate)
             scores = similarity(self._similarity, answer.values[:1], answer.values[1:])
         order = np.argsort(-scores, kind="stable")[: top_k or None]
         ranks = [(int(index), float(scores[index])) for index in order]
-        return Ranking(ranks, answer.truncated, answer.timing)
+        return Ranking(ranks, answer.truncated, answer.stamps)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _logits(
-        self,
-        names: Sequence[str],
-        fields: Sequence[tuple[str, str]],
-        pairs: Sequence[tuple[str, str]],
-        deadline: float,
-        truncate: bool,
-    ) -> Answer:
-        jobs = [
-            _Job(name, (query, passage), ((query_field, query), (passage_field, passage)))
-            for name, (query_field, passage_field), (query, passage) in zip(names, fields, pairs, strict=True)
-        ]
-        answer = await self._rows(jobs, deadline, truncate)
-        return Answer(answer.values[:, 0], answer.truncated, answer.timing)
+    async def _logits(self, jobs: Sequence[_Job], call: Call, truncate: bool) -> Answer:
+        answer = await self._rows(jobs, call, truncate)
+        return Answer(answer.values[:, 0], answer.truncated, answer.stamps)
 
-    async def _rows(self, jobs: Sequence[_Job], deadline: float, truncate: bool) -> Answer:
+    async def _rows(self, jobs: Sequence[_Job], call: Call, truncate: bool) -> Answer:
         loop = asyncio.get_running_loop()
-        started_at = loop.time()
-        sizes = self._check_texts(jobs)
+        sizes = self._sizes(jobs)
         # Equal texts of one request are computed once.
         places: dict[tuple[str | None, str], int] = {}
         where = [places.setdefault(job.key, len(places)) for job in jobs]
-        ticket = self._batcher.admit(self._estimate_tokens(sizes), deadline)
-        admitted_at = loop.time()
-        try:
+        with self._admission.admit(self._estimate_tokens(sizes), call.deadline) as reservation:
+            admitted_at = loop.time()
             if sum(sizes) <= _INLINE_BYTES:
                 encoded = self._encode(list(places))
             else:
@@ -191,21 +159,18 @@ class InferenceService:
             self._refuse_without_tokens(jobs, where, encoded)
             if not truncate:
                 self._refuse_truncated(jobs, where, encoded)
-            rows = await self._batcher.compute(ticket, encoded)
-        finally:
-            self._batcher.release(ticket)
+            computed = await self._batcher.compute(encoded, call, reservation)
         truncated = sum(encoded[place].truncated for place in where)
-        values = rows if len(places) == len(jobs) else rows[where]
-        timing = Timing(
-            started_at,
-            admitted_at,
-            ticket.enqueued_at,
-            ticket.started_at,
-            ticket.last_started_at,
-            ticket.ended_at,
+        values = computed.rows if len(places) == len(jobs) else computed.rows[where]
+        stamps = Stamps(
+            received_at=call.received_at,
+            admitted_at=admitted_at,
+            tokenized_at=computed.tokenized_at,
+            engine_started_at=computed.engine_started_at,
+            engine_ended_at=computed.engine_ended_at,
             gathered_at=loop.time(),
         )
-        return Answer(values, truncated, timing)
+        return Answer(values, truncated, stamps)
 
     def _encode(self, keys: Sequence[tuple[str | None, str]]) -> list[Encoded]:
         """Pairs at once, texts with one call for each prompt in use (at most two)."""
@@ -232,33 +197,32 @@ class InferenceService:
             message = f"{count} items, the limit is {self._limits.max_texts}: send several requests"
             raise InvalidRequest(f"{field}: {message}", reason="TOO_MANY_TEXTS", violations=[(field, message)])
 
-    def _check_texts(self, jobs: Sequence[_Job]) -> list[int]:
+    def _sizes(self, jobs: Sequence[_Job]) -> list[int]:
         """The UTF-8 size of each job. InvalidRequest names all texts that are wrong (the first 16)."""
         sizes: list[int] = []
-        wrong: dict[str, tuple[str, str]] = {}
+        wrong: dict[str, _BadText] = {}
         for job in jobs:
             size = 0
             for field, text in job.texts:
-                bytes_or_fault = self._text_bytes(text)
-                if isinstance(bytes_or_fault, tuple):
-                    wrong[field] = bytes_or_fault
-                else:
-                    size += bytes_or_fault
+                try:
+                    size += self._text_bytes(text)
+                except _BadText as fault:
+                    wrong[field] = fault
             sizes.append(size)
-        _raise_violations([(field, message) for field, (_, message) in wrong.items()], {r for r, _ in wrong.values()})
+        _raise_violations([(field, str(fault)) for field, fault in wrong.items()], {f.reason for f in wrong.values()})
         return sizes
 
-    def _text_bytes(self, text: str) -> int | tuple[str, str]:
-        """The UTF-8 size of a sound text, or (reason, message)."""
+    def _text_bytes(self, text: str) -> int:
+        """The UTF-8 size of a sound text."""
         limit = self._limits.max_text_bytes
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
-            return "INVALID_FIELD", "not valid Unicode (a lone surrogate)"
+            raise _BadText("INVALID_FIELD", "not valid Unicode (a lone surrogate)") from None
         if not text.strip().strip(_INVISIBLE):
-            return "EMPTY_TEXT", "text is empty"
+            raise _BadText("EMPTY_TEXT", "text is empty")
         if size > limit:
-            return "TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}"
+            raise _BadText("TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}")
         return size
 
     def _refuse_without_tokens(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
@@ -275,6 +239,11 @@ class InferenceService:
 
 def _embedding_job(field: str, text: str, prompt_name: str | None) -> _Job:
     return _Job(field, (prompt_name, text), ((field, text),))
+
+
+def _pair_job(field: str, query: tuple[str, str], passage: tuple[str, str]) -> _Job:
+    """query, passage: each with its own field in front."""
+    return _Job(field, (query[1], passage[1]), (query, passage))
 
 
 def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> None:

@@ -35,7 +35,7 @@ class Worker(Protocol):
 
     @property
     def restarts(self) -> int:
-        """How often one of them had to be started anew."""
+        """How often one of them had to be replaced."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class ThreadWorker:
     trouble = ""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.backend = backend
         self.slots = backend.info.concurrency
         self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="backend")
 
@@ -67,7 +67,7 @@ class ThreadWorker:
 
     def _infer(self, batch: TokenBatch) -> Output:
         started_at = time.monotonic()
-        result = self._backend.infer(batch)
+        result = self.backend.infer(batch)
         return Output(result, started_at, time.monotonic())
 
     def close(self) -> None:

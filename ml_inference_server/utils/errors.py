@@ -13,7 +13,7 @@ ServiceError                  one request is answered with an error; the server 
 └── BackendFailure            the model failed on this input, alone
     └── NonFiniteOutput       the model answered NaN or infinity
 
-No error carries a gRPC or HTTP number: `server/status.py` maps them, in one place.
+No error carries a gRPC or HTTP number: `server/rpc/status.py` maps them, in one place.
 """
 
 from collections.abc import Sequence

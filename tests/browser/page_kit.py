@@ -9,6 +9,7 @@ from playwright.async_api import Locator, Page
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
+from ml_inference_server.utils.stages import Stamps
 
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
 INFO: dict[str, Any] = {
@@ -69,9 +70,10 @@ class Server:
     def answer(self, method: str, code: str = "OK", *, times: int = 1, seconds: float = 0.02, **answered: Any) -> None:
         for _ in range(times):
             self.metrics.request_started(method)
-            stamps = [seconds * share for share in (0, 0.01, 0.05, 0.25, 0.95, 0.98, 1)] if code == "OK" else []
+            stamps = Stamps(*(seconds * share for share in (0, 0.01, 0.05, 0.25, 0.95, 0.98)))
             reason = "" if code == "OK" else "QUEUE_FULL"
-            self.metrics.request_finished(method, code, seconds, stamps=stamps, reason=reason, **answered)
+            passed = stamps if code == "OK" else None
+            self.metrics.request_finished(method, code, seconds, stamps=passed, reason=reason, **answered)
 
     def batch(self, texts: int = 24) -> None:
         self.metrics.batch_finished(

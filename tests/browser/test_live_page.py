@@ -12,9 +12,7 @@ import grpc
 import pytest
 from playwright.async_api import Browser, Page, expect
 
-from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.utils.config import MetricsSettings
 from tests.browser.page_kit import Watched
 from tests.conftest import FakeServer, fake_server
 
@@ -22,11 +20,11 @@ AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 
 
 class Loaded:
-    """A real gRPC server with its sidecar, and a load that can be stopped."""
+    """A real server, and a load that can be stopped."""
 
-    def __init__(self, server: FakeServer, port: int) -> None:
+    def __init__(self, server: FakeServer) -> None:
         self.server = server
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = server.url
         self._stopping = False
         self._callers = [asyncio.create_task(self._call(number)) for number in range(4)]
 
@@ -51,17 +49,9 @@ class Loaded:
 @pytest.fixture
 async def loaded() -> AsyncIterator[Loaded]:
     async with fake_server(model={"name": "fake:base_ms=2,per_token_us=5"}) as server:
-        sidecar = Sidecar(
-            MetricsSettings(port=0),
-            server.metrics,
-            server_info=server.state.as_dict,
-            readiness=server.state.readiness,
-            liveness=lambda: (True, ""),
-        )
-        load = Loaded(server, await sidecar.start())
+        load = Loaded(server)
         yield load
         await load.stop()
-        await sidecar.stop()
 
 
 async def shown(page: Page, selector: str) -> float:

@@ -75,8 +75,7 @@ async def test_every_caller_gets_its_own_answer_or_one_clear_error(seed: int) ->
         server={"enable_test_faults": True},
         batching={"max_queue_requests": 60, "max_queue_tokens": 60_000},
     ) as server:
-        batcher = server.state.batcher
-        assert batcher is not None
+        admission = server.model.admission
         await server.stub.Embed(pb.EmbedRequest(texts=["start the threads"] * 2))
         # Long enough to be tokenised in a thread.
         await asyncio.gather(*(server.stub.Embed(pb.EmbedRequest(texts=[f"{i} " * 800])) for i in range(50)))
@@ -96,14 +95,14 @@ async def test_every_caller_gets_its_own_answer_or_one_clear_error(seed: int) ->
         for code in ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"):
             assert by_code[code] > 20, f"seed {seed}: {by_code}"
 
-        await until(lambda: batcher.accepted_requests == 0)
+        await until(lambda: admission.requests == 0)
         await until(lambda: server.metrics.snapshot()["queue"]["batches_in_flight"] == 0)
         figures = server.metrics.snapshot()
         assert (figures["queue"]["texts"], figures["queue"]["tokens"]) == (0, 0)
         assert not any(figures["in_flight"].values())
         # All of the budget is there again.
-        ticket = batcher.admit(60_000, asyncio.get_running_loop().time() + 60)
-        batcher.release(ticket)
+        with admission.admit(60_000, asyncio.get_running_loop().time() + 60):
+            pass
         await until(lambda: len(asyncio.all_tasks()) <= tasks_before)
         assert thread_names() == threads_before
         counted = figures["totals"]["by_method_and_code"]["Embed"]

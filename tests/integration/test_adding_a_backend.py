@@ -3,24 +3,16 @@
 import re
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 import yaml
 
 from ml_inference_server import backends
 from ml_inference_server.backends.startup.start import Started, start_backend
-from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.proto import inference_pb2_grpc as rpc
-from ml_inference_server.server.grpc_server import start_grpc
-from ml_inference_server.server.lifecycle import attach
-from ml_inference_server.server.servicers.native import NativeServicer
-from ml_inference_server.server.servicers.shell import Shell
-from ml_inference_server.server.state import ServerState
-from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_MODEL, ModelError
+from tests.conftest import RunningServer, free_ports, running
 from tests.integration.server_process import ROOT
 
 pytestmark = pytest.mark.real
@@ -47,7 +39,7 @@ def installed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def settings(**model: object) -> Settings:
     tree = yaml.safe_load(EXPERIMENT)
     tree["model"] |= {"device": "cpu", **model}
-    return Settings.model_validate(tree | {"server": {"port": 0}})
+    return Settings.model_validate(free_ports(tree))
 
 
 def start(**model: object) -> Started:
@@ -55,30 +47,15 @@ def start(**model: object) -> Started:
 
 
 async def test_the_example_serves_its_answers_over_grpc() -> None:
-    own = settings()
-    state, metrics = ServerState(own), Metrics(window_s=30)
-    grpc_server = await start_grpc(
-        own.server, NativeServicer(state, metrics, Shell(metrics, default_timeout_s=60, prefix="test"))
-    )
-    started = start_backend(own.model, lambda phase: None)
-    attach(state, started, ThreadWorker(started.backend), metrics)
-    await grpc_server.set_serving(True)
     texts = ["bread", "the price of bread in the town", "a river"]
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_server.port}") as channel:
-            stub = rpc.InferenceServiceStub(channel)
-            reply = await stub.Embed(pb.EmbedRequest(texts=texts))
-            info = await stub.GetServerInfo(pb.GetServerInfoRequest())
-    finally:
-        state.draining.set()
-        assert state.batcher is not None
-        state.batcher.close()
-        state.require_service().close()
-        await grpc_server.server.stop(None)
+    async with running(RunningServer, settings()) as server:
+        reply = await server.stub.Embed(pb.EmbedRequest(texts=texts))
+        info = await server.stub.GetServerInfo(pb.GetServerInfoRequest())
+        backend = server.backend
     rows = np.frombuffer(reply.embeddings, "<f4").reshape(len(texts), -1)
-    table = vars(started.backend)["_table"]
+    table = vars(backend)["_table"]
     for text, row in zip(texts, rows, strict=True):
-        expected = table[started.backend.tokenizer.encode([text])[0].ids].mean(axis=0)
+        expected = table[backend.tokenizer.encode([text])[0].ids].mean(axis=0)
         np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=1e-5)
     ran = info.resolved
     assert (ran.backend, ran.device, ran.dimension, ran.weights_file) == ("token_mean", "cpu", 384, "model.safetensors")

@@ -15,7 +15,7 @@ import pytest
 
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
-from ml_inference_server.server.servicers.native import SERVICE
+from ml_inference_server.server.rpc.native import SERVICE
 from tests.conftest import raw, refusal
 from tests.integration.server_process import ROOT, ServerProcess, server_process
 

@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.server.grpc_server import server_options
-from ml_inference_server.server.servicers.native import SERVICE
+from ml_inference_server.server.rpc.grpc_server import server_options
+from ml_inference_server.server.rpc.native import SERVICE
 from ml_inference_server.utils.config import ServerSettings
 from tests.conftest import FakeServer, fake_server, raw, refusal, until
 
@@ -30,8 +30,7 @@ def matrix(reply: pb.EmbedResponse) -> np.ndarray:
 async def assert_still_serving(server: FakeServer) -> None:
     reply = await server.stub.Embed(pb.EmbedRequest(texts=["are you well"]))
     np.testing.assert_array_equal(matrix(reply)[0], fake_embedding("are you well"))
-    assert server.state.batcher is not None
-    assert server.state.batcher.accepted_requests == 0
+    assert server.model.admission.requests == 0
 
 
 def details(error: grpc.aio.AioRpcError) -> tuple[str, list[str]]:
@@ -191,8 +190,9 @@ async def test_the_largest_answers_that_fit_are_given() -> None:
 
 async def test_a_limit_below_a_single_embedding_names_the_setting() -> None:
     async with fake_server(server=dict(SMALL)) as server:
-        assert server.state.info is not None
-        server.state.info = dataclasses.replace(server.state.info, dimension=20_000)
+        described = server.model.described
+        wide = dataclasses.replace(described, info=dataclasses.replace(described.info, dimension=20_000))
+        server.state.model = dataclasses.replace(server.model, described=wide)
         error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["x"])))
         assert (error.details() or "").endswith("the limit is 65536: raise server.max_message_bytes")
 
@@ -206,7 +206,7 @@ async def test_a_poisoned_text_fails_alone(server: FakeServer) -> None:
     server.backend.hold()
     texts = ["one", "two !raise", "three", "four !nan", "five"]
     calls = [asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=[text]))) for text in ["first", *texts]]
-    await until(lambda: server.state.batcher is not None and server.state.batcher.accepted_requests == 6)
+    await until(lambda: server.model.admission.requests == 6)
     server.backend.release()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     for text, outcome in zip(["first", *texts], outcomes, strict=True):
@@ -236,7 +236,7 @@ async def test_a_full_queue_refuses_at_once_with_both_hints() -> None:
     async with fake_server(batching={"max_queue_requests": 2}) as server:
         server.backend.hold()
         held = [asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=[t]))) for t in ("a", "b")]
-        await until(lambda: server.state.batcher is not None and server.state.batcher.accepted_requests == 2)
+        await until(lambda: server.model.admission.requests == 2)
         error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["c"])))
         assert error.code() is Code.RESOURCE_EXHAUSTED
         assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) >= 20
@@ -255,7 +255,7 @@ async def test_a_stock_client_with_a_retry_policy_comes_back_and_succeeds() -> N
     async with fake_server(batching={"max_queue_requests": 1}) as server:
         server.backend.hold()
         held = asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=["a"])))
-        await until(lambda: server.state.batcher is not None and server.state.batcher.accepted_requests == 1)
+        await until(lambda: server.model.admission.requests == 1)
         async with grpc.aio.insecure_channel(server.address, options=[("grpc.service_config", policy)]) as channel:
             call = channel.unary_unary(
                 f"/{SERVICE}/Embed", pb.EmbedRequest.SerializeToString, pb.EmbedResponse.FromString
@@ -279,15 +279,14 @@ async def test_deadline_and_cancel_take_the_text_out_of_the_queue(server: FakeSe
     for slot in range(1, slots + 1):  # one after another: sent together, they may share a batch
         running.append(asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=[f"r {slot}"]))))
         await until(lambda: len(server.backend.log) == slot)  # noqa: B023 - awaited before the next turn
-    batcher = server.state.batcher
-    assert batcher is not None
+    admission = server.model.admission
     leaving = server.stub.Embed(pb.EmbedRequest(texts=["leaving"]))
-    await until(lambda: batcher.accepted_requests == slots + 1)
+    await until(lambda: admission.requests == slots + 1)
     leaving.cancel()
-    await until(lambda: batcher.accepted_requests == slots)
+    await until(lambda: admission.requests == slots)
     late = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["late"]), timeout=0.05))
     assert late.code() is Code.DEADLINE_EXCEEDED
-    await until(lambda: batcher.accepted_requests == slots)
+    await until(lambda: admission.requests == slots)
     server.backend.release()
     await asyncio.gather(*running)
     assert sum(len(batch.rows) for batch in server.backend.log) == slots
@@ -309,12 +308,12 @@ async def test_request_ids_are_echoed_if_sound_and_made_otherwise(server: FakeSe
 
 
 async def test_while_the_model_loads_calls_are_told_to_come_back(server: FakeServer) -> None:
-    service, server.state.service = server.state.service, None
+    server.state.model = None
     error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["a"])))
     assert error.code() is Code.UNAVAILABLE
     assert details(error)[0] == "MODEL_LOADING"
     assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
-    server.state.service = service
+    server.state.model = server.model
 
 
 async def test_an_unexpected_exception_stays_in_the_log(
@@ -323,7 +322,7 @@ async def test_an_unexpected_exception_stays_in_the_log(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(server.state.service, "embed", broken)
+    monkeypatch.setattr(server.model.service, "embed", broken)
     error = await refusal(server.stub.Embed(pb.EmbedRequest(texts=["a"])))
     assert error.code() is Code.INTERNAL
     assert "secret" not in (error.details() or "")

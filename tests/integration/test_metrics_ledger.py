@@ -11,10 +11,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import ml_inference_server
-from ml_inference_server.metrics.table import CLOSED_BY, REASONS, STAGES
+from ml_inference_server.metrics.table import CLOSED_BY, REASONS
 from ml_inference_server.metrics.window import RELATIVE_ERROR
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.batching import ClosedBy
+from ml_inference_server.utils.stages import STAGE_NAMES, STAGES
 from tests.conftest import FakeServer, fake_server, refusal
 
 SIZES = (1, 2, 3, 5, 8)
@@ -50,7 +51,7 @@ async def known_load(server: FakeServer) -> Counter[str]:
 
 
 async def test_counts_equal_the_ledger_and_percentiles_keep_their_error(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "ml_inference_server.server.servicers.shell")
+    caplog.set_level(logging.DEBUG, "ml_inference_server.server.rpc.observation")
     async with fake_server(server={"enable_test_faults": True}, model={"name": "fake:base_ms=1"}) as server:
         ledger = await known_load(server)
         figures = server.metrics.snapshot()
@@ -90,13 +91,13 @@ async def test_counts_equal_the_ledger_and_percentiles_keep_their_error(caplog: 
 
     stages = figures["stages_ms"]
     assert min(stages.values()) >= 0
-    assert sum(stages[name] for name in STAGES) == pytest.approx(mean_ms, abs=0.001)
+    assert sum(stages[name] for name in STAGE_NAMES) == pytest.approx(mean_ms, abs=0.001)
     assert stages["other"] < 0.001
     assert stages["engine"] >= 1  # what the fake model takes
 
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
     counted = {s.labels["stage"]: s.value for s in families["mlis_request_stage_seconds"].samples if "_count" in s.name}
-    assert counted == dict.fromkeys(STAGES, len(durations_ms))
+    assert counted == dict.fromkeys(STAGE_NAMES, len(durations_ms))
     exemplars = [s.exemplar for s in families["mlis_request_duration_seconds"].samples if s.exemplar]
     by_id = {line["request_id"]: line["duration_ms"] for line in lines if line["method"] != "EmbedStream"}
     assert exemplars
@@ -106,15 +107,21 @@ async def test_counts_equal_the_ledger_and_percentiles_keep_their_error(caplog: 
         assert by_id.get(request_id, exemplar.value * 1e3) == pytest.approx(exemplar.value * 1e3, abs=0.001)
 
 
-async def test_the_stages_of_a_request_in_several_batches_add_up() -> None:
+async def test_wire_and_metrics_agree_on_a_request_that_travels_in_several_batches() -> None:
+    """The queue ends with the first of its batches, and the engine's time holds all of them."""
     async with fake_server(batching={"max_batch_size": 2}, model={"name": "fake:base_ms=2", "streams": 1}) as server:
-        await server.stub.Embed(pb.EmbedRequest(texts=texts_of(8, 3)))
+        timing = (await server.stub.Embed(pb.EmbedRequest(texts=texts_of(8, 3)))).timing
         figures = server.metrics.snapshot()
+        text = server.metrics.prometheus("")[0].decode()
     stages = figures["stages_ms"]
     assert figures["totals"]["batches"] == 4
-    assert sum(stages[name] for name in STAGES) == pytest.approx(stages["total"], abs=0.001)
-    assert stages["queue"] >= 3 * 2  # three batches were computed before the last one
-    assert stages["engine"] >= 2
+    assert sum(stages[name] for name in STAGE_NAMES) == pytest.approx(stages["total"], abs=0.001)
+    (in_batches_s,) = re.findall(r"^mlis_batch_compute_seconds_sum (.+)$", text, re.M)
+    assert stages["engine"] >= 1e3 * float(in_batches_s) - 0.001 >= 4 * 2
+    for stage in STAGES:
+        if stage.wire:
+            assert getattr(timing, stage.wire) == pytest.approx(1e3 * stages[stage.name], abs=1)
+    assert timing.total_us == pytest.approx(1e3 * (stages["total"] - stages["reply"]), abs=1)
 
 
 async def test_switched_off_nothing_is_recorded_and_requests_are_answered() -> None:

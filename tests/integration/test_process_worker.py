@@ -15,24 +15,21 @@ import pytest
 from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.fake import fake_embedding, fake_logit
 from ml_inference_server.backends.startup.start import Described
-from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.system import SystemSampler
+from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_process import EngineDied, pack_batch, unpack_batch
-from ml_inference_server.server.lifecycle import attach
 from ml_inference_server.server.process_worker import ProcessWorker
-from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import BackendFailure, ModelError
-from tests.conftest import until
+from tests.conftest import RunningServer, free_ports, running, until
 
 
 def settings(**model: object) -> Settings:
-    return Settings.model_validate(
-        {
-            "model": {"backend": "fake", "streams": 1, "process_per_stream": True, **model},
-            "server": {"enable_test_faults": True, "hang_timeout_ms": 400},
-        }
-    )
+    sections = {
+        "model": {"backend": "fake", "streams": 1, "process_per_stream": True, **model},
+        "server": {"enable_test_faults": True, "hang_timeout_ms": 400},
+    }
+    return Settings.model_validate(free_ports(sections))
 
 
 @asynccontextmanager
@@ -164,24 +161,21 @@ async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
 
 
 async def test_neighbours_of_a_text_that_crashes_the_engine_are_answered() -> None:
-    async with started(streams=2) as (described, worker):
-        asked = settings(streams=2)
-        state, metrics = ServerState(asked), Metrics(window_s=30)
-        attach(state, described, worker, metrics)
-        service = state.require_service()
-        deadline = asyncio.get_running_loop().time() + 60
+    async with running(RunningServer, settings(streams=2)) as server:
+        service, worker = server.model.service, server.model.worker
+        now = asyncio.get_running_loop().time()
+        call = Call("test", received_at=now, deadline=now + 60)
         texts = ["one", "two", "!crash", "three"]
-        outcomes = await asyncio.gather(*(service.embed([text], deadline) for text in texts), return_exceptions=True)
+        outcomes = await asyncio.gather(*(service.embed([text], call) for text in texts), return_exceptions=True)
         for text, outcome in zip(texts, outcomes, strict=True):
             if text == "!crash":
                 assert isinstance(outcome, BackendFailure)
             else:
                 assert not isinstance(outcome, BaseException)
                 np.testing.assert_array_equal(outcome.values, expected([text]))
-        await until(lambda: state.readiness()[0])
+        await until(lambda: server.state.readiness()[0])
         assert worker.restarts >= 2  # in the batch, or alone; and once more alone
-        assert f"mlis_engine_restarts_total {worker.restarts}\n" in metrics.prometheus("")[0].decode()
-        service.close()
+        assert f"mlis_engine_restarts_total {worker.restarts}\n" in server.metrics.prometheus("")[0].decode()
 
 
 async def test_memory_and_cpu_time_count_the_processes_and_the_cpu_time_never_falls() -> None:
@@ -204,12 +198,10 @@ async def test_memory_and_cpu_time_count_the_processes_and_the_cpu_time_never_fa
 
 
 async def test_health_says_so_while_no_process_runs() -> None:
-    async with started() as (described, worker):
-        state = ServerState(settings())
-        attach(state, described, worker, Metrics(window_s=30))
+    async with running(RunningServer, settings()) as server:
+        state = server.state
         assert state.readiness() == (True, "ready")
-        os.kill(worker.pids[0], signal.SIGKILL)
+        os.kill(server.model.worker.pids[0], signal.SIGKILL)
         await until(lambda: not state.readiness()[0])
         assert state.readiness()[1] == "no process of the engine runs; it is being started again"
         await until(lambda: state.readiness()[0])
-        state.require_service().close()

@@ -17,10 +17,8 @@ import pytest
 import yaml
 
 import ml_inference_server
-from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.table import TABLE
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.utils.config import MetricsSettings
 from tests.conftest import FakeServer, fake_server
 
 DEPLOY = Path(ml_inference_server.__file__).parent / "deploy"
@@ -66,21 +64,6 @@ def test_every_alert_is_described() -> None:
     assert described == [rule["alert"] for rule in rules]
 
 
-@asynccontextmanager
-async def sidecar_of(server: FakeServer) -> AsyncIterator[int]:
-    sidecar = Sidecar(
-        MetricsSettings(port=0),
-        server.metrics,
-        server_info=server.state.as_dict,
-        readiness=server.state.readiness,
-        liveness=lambda: (True, ""),
-    )
-    try:
-        yield await sidecar.start()
-    finally:
-        await sidecar.stop()
-
-
 async def load(server: FakeServer) -> None:
     """Requests of every kind, some of which fail, until it is cancelled."""
     while True:
@@ -94,11 +77,11 @@ async def load(server: FakeServer) -> None:
 
 async def test_promtool_finds_no_fault_with_the_metrics() -> None:
     promtool = program("promtool")
-    async with fake_server() as server, sidecar_of(server) as port:
+    async with fake_server() as server:
         await server.stub.Embed(pb.EmbedRequest(texts=["a text"]))
         async with (
             aiohttp.ClientSession() as session,
-            session.get(f"http://127.0.0.1:{port}/metrics/prometheus") as got,
+            session.get(f"{server.url}/metrics/prometheus") as got,
         ):
             text = await got.read()
     done = await asyncio.to_thread(
@@ -146,7 +129,7 @@ def is_data(result: list[dict[str, Any]]) -> bool:
 
 
 async def test_a_real_prometheus_answers_every_query_of_the_dashboard(tmp_path: Path) -> None:
-    async with fake_server() as server, sidecar_of(server) as port, prometheus(port, tmp_path) as url:
+    async with fake_server() as server, prometheus(server.server.http_port, tmp_path) as url:
         working = asyncio.create_task(load(server))
         async with aiohttp.ClientSession() as session:
             missing = dict(QUERIES)
@@ -172,5 +155,5 @@ async def test_a_real_prometheus_answers_every_query_of_the_dashboard(tmp_path: 
     assert {rule["health"] for rule in rules} == {"ok"}
     assert {
         exemplar["labels"]["request_id"].split("-")[0] for series in exemplars for exemplar in series["exemplars"]
-    } == {"test"}
+    } == {server.state.instance_id[:8]}
     assert float(scraped["result"][0]["value"][1]) > 0

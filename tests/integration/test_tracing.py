@@ -12,11 +12,11 @@ import pytest
 from grpc_status import rpc_status
 
 from ml_inference_server.metrics import tracing
-from ml_inference_server.metrics.table import STAGES
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.stages import STAGE_NAMES
 from tests.conftest import fake_server, refusal, until
 from tests.integration.otlp_receiver import Receiver, attributes, otlp_receiver
 from tests.integration.server_process import server_process
@@ -27,8 +27,8 @@ WORD = "xylophone"
 
 def assert_stages(receiver: Receiver, request: Any) -> None:
     stages = receiver.children(request)
-    assert set(stages) == set(STAGES)
-    in_order = [stages[name] for name in STAGES]
+    assert set(stages) == set(STAGE_NAMES)
+    in_order = [stages[name] for name in STAGE_NAMES]
     assert in_order[0].start_time_unix_nano == pytest.approx(request.start_time_unix_nano, abs=50_000)
     assert in_order[-1].end_time_unix_nano == pytest.approx(request.end_time_unix_nano, abs=50_000)
     for before, after in itertools.pairwise(in_order):
@@ -120,7 +120,7 @@ async def test_log_lines_traces_and_errors_carry_the_same_request_id(tmp_path: P
         assert line["trace_id"] == spans[request_id].trace_id.hex()
     good, bad = told["good"], told[failed]
     assert (good["code"], good["texts"], bad["code"], bad["reason"]) == ("OK", 1, "INTERNAL", "BACKEND_ERROR")
-    assert sum(good[f"{stage}_ms"] for stage in STAGES) == pytest.approx(good["duration_ms"], abs=0.01)
+    assert sum(good[f"{stage}_ms"] for stage in STAGE_NAMES) == pytest.approx(good["duration_ms"], abs=0.01)
     [cause] = [line for line in lines if line["level"] == "ERROR"]
     assert failed in cause["message"]
     assert "fault word !raise" in cause["exception"]

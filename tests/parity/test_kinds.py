@@ -21,11 +21,12 @@ from ml_inference_server.backends.base import Company, TokenBatch
 from ml_inference_server.backends.compiled import native
 from ml_inference_server.backends.model import export
 from ml_inference_server.backends.model.loading import TokenModule, load_model, locate, plain_model
-from ml_inference_server.backends.startup.start import Started
+from ml_inference_server.backends.startup.start import Described, Started
 from ml_inference_server.backends.text import limits, text_input
 from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings
-from tests.conftest import RunningServer, serving
+from tests.conftest import RunningServer, free_ports, running
 from tests.parity import parts, zoo
 from tests.parity.families import PAIRS, TEXTS, check_answers
 from tests.parity.tiny_model import INT8, embed, refused, settings, start
@@ -45,9 +46,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def serve(started: Started) -> AsyncIterator[RunningServer]:
-    whole = Settings.model_validate({"model": started.resolution.model.model_dump(), "server": {"port": 0}})
-    async with serving(whole, started.described(), started.backend) as running:
-        yield running
+    async def load(settings: Settings, phase: Callable[[str], None]) -> tuple[Described, Worker]:
+        return started, ThreadWorker(started.backend)
+
+    whole = Settings.model_validate(free_ports({"model": started.resolution.model.model_dump()}))
+    async with running(RunningServer, whole, load) as server:
+        yield server
 
 
 def plain(model: Path, **options: Any) -> SentenceTransformer:

@@ -1,5 +1,6 @@
 """`auto`: the fastest that passes the gate, asked once, explained, and never taken down by one of its candidates."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import statistics
@@ -15,11 +16,8 @@ from ml_inference_server.backends.startup import auto
 from ml_inference_server.backends.startup import resolve as resolve_module
 from ml_inference_server.backends.startup.auto import Candidates, Measured, candidates, choose, probe
 from ml_inference_server.backends.startup.resolve import resolve, title
-from ml_inference_server.backends.startup.start import Described, start_backend
-from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.lifecycle import attach
+from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils import config
 from ml_inference_server.utils.config import ModelSettings, Quantization, Settings
 from ml_inference_server.utils.errors import ConfigError, ModelError
@@ -307,17 +305,6 @@ async def test_server_info_tells_the_choice_and_is_silent_without_one(server: Fa
     assert server.state.as_dict()["auto_choice"] == ""
     state = ServerState(Settings.model_validate({"model": wish().model_dump()}))
     assert (state.requested()["backend"], state.requested()["quantization"]) == ("auto", "auto")
-    assert server.state.resolution is not None
-    assert server.state.info is not None
-    described = Described(
-        resolution=server.state.resolution,
-        info=server.state.info,
-        tokenizer=server.backend.tokenizer,
-        auto_choice="auto chose x",
-    )
-    attach(state, described, ThreadWorker(server.backend), Metrics(window_s=30))
+    described = dataclasses.replace(server.model.described, auto_choice="auto chose x")
+    state.model = dataclasses.replace(server.model, described=described)
     assert state.as_dict()["auto_choice"] == "auto chose x"
-    assert state.batcher is not None
-    assert state.service is not None
-    state.batcher.close()
-    state.service.close()

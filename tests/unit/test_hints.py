@@ -7,7 +7,16 @@ import pytest
 
 from ml_inference_server.metrics.hints import hints
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.metrics.table import STAGES
+from ml_inference_server.utils.stages import STAGE_NAMES, Stamps
+
+STAMPS = Stamps(
+    received_at=0.0,
+    admitted_at=0.001,
+    tokenized_at=0.005,
+    engine_started_at=0.015,
+    engine_ended_at=0.055,
+    gathered_at=0.059,
+)
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -20,7 +29,7 @@ def healthy() -> dict[str, Any]:
     now[0] = 30.0
     for _ in range(200):
         metrics.request_started("Embed")
-        metrics.request_finished("Embed", "OK", 0.06, texts=4, stamps=(0.0, 0.001, 0.005, 0.015, 0.055, 0.059, 0.06))
+        metrics.request_finished("Embed", "OK", 0.06, texts=4, stamps=STAMPS)
         metrics.batch_finished(
             texts=4, tokens=95, padded_tokens=100, queue_s=[0.01] * 4, compute_s=0.04, closed_by="idle", ok=True,
             lengths=[25, 25, 25, 20],
@@ -41,7 +50,7 @@ def test_a_healthy_server_gets_no_hint() -> None:
 
 
 def stages(**shares: float) -> Change:
-    return lambda figures: figures["stages_ms"].update({**dict.fromkeys(STAGES, 0.0), **shares, "total": 100.0})
+    return lambda figures: figures["stages_ms"].update({**dict.fromkeys(STAGE_NAMES, 0.0), **shares, "total": 100.0})
 
 
 def both(*changes: Change) -> Change:

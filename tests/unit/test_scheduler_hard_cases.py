@@ -11,8 +11,11 @@ import pytest
 
 from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.batching import Limits
-from ml_inference_server.server.scheduler import DynamicBatcher, Ticket
+from ml_inference_server.server.call import Call
+from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.workers import Output
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import (
@@ -62,36 +65,36 @@ class StubWorker:
 
 
 class Rig:
-    """A batcher over a stub worker, and callers."""
+    """Admission and a batcher over a stub worker, and callers."""
 
     def __init__(self, *, slots: int = 1, timeout_s: float = 0.0, **settings: int) -> None:
         self.worker = StubWorker(slots)
         limits = Limits(max_batch_size=settings.pop("max_batch_size", 8), max_batch_tokens=4096, timeout_s=timeout_s)
         self.metrics = Metrics(window_s=30)
-        self.batcher = DynamicBatcher(self.worker, limits, BatchingSettings.model_validate(settings), self.metrics)
+        rate = EngineRate()
+        self.admission = Admission(BatchingSettings.model_validate(settings), rate)
+        self.batcher = DynamicBatcher(self.worker, limits, rate, self.metrics)
 
     def call(self, *ids: int, timeout_s: float = HOUR, tokens: int | None = None) -> asyncio.Task[list[float]]:
         return asyncio.create_task(self._call(ids, timeout_s, tokens))
 
     async def _call(self, ids: Sequence[int], timeout_s: float, tokens: int | None) -> list[float]:
         texts = [Encoded(np.array([i, 0, 0], np.int32)) for i in ids]
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        ticket = self.batcher.admit(3 * len(ids) if tokens is None else tokens, deadline)
-        try:
-            rows = await self.batcher.compute(ticket, texts)
-        finally:
-            self.batcher.release(ticket)
-        return [float(value) for value in rows[:, 0]]
+        now = asyncio.get_running_loop().time()
+        call = Call("test", received_at=now, deadline=now + timeout_s)
+        with self.admission.admit(3 * len(ids) if tokens is None else tokens, call.deadline) as reservation:
+            computed = await self.batcher.compute(texts, call, reservation)
+        return [float(value) for value in computed.rows[:, 0]]
 
     def assert_at_rest(self) -> None:
         """Nothing is left of anybody: no request, no text, no token, no batch."""
-        assert self.batcher.accepted_requests == 0
+        assert (self.admission.requests, self.admission.reserved_tokens) == (0, 0)
         queue = self.metrics.snapshot()["queue"]
         assert (queue["texts"], queue["tokens"], queue["batches_in_flight"]) == (0, 0, 0)
         # The reserve itself: a request that fills the whole queue is admitted.
         whole = BatchingSettings().max_queue_tokens
-        ticket: Ticket = self.batcher.admit(whole, asyncio.get_running_loop().time() + HOUR)
-        self.batcher.release(ticket)
+        with self.admission.admit(whole, asyncio.get_running_loop().time() + HOUR):
+            pass
 
 
 async def turns(count: int = 5) -> None:
@@ -254,25 +257,25 @@ async def test_a_full_queue_refuses_exactly_what_does_not_fit_with_a_hint() -> N
 async def test_the_token_budget_is_all_or_nothing() -> None:
     rig = Rig(max_queue_tokens=300)
     deadline = asyncio.get_running_loop().time() + HOUR
-    first = rig.batcher.admit(250, deadline)
+    first = rig.admission.admit(250, deadline)
     for _ in range(2):  # a refused request leaves nothing behind
         with pytest.raises(Overloaded):
-            rig.batcher.admit(51, deadline)
-    second = rig.batcher.admit(50, deadline)
-    rig.batcher.release(first)
-    rig.batcher.release(first)
-    third = rig.batcher.admit(250, deadline)
+            rig.admission.admit(51, deadline)
+    second = rig.admission.admit(50, deadline)
+    rig.admission.release(first)
+    rig.admission.release(first)
+    third = rig.admission.admit(250, deadline)
     with pytest.raises(Overloaded):
-        rig.batcher.admit(1, deadline)
-    rig.batcher.release(second)
-    rig.batcher.release(third)
+        rig.admission.admit(1, deadline)
+    rig.admission.release(second)
+    rig.admission.release(third)
 
 
 @virtual_time
 async def test_a_request_that_could_never_fit_is_told_so_and_not_to_come_back() -> None:
     rig = Rig(max_queue_tokens=300)
     with pytest.raises(InvalidRequest, match="split it"):
-        rig.batcher.admit(301, HOUR * 2)
+        rig.admission.admit(301, HOUR * 2)
 
 
 @virtual_time
@@ -329,7 +332,7 @@ async def test_a_deadline_that_passes_during_the_batch_ends_the_wait() -> None:
 async def test_a_deadline_that_has_passed_is_not_admitted() -> None:
     rig = Rig()
     with pytest.raises(DeadlinePassed, match="before the request was admitted"):
-        rig.batcher.admit(3, asyncio.get_running_loop().time())
+        rig.admission.admit(3, asyncio.get_running_loop().time())
     with pytest.raises(DeadlinePassed):
         await rig.call(1, timeout_s=0)
     assert rig.worker.batches == []
@@ -389,11 +392,11 @@ async def test_shutdown_refuses_new_requests_and_finishes_accepted_ones() -> Non
     rig.worker.gate.clear()
     accepted = [rig.call(i) for i in (1, 2)]
     await turns()
-    rig.batcher.refuse_new()
+    rig.admission.refuse_new()
     with pytest.raises(Unavailable) as caught:
         await rig.call(3)
     assert caught.value.retry_after_ms
-    draining = asyncio.create_task(rig.batcher.drained(60))
+    draining = asyncio.create_task(rig.admission.drained(60))
     await turns()
     rig.worker.gate.set()
     assert await draining == 0
@@ -406,8 +409,8 @@ async def test_a_drain_that_takes_too_long_says_how_many_are_left_and_close_answ
     rig.worker.gate.clear()
     calls = [rig.call(i) for i in (1, 2)]
     await turns()
-    rig.batcher.refuse_new()
-    assert await rig.batcher.drained(10) == 2
+    rig.admission.refuse_new()
+    assert await rig.admission.drained(10) == 2
     rig.batcher.close()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
@@ -485,3 +488,16 @@ async def test_a_batch_that_hangs_is_seen() -> None:
     assert rig.batcher.oldest_batch_s() == pytest.approx(90)
     rig.worker.gate.set()
     await call
+
+
+@virtual_time
+async def test_a_request_that_was_let_in_but_not_queued_when_the_server_closed_is_answered() -> None:
+    """Its texts were still being tokenised."""
+    rig = Rig()
+    now = asyncio.get_running_loop().time()
+    call = Call("test", received_at=now, deadline=now + HOUR)
+    with rig.admission.admit(3, call.deadline) as reservation:
+        rig.batcher.close()
+        with pytest.raises(Unavailable):
+            await rig.batcher.compute([Encoded(np.array([1, 0, 0], np.int32))], call, reservation)
+    assert (rig.admission.requests, rig.worker.batches) == (0, [])

@@ -17,8 +17,7 @@ def nearest_rank(values: list[float], share: float) -> float:
 @given(st.lists(times_s, min_size=1, max_size=300))
 def test_percentiles_are_within_the_stated_error(values: list[float]) -> None:
     distribution = Distribution()
-    for value in values:
-        distribution.add(value)
+    distribution.add_many(np.array(values))
     shares = (0.01, 0.5, 0.95, 0.99, 1.0)
     found = distribution.percentiles_s(*shares)
     assert found is not None
@@ -28,8 +27,7 @@ def test_percentiles_are_within_the_stated_error(values: list[float]) -> None:
 @given(st.lists(times_s, min_size=1))
 def test_the_mean_is_exact_to_the_nanosecond(values: list[float]) -> None:
     distribution = Distribution()
-    for value in values:
-        distribution.add(value)
+    distribution.add_many(np.array(values))
     assert distribution.count == len(values)
     assert distribution.mean_s == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
 
@@ -38,7 +36,7 @@ def test_the_mean_is_exact_to_the_nanosecond(values: list[float]) -> None:
 def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
     one_by_one, at_once = Distribution(), Distribution()
     for value in values:
-        one_by_one.add(value)
+        one_by_one.add_many(np.array([value]))
     at_once.add_many(np.array(values))
     assert at_once.count == one_by_one.count
     assert at_once.mean_s == pytest.approx(one_by_one.mean_s, abs=1e-9)
@@ -52,7 +50,7 @@ def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 9e-7, -0.5])
 def test_times_too_short_to_measure_count_as_zero(seconds: float) -> None:
     distribution = Distribution()
-    distribution.add(seconds)
+    distribution.add_many(np.array([seconds]))
     assert distribution.percentiles_s(0.5) == [0.0]
     assert distribution.mean_s == 0.0
 
@@ -64,9 +62,9 @@ def test_an_empty_distribution_has_no_figures() -> None:
 
 def test_taking_out_what_was_added_leaves_nothing() -> None:
     kept, passing = Distribution(), Distribution()
-    kept.add(0.25)
+    kept.add_many(np.array([0.25]))
     for value in (0.001, 0.25, 7.0, 0.0):
-        passing.add(value)
+        passing.add_many(np.array([value]))
     before = kept.percentiles_s(0.5, 1.0)
     kept.merge(passing)
     assert kept.count == 5
@@ -88,7 +86,7 @@ def test_a_view_holds_the_window_and_nothing_older(window_s: int, steps_s: list[
         events.append(now_s)
         slot = window.at(now_s)
         slot.sums["events"] += 1
-        slot.times["time"].add(0.01)
+        slot.times["time"].add_many(np.array([0.01]))
         view = window.view(now_s)
         rounding_s = 1e-6
         at_least = sum(now_s - event < window_s - slot_s - rounding_s for event in events)

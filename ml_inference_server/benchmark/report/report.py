@@ -13,6 +13,7 @@ from ml_inference_server.benchmark.result.stats import BEYOND
 from ml_inference_server.benchmark.target.conditions import trouble
 from ml_inference_server.utils.ranking import NDCG_GAIN
 from ml_inference_server.utils.share import of_limit
+from ml_inference_server.utils.stages import STAGES
 
 # A client process that computes for so much of the time may be what was measured.
 _BUSY_CLIENT = 0.85
@@ -42,9 +43,10 @@ def markdown(document: Document, raw: Mapping[str, Records], plot: str | None = 
     return "\n\n".join(parts) + "\n"
 
 
+_STAGES = ", ".join(f"*{stage.name}* ({stage.meaning})" for stage in STAGES if stage.wire)
 _SHARE_NOTE = (
-    "Means over the answered requests, as the server timed them: *tokenize*, *queue* (until its first batch started),"
-    " *engine* (until its last batch ended); *outside* is the rest of the client's latency: gRPC, the wire, the client."
+    f"Means over the answered requests, as the server timed them: {_STAGES};"
+    " *outside* is the rest of the client's latency: gRPC, the wire, the client."
     " *padding* and *mean batch* (texts) are from the server's counters over the row."
 )
 

@@ -41,10 +41,11 @@ from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigErr
 from ml_inference_server.utils.files import replace_file, replaceable
 from ml_inference_server.utils.installation import results_folder
 from ml_inference_server.utils.share import MARK, NOTE, cell, is_impossible
+from ml_inference_server.utils.stages import STAGE_NAMES
 
 STORE = results_folder() / "speed.json"
 _KINDS: tuple[Kind, ...] = ("queries", "passages")
-_STAGES = ("receive", "tokenize", "queue", "engine", "scatter", "reply", "other")
+_STAGES = (*STAGE_NAMES, "other")
 _WARMUP_S = 2.0
 _TIMEOUT_S = 60.0
 # Of the saturation load: so little that hardly any query meets another one.

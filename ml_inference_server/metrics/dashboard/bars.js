@@ -2,13 +2,14 @@
 
 import { byId, children, element, number, percent, setText } from "./format.js";
 
+// utils/stages.py has the definitions: name, label, meaning.
 const STAGES = [
   ["receive", "receive", "decode, check, admit"],
   ["tokenize", "tokenise", "text to token ids"],
-  ["queue", "queue", "wait for a batch"],
-  ["engine", "engine", "the model computes"],
+  ["queue", "queue", "until its first batch starts"],
+  ["engine", "engine", "until its last batch ends"],
   ["scatter", "scatter", "rows back to the request"],
-  ["reply", "reply", "build and encode the answer"],
+  ["reply", "reply", "compare, encode the answer"],
   ["other", "other", "no stage accounts for it"],
 ];
 
@@ -67,9 +68,9 @@ export function showHistogram(list, { le, counts }, unit) {
   children(list, columns, makeColumn, (column, { range, short, amount, height, share }) => {
     column.children[0].style.blockSize = `${(100 * height).toFixed(1)}%`;
     setText(column.children[1], short);
-    const told = `${range} ${unit}: ${number(amount)} (${percent(share, 0)} %)`;
-    setText(column.children[2], told);
-    column.title = told;
+    const sentence = `${range} ${unit}: ${number(amount)} (${percent(share, 0)} %)`;
+    setText(column.children[2], sentence);
+    column.title = sentence;
   });
 }
 

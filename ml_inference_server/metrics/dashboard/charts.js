@@ -117,11 +117,11 @@ export class Chart {
   }
 
   describe(values, shown) {
-    const told = values.map((series) => number(series[shown] ?? null, this.digits));
+    const texts = values.map((series) => number(series[shown] ?? null, this.digits));
     const present = this.series.map((_, index) => index).filter((index) => !index || values[index].some((value) => value !== null));
     children(
       this.legend,
-      present.map((index) => [this.series[index].label, told[index], index]),
+      present.map((index) => [this.series[index].label, texts[index], index]),
       ([, , index]) => {
         const item = element("li");
         item.append(element("i", undefined, `key k${index}`), element("span"), element("b"));
@@ -133,7 +133,7 @@ export class Chart {
       },
     );
     const when = this.cursor === null || shown < 0 ? "now" : CLOCK.format(new Date(this.rows[shown][0] * 1000));
-    const spoken = present.map((index) => `${this.series[index].label} ${told[index]} ${this.unit}`).join(", ");
+    const spoken = present.map((index) => `${this.series[index].label} ${texts[index]} ${this.unit}`).join(", ");
     this.frame.setAttribute("aria-label", `${this.title}, ${when}: ${spoken}. Arrow keys read single points.`);
   }
 }

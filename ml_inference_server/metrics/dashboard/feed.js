@@ -22,7 +22,7 @@ export async function get(path) {
 }
 
 // connected(): a server answers, for the first time or again. message(content, way): one second's figures, by "stream"
-// or "polling". silent(problem): nobody answers; told again each second.
+// or "polling". silent(problem): nobody answers; called again each second.
 export function follow({ connected, message, silent }) {
   let answering = false;
   let stream = null;

@@ -1,4 +1,4 @@
-"""Error to status: the one place where an error meets a gRPC or HTTP number."""
+"""Error to gRPC status: the one place where an error meets a number of gRPC."""
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -18,21 +18,21 @@ from ml_inference_server.utils.errors import (
 DOMAIN = "ml_inference_server"
 MAX_MESSAGE_BYTES = 512
 
-# error -> (gRPC, HTTP). UNKNOWN never stands here and is never sent.
-STATUS: dict[type[ServiceError], tuple[grpc.StatusCode, int]] = {
-    ServiceError: (grpc.StatusCode.INTERNAL, 500),
-    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400),
-    WrongTask: (grpc.StatusCode.FAILED_PRECONDITION, 400),
-    Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
-    DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
-    Unavailable: (grpc.StatusCode.UNAVAILABLE, 503),
-    BackendFailure: (grpc.StatusCode.INTERNAL, 500),
-    NonFiniteOutput: (grpc.StatusCode.INTERNAL, 500),
+# UNKNOWN never stands here and is never sent.
+STATUS: dict[type[ServiceError], grpc.StatusCode] = {
+    ServiceError: grpc.StatusCode.INTERNAL,
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    WrongTask: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    BackendFailure: grpc.StatusCode.INTERNAL,
+    NonFiniteOutput: grpc.StatusCode.INTERNAL,
 }
 
 
 def grpc_code(error: ServiceError) -> grpc.StatusCode:
-    return STATUS[type(error)][0]
+    return STATUS[type(error)]
 
 
 def status_text(error: ServiceError) -> str:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from ml_inference_server.server.servicers.shell import decoded, refuse
+from ml_inference_server.server.rpc.method_handlers import decoded, refuse
 from ml_inference_server.utils.errors import InvalidRequest
 
 

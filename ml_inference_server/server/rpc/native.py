@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,11 +12,13 @@ from google.protobuf.message import Message
 
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
-from ml_inference_server.server.service import Timing
-from ml_inference_server.server.servicers.shell import Call, Reply, Shell
+from ml_inference_server.server.call import Call
+from ml_inference_server.server.rpc.method_handlers import MethodHandlers
+from ml_inference_server.server.rpc.observation import Reply
+from ml_inference_server.server.rpc.status import grpc_code
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.server.status import grpc_code
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError, Unavailable
+from ml_inference_server.utils.stages import Stamps, wire_us
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 # Unanswered requests of one stream; beyond it the server stops reading, which the client feels as flow control.
@@ -25,35 +28,32 @@ _FLOAT_BYTES, _RANK_BYTES, _REST_BYTES = 4, 11, 128
 
 
 class NativeServicer:
-    def __init__(self, state: ServerState, metrics: Metrics, shell: Shell) -> None:
+    def __init__(self, state: ServerState, metrics: Metrics, handlers: MethodHandlers) -> None:
         self._state = state
         self._metrics = metrics
-        self._shell = shell
+        self._handlers = handlers
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Built by hand and not by the generated code, whose deserialiser answers UNKNOWN to a broken message."""
-        shell = self._shell
+        make = self._handlers
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Embed": shell.unary("Embed", pb.EmbedRequest, self.embed),
-                "EmbedStream": shell.stream(pb.EmbedStreamRequest, self.embed_stream),
-                "Score": shell.unary("Score", pb.ScoreRequest, self.score),
-                "Rerank": shell.unary("Rerank", pb.RerankRequest, self.rerank),
-                "GetMetrics": shell.unary("GetMetrics", pb.GetMetricsRequest, self.get_metrics, counted=False),
-                "GetServerInfo": shell.unary(
-                    "GetServerInfo", pb.GetServerInfoRequest, self.get_server_info, counted=False
-                ),
+                "Embed": make.work("Embed", pb.EmbedRequest, self.embed),
+                "EmbedStream": make.stream(pb.EmbedStreamRequest, self.embed_stream),
+                "Score": make.work("Score", pb.ScoreRequest, self.score),
+                "Rerank": make.work("Rerank", pb.RerankRequest, self.rerank),
+                "GetMetrics": make.question("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
+                "GetServerInfo": make.question("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
             },
         )
 
-    async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply:
-        service, info = self._state.require_service(), self._state.info
-        if info is not None:
-            self._check_reply_size("texts", len(request.texts), len(request.texts), info.dimension * _FLOAT_BYTES)
-        answer = await service.embed(
+    async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply[pb.EmbedResponse]:
+        model, count = self._state.require_model(), len(request.texts)
+        self._check_reply_size("texts", count, count, model.info.dimension * _FLOAT_BYTES)
+        answer = await model.service.embed(
             request.texts,
-            call.deadline,
+            call,
             prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
             truncate=_truncate(request),
         )
@@ -62,30 +62,30 @@ class NativeServicer:
             embeddings=np.ascontiguousarray(answer.values, "<f4").tobytes(),
             count=count,
             dimension=dimension,
-            timing=_timing(answer.timing),
+            timing=_timing(answer.stamps),
             truncated=answer.truncated,
         )
-        return Reply(message, texts=count, truncated=answer.truncated, timing=answer.timing)
+        return Reply(message, texts=count, truncated=answer.truncated, stamps=answer.stamps)
 
-    async def score(self, request: pb.ScoreRequest, call: Call) -> Reply:
+    async def score(self, request: pb.ScoreRequest, call: Call) -> Reply[pb.ScoreResponse]:
         """A score is smaller than the pair that asks for it, so the answer always fits where the request did."""
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
-        answer = await self._state.require_service().score(pairs, call.deadline, truncate=_truncate(request))
-        message = pb.ScoreResponse(scores=answer.values, timing=_timing(answer.timing), truncated=answer.truncated)
-        return Reply(message, pairs=len(pairs), truncated=answer.truncated, timing=answer.timing)
+        answer = await self._state.require_model().service.score(pairs, call, truncate=_truncate(request))
+        message = pb.ScoreResponse(scores=answer.values, timing=_timing(answer.stamps), truncated=answer.truncated)
+        return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
 
-    async def rerank(self, request: pb.RerankRequest, call: Call) -> Reply:
-        service, count = self._state.require_service(), len(request.documents)
+    async def rerank(self, request: pb.RerankRequest, call: Call) -> Reply[pb.RerankResponse]:
+        service, count = self._state.require_model().service, len(request.documents)
         self._check_reply_size("documents", count, min(count, request.top_k or count), _RANK_BYTES)
         ranking = await service.rerank(
-            request.query, request.documents, request.top_k, call.deadline, truncate=_truncate(request)
+            request.query, request.documents, request.top_k, call, truncate=_truncate(request)
         )
         message = pb.RerankResponse(
             ranks=[pb.Rank(index=index, score=score) for index, score in ranking.ranks],
-            timing=_timing(ranking.timing),
+            timing=_timing(ranking.stamps),
             truncated=ranking.truncated,
         )
-        return Reply(message, pairs=count, truncated=ranking.truncated, timing=ranking.timing)
+        return Reply(message, pairs=count, truncated=ranking.truncated, stamps=ranking.stamps)
 
     async def embed_stream(
         self, messages: AsyncIterator[pb.EmbedStreamRequest], write: Callable[[Message], Awaitable[None]], call: Call
@@ -93,17 +93,23 @@ class NativeServicer:
         """Answers in the order of completion. When the server drains, what was read is answered, then it ends."""
         free = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
         writing = asyncio.Lock()
+        loop = asyncio.get_running_loop()
 
         async def answer(message: pb.EmbedStreamRequest) -> None:
+            outcome = pb.EmbedStreamResponse(id=message.id)
             try:
-                reply, error = await self._shell.observe("EmbedStream", call, lambda: self.embed(message.request, call))
-                outcome = pb.EmbedStreamResponse(id=message.id)
-                if reply is not None:
-                    outcome.response.CopyFrom(reply.message)  # type: ignore[arg-type]
-                else:
-                    outcome.error.CopyFrom(_stream_error(error or ServiceError("internal error")))
-                async with writing:
-                    await write(outcome)
+                with self._handlers.observe("EmbedStream", replace(call, received_at=loop.time())) as request:
+                    reply = await self.embed(message.request, request.call)
+                    outcome.response.CopyFrom(reply.message)
+                    request.reply = reply
+            except ServiceError as error:
+                outcome.error.CopyFrom(_stream_error(error))
+            async with writing:
+                await write(outcome)
+
+        async def answer_and_make_room(message: pb.EmbedStreamRequest) -> None:
+            try:
+                await answer(message)
             finally:
                 free.release()
 
@@ -112,7 +118,7 @@ class NativeServicer:
             async with asyncio.TaskGroup() as group:
                 while (message := await _next_or_none(messages, draining)) is not None:
                     await free.acquire()
-                    group.create_task(answer(message))
+                    group.create_task(answer_and_make_room(message))
         except BaseExceptionGroup as errors:
             refused = errors.subgroup(ServiceError)
             if refused is None:
@@ -136,14 +142,14 @@ class NativeServicer:
         )
         raise InvalidRequest(f"{field}: {message}", reason="REPLY_TOO_LARGE", violations=[(field, message)])
 
-    async def get_metrics(self, request: pb.GetMetricsRequest, call: Call) -> Reply:
+    def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
         figures = self._metrics.snapshot()
         latency = figures["latency_ms"]
         codes: dict[str, int] = {}
         for by_code in figures["totals"]["by_method_and_code"].values():
             for code, count in by_code.items():
                 codes[code] = codes.get(code, 0) + count
-        message = pb.GetMetricsResponse(
+        return pb.GetMetricsResponse(
             window_s=figures["window_s"],
             uptime_s=figures["uptime_s"],
             requests_per_s=figures["requests_per_s"],
@@ -161,28 +167,26 @@ class NativeServicer:
             errors_total=figures["totals"]["errors"],
             requests_by_code={code: count for code, count in codes.items() if count},
         )
-        return Reply(message)
 
-    async def get_server_info(self, request: pb.GetServerInfoRequest, call: Call) -> Reply:
-        told = self._state.as_dict()
+    def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+        info = self._state.as_dict()
         limits = self._state.settings.server
-        message = pb.GetServerInfoResponse(
-            server_version=told["server_version"],
-            experiment=told["experiment"],
-            variant=told["variant"],
-            requested=pb.Requested(**told["requested"]),
-            resolved=pb.BackendInfo(**told["resolved"]) if told["resolved"] else None,
-            fallbacks=told["fallbacks"],
-            title=told["title"],
-            settings_json=json.dumps(told["settings"]),
+        return pb.GetServerInfoResponse(
+            server_version=info["server_version"],
+            experiment=info["experiment"],
+            variant=info["variant"],
+            requested=pb.Requested(**info["requested"]),
+            resolved=pb.BackendInfo(**info["resolved"]) if info["resolved"] else None,
+            fallbacks=info["fallbacks"],
+            title=info["title"],
+            settings_json=json.dumps(info["settings"]),
             max_texts=limits.max_texts,
             max_text_bytes=limits.max_text_bytes,
             max_message_bytes=limits.max_message_bytes,
-            instance_id=told["instance_id"],
-            pid=told["pid"],
-            auto_choice=told["auto_choice"],
+            instance_id=info["instance_id"],
+            pid=info["pid"],
+            auto_choice=info["auto_choice"],
         )
-        return Reply(message)
 
 
 async def _next_or_none(messages: AsyncIterator[Any], draining: asyncio.Task[Any]) -> Any:
@@ -199,17 +203,8 @@ def _truncate(request: Any) -> bool:
     return bool(request.truncate) if request.HasField("truncate") else True
 
 
-def _timing(timing: Timing) -> pb.Timing:
-    return pb.Timing(
-        tokenize_us=_us(timing.tokenize_s),
-        queue_us=_us(timing.queue_s),
-        compute_us=_us(timing.compute_s),
-        total_us=_us(timing.total_s),
-    )
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
+def _timing(stamps: Stamps) -> pb.Timing:
+    return pb.Timing(**wire_us(stamps))
 
 
 def _stream_error(error: ServiceError) -> pb.StreamError:

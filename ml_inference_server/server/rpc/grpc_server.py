@@ -14,8 +14,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from ml_inference_server.server.servicers.library import health_handlers, reflection_handlers
-from ml_inference_server.server.servicers.native import SERVICE, NativeServicer
+from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
+from ml_inference_server.server.rpc.native import SERVICE, NativeServicer
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import ConfigError, PortInUse
 
@@ -52,7 +52,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
 
 @dataclass(slots=True)
 class GrpcServer:
-    """A listening server whose health says NOT_SERVING until it is told otherwise."""
+    """A listening server. Its health says NOT_SERVING until it is set."""
 
     server: grpc.aio.Server
     health: Any
@@ -60,7 +60,7 @@ class GrpcServer:
     serving: bool = False
 
     async def set_serving(self, serving: bool) -> None:
-        """Tell health clients and watchers, for the whole server and for its service."""
+        """What health clients and watchers get, for the whole server and for its service."""
         self.serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE):
@@ -103,7 +103,7 @@ def _socket_threads_wait_their_turn() -> Iterator[None]:
         yield
     finally:
         _schedule(0, os.SCHED_OTHER)
-        # Python's threads inherited it too: the one that tells the event loop of finished steps must not wait.
+        # Python's threads inherited it too: the one that wakes the event loop after finished steps must not wait.
         for thread in set(threading.enumerate()) - before:
             _schedule(thread.native_id or 0, os.SCHED_OTHER)
 

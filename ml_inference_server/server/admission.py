@@ -1,0 +1,133 @@
+"""Who is let in: bounded in requests and in tokens, and decided before any work is done for a request."""
+
+import asyncio
+import random
+from types import TracebackType
+
+from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.utils.config import BatchingSettings
+from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+
+_MIN_RETRY_MS, _MAX_RETRY_MS = 20, 5000
+# A request is let in only if the work in front of it should be done within this share of its time. Otherwise, under
+# overload, every answer would come a moment too late (docs/batching.md).
+_TIME_FOR_THE_QUEUE = 0.8
+
+
+class Reservation:
+    """The room of one request, as a `with` block: what is left of it at the end is given back.
+
+    tokens: those that no batch has taken yet.
+    """
+
+    __slots__ = ("_admission", "tokens")
+
+    def __init__(self, admission: "Admission", tokens: int) -> None:
+        self._admission = admission
+        self.tokens = 0
+        self.resize(tokens)
+
+    def resize(self, tokens: int) -> None:
+        """Hold `tokens` from now on: the true number, in place of the estimate."""
+        self._admission.reserved_tokens += tokens - self.tokens
+        self.tokens = tokens
+
+    def give_back(self, tokens: int) -> None:
+        """A batch has taken `tokens` of them out of the queue."""
+        self.resize(max(0, self.tokens - tokens))
+
+    def __enter__(self) -> "Reservation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._admission.release(self)
+
+
+class Admission:
+    """reserved_tokens: of all requests that were let in, without those that a batch has taken."""
+
+    def __init__(self, settings: BatchingSettings, rate: EngineRate) -> None:
+        self._settings = settings
+        self._rate = rate
+        self._loop = asyncio.get_running_loop()
+        self._held: set[Reservation] = set()
+        self._refuses = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self.reserved_tokens = 0
+
+    @property
+    def requests(self) -> int:
+        """How many were let in and are not answered."""
+        return len(self._held)
+
+    def admit(self, tokens: int, deadline: float) -> Reservation:
+        """Room for a request of about `tokens` tokens, all or nothing.
+
+        Raises Unavailable while draining, InvalidRequest if the request could never fit, Overloaded with a hint if it
+        does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
+        """
+        settings = self._settings
+        if self._refuses:
+            raise Unavailable("the server is shutting down; send the request to another one")
+        time_left_s = deadline - self._loop.time()
+        if time_left_s <= 0:
+            raise DeadlinePassed("the deadline had passed before the request was admitted")
+        if tokens > settings.max_queue_tokens:
+            raise InvalidRequest(
+                f"the request has about {tokens} tokens, the whole queue takes {settings.max_queue_tokens}: split it",
+                reason="TOO_MANY_TEXTS",
+            )
+        if self.requests >= settings.max_queue_requests:
+            raise self._full(f"{settings.max_queue_requests} requests")
+        if self.reserved_tokens + tokens > settings.max_queue_tokens:
+            raise self._full(f"{settings.max_queue_tokens} tokens")
+        wait_s = self._seconds_for(self.reserved_tokens)
+        if wait_s > _TIME_FOR_THE_QUEUE * time_left_s:
+            hint = _retry_hint_ms(wait_s - _TIME_FOR_THE_QUEUE * time_left_s)
+            raise Overloaded(
+                f"the queue is too long for this deadline (the wait is about {wait_s:.1f} s, the request has "
+                f"{time_left_s:.1f} s); retry in {hint} ms",
+                reason="WAIT_TOO_LONG",
+                retry_after_ms=hint,
+            )
+        reservation = Reservation(self, tokens)
+        self._held.add(reservation)
+        self._empty.clear()
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Give back all that it still holds. A second time does nothing."""
+        reservation.resize(0)
+        self._held.discard(reservation)
+        if not self._held:
+            self._empty.set()
+
+    def _seconds_for(self, tokens: float, unknown_s: float = 0.0) -> float:
+        """How long the engine takes for them; `unknown_s` before it has run a batch."""
+        return tokens / self._rate.tokens_per_s if self._rate.tokens_per_s else unknown_s
+
+    def _full(self, limit: str) -> Overloaded:
+        """The hint is what a fifth of the queue takes at the measured rate."""
+        excess = max(self.reserved_tokens - 0.8 * self._settings.max_queue_tokens, 0.2 * self.reserved_tokens)
+        hint = _retry_hint_ms(self._seconds_for(excess, unknown_s=1.0))
+        return Overloaded(f"the queue is full ({limit}); retry in {hint} ms", retry_after_ms=hint)
+
+    def refuse_new(self) -> None:
+        """From now on `admit` raises Unavailable; what was let in goes on."""
+        self._refuses = True
+
+    async def drained(self, timeout_s: float) -> int:
+        """Wait until all that was let in is answered, at most `timeout_s`; returns how many requests are not."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return self.requests
+        return 0
+
+
+def _retry_hint_ms(wait_s: float) -> int:
+    wait_ms = 1000 * wait_s * random.uniform(0.75, 1.25)  # noqa: S311 - spreads retries, guards nothing
+    return int(min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS))

@@ -1,0 +1,19 @@
+"""Who is asking: made where a request enters the server, and handed down to all that works for it."""
+
+from dataclasses import dataclass
+
+from ml_inference_server.metrics.tracing import RequestTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
+
+    trace: the request's own span, where traces are sent.
+    """
+
+    request_id: str
+    received_at: float
+    deadline: float
+    traceparent: str = ""
+    trace: RequestTrace | None = None

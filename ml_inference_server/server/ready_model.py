@@ -1,0 +1,88 @@
+"""A loaded, warm model, and all that stands between it and a request: admission, batcher, service."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ml_inference_server.backends.base import BackendInfo, enable_faults
+from ml_inference_server.backends.startup.start import Described, start_backend
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.process_worker import ProcessWorker
+from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
+from ml_inference_server.server.service import InferenceService
+from ml_inference_server.server.workers import ThreadWorker, Worker
+from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.errors import ConfigError
+
+T = TypeVar("T")
+
+Load = Callable[[Settings, Callable[[str], None]], Awaitable[tuple[Described, Worker]]]
+"""From settings to a loaded, warm model and the worker that runs it; says in a sentence what it is busy with."""
+
+
+async def load_model(settings: Settings, phase: Callable[[str], None]) -> tuple[Described, Worker]:
+    """In processes of its own, or in threads of this one, as the settings say."""
+    model = settings.model
+    faults = settings.server.enable_test_faults
+    if model.process_per_stream:
+        worker = ProcessWorker(hang_timeout_s=settings.server.hang_timeout_ms / 1000, faults=faults)
+        return await worker.start(model, phase), worker
+    started = await _in_daemon_thread(lambda: start_backend(model, phase))
+    if faults:
+        enable_faults(started.backend)
+    return started, ThreadWorker(started.backend)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyModel:
+    described: Described
+    worker: Worker
+    admission: Admission
+    batcher: DynamicBatcher
+    service: InferenceService
+
+    @property
+    def info(self) -> BackendInfo:
+        return self.described.info
+
+    def close(self) -> None:
+        """End at once: requests that wait are answered with Unavailable."""
+        self.batcher.close()
+        self.service.close()
+
+
+def assemble(settings: Settings, described: Described, worker: Worker, metrics: Metrics) -> ReadyModel:
+    """ConfigError where settings and model disagree."""
+    info = described.info
+    if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
+        raise ConfigError(
+            f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
+            f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
+        )
+    rate = EngineRate()
+    admission = Admission(settings.batching, rate)
+    batcher = DynamicBatcher(worker, batch_limits(settings.batching, info), rate, metrics)
+    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics)
+    return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
+
+
+def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Like run_in_executor, but the interpreter does not wait for it at exit: loading can take minutes."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    done.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return asyncio.wrap_future(done)

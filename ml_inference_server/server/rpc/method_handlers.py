@@ -1,0 +1,134 @@
+"""What every RPC has in common: decoding, request id, deadline, and the only way out with an error."""
+
+import asyncio
+import itertools
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.call import Call
+from ml_inference_server.server.rpc.observation import Observation, Reply, expected
+from ml_inference_server.server.rpc.status import grpc_code, status_text, trailing_metadata
+from ml_inference_server.utils.errors import InvalidRequest, ServiceError
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class MethodHandlers:
+    """Makes gRPC's handlers round the methods of a servicer. `prefix` makes request ids unique among processes."""
+
+    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str) -> None:
+        self._metrics = metrics
+        self._default_timeout_s = default_timeout_s
+        self._prefix = prefix
+        self._ids = itertools.count(1)
+        self.last_call_at = 0.0  # on the event loop's clock
+
+    def work(
+        self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply[Message]]]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler of a unary RPC that asks for work: `run` answers it, and it is counted."""
+
+        async def observed(raw: bytes, call: Call) -> bytes:
+            with self.observe(method, call) as request_:
+                reply = await run(decoded(request, raw), request_.call)
+                body = reply.message.SerializeToString()
+                request_.reply = reply
+            return body
+
+        return self._unary(observed)
+
+    def question(
+        self, method: str, request: type[Message], run: Callable[[Any], Message]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler of a unary RPC that asks about the server: it is no work, and is not counted."""
+
+        async def answered(raw: bytes, call: Call) -> bytes:
+            try:
+                return run(decoded(request, raw)).SerializeToString()
+            except Exception as error:
+                raise expected(error, method, call) from error
+
+        return self._unary(answered)
+
+    def _unary(self, run: Callable[[bytes, Call], Awaitable[bytes]]) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Bytes in, bytes out: decoding and encoding are part of what is observed."""
+
+        async def handle(raw: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+            call = self._call(context)
+            try:
+                body = await run(raw, call)
+            except ServiceError as error:
+                await refuse(context, error, call.request_id)
+            context.set_trailing_metadata((("request-id", call.request_id),))
+            return body
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def stream(
+        self,
+        request: type[Message],
+        run: Callable[[AsyncIterator[Any], Callable[[Message], Awaitable[None]], Call], Awaitable[None]],
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler of a bidirectional RPC; `run` reads, writes, and counts its own messages with `observe`."""
+
+        async def handle(messages: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+            call = self._call(context)
+
+            async def each() -> AsyncIterator[Any]:
+                async for raw in messages:
+                    yield decoded(request, raw)
+
+            async def write(message: Message) -> None:
+                try:
+                    await context.write(message)
+                except grpc.aio.InternalError:  # the caller has left: gRPC's own cancellation comes a moment later
+                    raise asyncio.CancelledError from None
+
+            try:
+                await run(each(), write, call)
+            except ServiceError as error:
+                await refuse(context, error, call.request_id)
+
+        return grpc.stream_stream_rpc_method_handler(
+            handle, response_serializer=lambda answer: answer.SerializeToString()
+        )
+
+    def observe(self, method: str, call: Call) -> Observation:
+        """One request that is counted under `method`."""
+        return Observation(self._metrics, method, call)
+
+    def _call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
+        """Copied at entry: the context must not be touched once the call has ended."""
+        remaining_s = context.time_remaining()
+        limit_s = self._default_timeout_s
+        timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
+        metadata = dict(context.invocation_metadata() or ())
+        given, parent = metadata.get("x-request-id"), metadata.get("traceparent")
+        if not isinstance(given, str) or not _REQUEST_ID.fullmatch(given):
+            given = f"{self._prefix}-{next(self._ids)}"
+        now = self.last_call_at = asyncio.get_running_loop().time()
+        return Call(
+            given,
+            received_at=now,
+            deadline=now + timeout_s,
+            traceparent=parent if isinstance(parent, str) else "",
+        )
+
+
+def decoded(request: type[Message], raw: bytes) -> Any:
+    """The message; InvalidRequest if `raw` is none."""
+    try:
+        return request.FromString(raw)
+    except (DecodeError, UnicodeDecodeError):
+        text = "the request could not be decoded: not a valid message of this method, or text that is not UTF-8"
+        raise InvalidRequest(text, reason="MALFORMED_REQUEST") from None
+
+
+async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: ServiceError, request_id: str = "") -> NoReturn:
+    """abort, and nothing else: only a reply without message and initial metadata is retried by stock clients."""
+    await context.abort(grpc_code(error), status_text(error), trailing_metadata(error, request_id))
