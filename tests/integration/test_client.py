@@ -208,7 +208,7 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
     ):
         server.backend.hold()
         first = asyncio.create_task(client.call("embed", ["first"]))
-        await until(lambda: server.state.require_service() is not None and accepted(server) == 1)
+        await until(lambda: server.server.model.admission.requests == 1)
         with pytest.raises(OverloadedError) as caught:
             await impatient.call("embed", ["refused"])
         assert caught.value.reason == "QUEUE_FULL"
@@ -218,11 +218,6 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
         server.backend.release()
         np.testing.assert_array_equal(await first, expected(["first"]))
         np.testing.assert_array_equal(await second, expected(["second"]))
-
-
-def accepted(server: FakeServer) -> int:
-    assert server.state.batcher is not None
-    return server.state.batcher.accepted_requests
 
 
 def refusals(server: FakeServer) -> int:

@@ -359,6 +359,18 @@ async def test_the_stream_answers_in_the_order_of_completion(server: FakeServer)
     assert await call.read() is grpc.aio.EOF
 
 
+async def test_a_stream_may_stay_open_longer_than_one_request_may_take() -> None:
+    """Each message has a deadline of its own."""
+    async with fake_server(server={"default_timeout_ms": 200}) as server:
+        call = server.stub.EmbedStream()
+        server.backend.hold()
+        await call.write(pb.EmbedStreamRequest(id=1, request=pb.EmbedRequest(texts=["held"])))
+        assert (await call.read()).error.reason == "DEADLINE_EXCEEDED"
+        server.backend.release()
+        await call.write(pb.EmbedStreamRequest(id=2, request=pb.EmbedRequest(texts=["later"])))
+        assert (await call.read()).WhichOneof("outcome") == "response"
+
+
 async def test_an_idle_stream_ends_when_the_server_drains(server: FakeServer) -> None:
     call = server.stub.EmbedStream()
     await call.write(pb.EmbedStreamRequest(id=1, request=pb.EmbedRequest(texts=["a"])))

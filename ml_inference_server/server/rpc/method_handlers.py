@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -74,10 +76,13 @@ class MethodHandlers:
         request: type[Message],
         run: Callable[[AsyncIterator[Any], Callable[[Message], Awaitable[None]], Call], Awaitable[None]],
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a bidirectional RPC; `run` reads, writes, and counts its own messages with `observe`."""
+        """The handler of a bidirectional RPC; `run` reads, writes, and counts its own messages with `observe`.
+
+        Its call has the caller's deadline or none: a stream may stay open for days. Each message gets one of its own.
+        """
 
         async def handle(messages: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-            call = self._call(context)
+            call = self._call(context, math.inf)
 
             async def each() -> AsyncIterator[Any]:
                 async for raw in messages:
@@ -98,14 +103,19 @@ class MethodHandlers:
             handle, response_serializer=lambda answer: answer.SerializeToString()
         )
 
+    def of_message(self, stream: Call) -> Call:
+        """A message that has just come in on a stream, as a request of its own."""
+        now = asyncio.get_running_loop().time()
+        return replace(stream, received_at=now, deadline=min(stream.deadline, now + self._default_timeout_s))
+
     def observe(self, method: str, call: Call) -> Observation:
         """One request that is counted under `method`."""
         return Observation(self._metrics, method, call)
 
-    def _call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
+    def _call(self, context: "grpc.aio.ServicerContext[Any, Any]", limit_s: float | None = None) -> Call:
         """Copied at entry: the context must not be touched once the call has ended."""
         remaining_s = context.time_remaining()
-        limit_s = self._default_timeout_s
+        limit_s = self._default_timeout_s if limit_s is None else limit_s
         timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         metadata = dict(context.invocation_metadata() or ())
         given, parent = metadata.get("x-request-id"), metadata.get("traceparent")

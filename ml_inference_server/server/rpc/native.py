@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -93,12 +92,11 @@ class NativeServicer:
         """Answers in the order of completion. When the server drains, what was read is answered, then it ends."""
         free = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
         writing = asyncio.Lock()
-        loop = asyncio.get_running_loop()
 
         async def answer(message: pb.EmbedStreamRequest) -> None:
             outcome = pb.EmbedStreamResponse(id=message.id)
             try:
-                with self._handlers.observe("EmbedStream", replace(call, received_at=loop.time())) as request:
+                with self._handlers.observe("EmbedStream", self._handlers.of_message(call)) as request:
                     reply = await self.embed(message.request, request.call)
                     outcome.response.CopyFrom(reply.message)
                     request.reply = reply
