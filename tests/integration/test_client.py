@@ -208,7 +208,7 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
     ):
         server.backend.hold()
         first = asyncio.create_task(client.call("embed", ["first"]))
-        await until(lambda: server.state.require_service() is not None and accepted(server) == 1)
+        await until(lambda: accepted(server) == 1)
         with pytest.raises(OverloadedError) as caught:
             await impatient.call("embed", ["refused"])
         assert caught.value.reason == "QUEUE_FULL"
@@ -221,8 +221,7 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
 
 
 def accepted(server: FakeServer) -> int:
-    assert server.state.batcher is not None
-    return server.state.batcher.accepted_requests
+    return server.model.admission.requests
 
 
 def refusals(server: FakeServer) -> int:
