@@ -208,7 +208,7 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
     ):
         server.backend.hold()
         first = asyncio.create_task(client.call("embed", ["first"]))
-        await until(lambda: server.server.model.admission.requests == 1)
+        await until(lambda: accepted(server) == 1)
         with pytest.raises(OverloadedError) as caught:
             await impatient.call("embed", ["refused"])
         assert caught.value.reason == "QUEUE_FULL"
@@ -218,6 +218,10 @@ async def test_a_full_queue_is_waited_for_as_long_as_the_server_says(kind: str) 
         server.backend.release()
         np.testing.assert_array_equal(await first, expected(["first"]))
         np.testing.assert_array_equal(await second, expected(["second"]))
+
+
+def accepted(server: FakeServer) -> int:
+    return server.model.admission.requests
 
 
 def refusals(server: FakeServer) -> int:
