@@ -15,8 +15,7 @@ if sys.platform != "win32":
 from ml_inference_server import __version__
 from ml_inference_server.utils.cache import writable_root
 from ml_inference_server.utils.config import Settings, load_settings
-from ml_inference_server.utils.errors import ConfigError
-from ml_inference_server.utils.files import replaceable
+from ml_inference_server.utils.files import writable
 from ml_inference_server.utils.layers import Given, experiment_file, given_by
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
 from ml_inference_server.utils.process import (
@@ -102,21 +101,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
 
 
-def _ready_file(path: Path) -> Path:
-    """Refused now rather than when the model is loaded."""
-    real = replaceable(path, "--ready-file")
-    if not os.access(real.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--ready-file {path}: nothing can be written in {real.parent}")
-    return real
-
-
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it; StartError where it cannot start."""
     set_up_logging(args.log_level, args.log_format)
     settings = settings_from(args)
     if from_environment := given_by(os.environ):
         log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
-    ready_file = None if args.ready_file is None else _ready_file(args.ready_file)
+    ready_file = None if args.ready_file is None else writable(args.ready_file, "--ready-file")
     if args.config is not None:
         log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
     if settings.model.backend != "fake":

@@ -4,15 +4,14 @@ import argparse
 import io
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ml_inference_server.cli import remote
-from ml_inference_server.utils.errors import ConfigError
-from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.cli.texts import given_or_lines
+from ml_inference_server.utils.files import replace_file, writable
 
 _TEXTS_PER_REQUEST = 64
 
@@ -32,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         for row in itertools.chain.from_iterable(_vectors(arguments)):
             print(json.dumps(row.tolist()), flush=True)
         return 0
-    output = replaceable(arguments.output, "--output")
+    output = writable(arguments.output, "--output")
     array = io.BytesIO()
     np.save(array, np.concatenate(list(_vectors(arguments))))
     replace_file(output, array.getvalue())
@@ -41,11 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _vectors(arguments: argparse.Namespace) -> Iterator[np.ndarray]:
     """Some rows at a time, in the order of the texts; at least one."""
-    texts = iter(arguments.texts or (line.rstrip("\r\n") for line in sys.stdin))
-    chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))
-    if not chunk:
-        raise ConfigError("there is no text: give some as arguments, or as lines on standard input")
+    texts = given_or_lines(arguments.texts, "text")
     with remote.connected(arguments) as client:
-        while chunk:
+        while chunk := list(itertools.islice(texts, _TEXTS_PER_REQUEST)):
             yield client.embed(chunk, prompt_name=arguments.prompt_name)
-            chunk = list(itertools.islice(texts, _TEXTS_PER_REQUEST))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 from collections.abc import Iterator
 
 from ml_inference_server.api import Client, ServerError, UnavailableError
@@ -14,16 +15,30 @@ class NotAnswered(StartError):
     exit_code = EXIT_FAILED_RUN
 
 
+def _target(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty, and HOST:PORT is needed")
+    return text
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
+        type=_target,
         default="localhost:50051",
         metavar="HOST:PORT",
         help="the server's gRPC address (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout-s",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="S",
         help="how long to wait for an answer (default: %(default)g)",

@@ -37,6 +37,14 @@ def replaceable(path: Path, name: str = "") -> Path:
     return real
 
 
+def writable(path: Path, name: str) -> Path:
+    """As `replaceable`, and its folder can be written to: refused now rather than when the content is there."""
+    real = replaceable(path, name)
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} {path}: nothing can be written in {real.parent}")
+    return real
+
+
 def _other_kind(path: Path) -> str:
     """What stands at `path` if it is no ordinary file; "" if it is one, or nothing stands there."""
     try:

@@ -100,6 +100,55 @@ def test_a_refusal_is_one_line(target: list[str], capsys: pytest.CaptureFixture[
         assert "EMPTY_TEXT" in line
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["embed", "a\udcff"], "a text is not valid UTF-8"),
+        (["rerank", "a\udcff", "b"], "a query is not valid UTF-8"),
+        (["rerank", "a", "b\udcff"], "a document is not valid UTF-8"),
+        (["rerank", "a"], "there is no document"),
+        (["embed"], "there is no text"),
+        (["embed", "x", "--output", "/no/such/folder/x.npy"], "nothing can be written in /no/such/folder"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_line(
+    command: list[str],
+    told: str,
+    target: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main([*command, *target]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_lines_that_are_not_utf8_are_one_line(
+    target: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\na\xff\n"), encoding="utf-8"))
+    assert cli.main(["embed", *target]) == 2
+    assert capsys.readouterr().err == "error: a text is not valid UTF-8\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["embed", "x", "--timeout-s", "0"],
+        ["embed", "x", "--timeout-s", "nan"],
+        ["info", "--target", ""],
+        ["rerank", "x", "y", "--top-k", "-1"],
+        ["rerank", "x", "y", "--top-k", "4294967296"],
+    ],
+)
+def test_a_wrong_argument_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.main(command)
+    assert refused.value.code == 2
+    assert f"argument {command[-2]}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["embed", "x"], ["rerank", "x", "y"], ["info"]])
 def test_a_server_that_is_not_there_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--target", "127.0.0.1:1"]) == 5
