@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.script_copies import ROOT, clean_env
+from tests.integration.wheel_kit import build_wheel, install, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -34,28 +34,13 @@ print(json.dumps(lacking))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, timeout=120)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the programs of an environment with the core and one small extra."""
-    environment = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=60)
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"{wheel}[tracing]"], check=True, timeout=240, env=clean_env())
-    return environment / "bin"
-
-
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=cwd, env=clean_env(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=120, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    return install(wheel, "tracing", tmp_path_factory.mktemp("environment"))
 
 
 def test_the_wheel_holds_every_file_but_the_documentation(wheel: Path) -> None:

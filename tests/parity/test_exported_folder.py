@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ml_inference_server.backends import onnx as onnx_backend
 from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.backends.exported.manifest import MANIFEST, Manifest, read_manifest
 from ml_inference_server.backends.startup.resolve import title
@@ -29,6 +30,7 @@ from tests.parity.tiny_model import INT8, settings, start
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
 # What the serving of a folder must do without.
+VNNI, PLAIN = frozenset({"avx512_vnni"}), frozenset({"avx2"})
 FORBIDDEN = (
     "torch",
     "transformers",
@@ -156,6 +158,26 @@ def test_int8_stays_int8(tiny: Path, tmp_path: Path, backend: str) -> None:
     assert "requested" not in title(served.resolution, served.info)
 
 
+@pytest.mark.parametrize(
+    ("exported_on", "served_on", "warns"), [(VNNI, PLAIN, True), (VNNI, VNNI, False), (PLAIN, PLAIN, False)]
+)
+def test_int8_weights_that_saturate_here_are_told(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    exported_on: frozenset[str],
+    served_on: frozenset[str],
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(onnx_backend, "cpu_flags", lambda: exported_on)
+    write(tiny, tmp_path / "folder", **INT8)
+    monkeypatch.setattr(onnx_backend, "cpu_flags", lambda: served_on)
+    caplog.clear()
+    serve(tmp_path / "folder")
+    assert ("weights have 8 bits" in caplog.text) is warns
+
+
 def test_the_manifest_says_what_the_folder_is(exported: Path, tiny: Path) -> None:
     manifest = read_manifest(exported)
     assert (manifest.backend, manifest.task, manifest.source.model) == ("onnx", "embedding", str(tiny))
@@ -226,7 +248,7 @@ def test_what_agrees_or_is_left_open_runs_what_the_folder_holds(exported: Path, 
     ("keys", "says"),
     [
         ({"backend": "pytorch"}, "model.backend is pytorch"),
-        ({"backend": "openvino"}, "--backend openvino"),
+        ({"backend": "openvino"}, "model.backend is openvino"),
         (INT8, "model.quantization is int8"),
         ({"task": "cross_encoder"}, "model.task is cross_encoder"),
         ({"compile": True}, "model.compile is for backend pytorch"),

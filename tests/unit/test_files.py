@@ -9,7 +9,7 @@ import pytest
 
 from ml_inference_server.benchmark.result.files import result_files
 from ml_inference_server.utils.errors import ConfigError
-from ml_inference_server.utils.files import replace_file, replaceable
+from ml_inference_server.utils.files import replace_file, replaceable, whole_folder
 
 
 def _socket(path: Path) -> None:
@@ -79,3 +79,25 @@ def test_no_file_of_a_result_replaces_something_else(tmp_path: Path, name: str) 
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigError, match=f"{name}: this is a pipe"):
         result_files(str(tmp_path / "out.md"), None, tmp_path / "unused.md")
+
+
+def test_a_folder_that_is_not_finished_leaves_what_was_there(tmp_path: Path) -> None:
+    place = tmp_path / "folder"
+    with pytest.raises(FileNotFoundError), whole_folder(place) as draft:
+        (draft / "missing" / "file").touch()
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(place) as draft:
+        (draft / "first").touch()
+    with pytest.raises(FileNotFoundError), whole_folder(place) as draft:
+        (draft / "missing" / "file").touch()
+    assert [each.name for each in place.iterdir()] == ["first"]
+
+
+def test_a_finished_folder_replaces_the_former_one(tmp_path: Path) -> None:
+    place = tmp_path / "folder"
+    for name in ("first", "second"):
+        with whole_folder(place) as draft:
+            (draft / name).touch()
+            assert draft.parent == tmp_path  # on the same disk
+    assert [each.name for each in place.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [place]

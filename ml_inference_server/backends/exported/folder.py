@@ -29,13 +29,13 @@ class ExportedFolder:
         holds, explicit = self.manifest, model.model_fields_set
         precision = holds.graph.precision
         if "backend" in explicit and model.backend not in ("auto", holds.backend):
-            raise self._contradiction("model.backend", model.backend, holds.backend, f"--backend {model.backend}")
+            raise self._contradiction("model.backend", model.backend, holds.backend)
         if explicit & {"quantized", "quantization"}:
             asked = model.requested_quantization("cpu")
             if asked not in ("auto", precision):
-                raise self._contradiction("model.quantization", asked, precision, f"--quantization {asked}")
+                raise self._contradiction("model.quantization", asked, precision)
         if model.task not in ("auto", holds.task):
-            raise self._contradiction("model.task", model.task, holds.task, f"--task {model.task}")
+            raise self._contradiction("model.task", model.task, holds.task)
         if model.compile:
             raise ConfigError(
                 f"model.compile is for backend pytorch, and {self.path} was exported for {holds.backend}: leave it out"
@@ -68,10 +68,9 @@ class ExportedFolder:
             }
         )
 
-    def _contradiction(self, key: str, asked: str, holds: str, flag: str) -> ConfigError:
+    def _contradiction(self, key: str, asked: str, holds: str) -> ConfigError:
         return ConfigError(
-            f"{key} is {asked}, but {self.path} was exported as {holds}: leave {key} out, or export the model again "
-            f"with {flag}"
+            f"{key} is {asked}, but {self.path} was exported as {holds}: leave {key} out, or serve the model itself"
         )
 
     def tokenizer(self, max_tokens: int | None = None) -> FastTokenizer:
