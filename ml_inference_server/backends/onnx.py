@@ -110,6 +110,10 @@ class OnnxBackend:
     def infer(self, batch: TokenBatch) -> NDArray[np.float32]:
         return run_in_company(batch, self._exported.company, self._run)
 
+    def bare_call(self, batch: TokenBatch) -> object:
+        """The engine's own call and nothing of ours but the padding: what `infer` is measured against."""
+        return self.session.run(None, graph_inputs(self.input_names, batch.padded(self.tokenizer.pad_id)))
+
     def _run(self, batch: TokenBatch) -> NDArray[np.float32]:
         inputs = graph_inputs(self.input_names, batch.padded(self.tokenizer.pad_id))
         rows: NDArray[np.float32] = self.session.run([self._exported.output], inputs)[0]

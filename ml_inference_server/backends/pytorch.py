@@ -139,6 +139,14 @@ class PyTorchBackend:
             out: NDArray[np.float32] = rows.float().cpu().numpy()
         return out
 
+    def bare_call(self, batch: TokenBatch) -> object:
+        """The engine's own call and nothing of ours but the padding: what `infer` is measured against."""
+        if self.compiled is not None:
+            return self.compiled.run(self.compiled.pack(batch))
+        padded = batch.padded(self.tokenizer.pad_id)
+        with torch.inference_mode():
+            return self.module(self._tensor(padded.input_ids), self._tensor(padded.attention_mask))
+
     def _tensor(self, array: NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self._device.type == "cuda":

@@ -14,7 +14,6 @@ import os
 import random
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import psutil
@@ -30,9 +29,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ml_inference_server.backends import BACKENDS, create_backend
-from ml_inference_server.backends.base import Encoded, TokenBatch
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
 from ml_inference_server.backends.files.model_errors import start_errors
-from ml_inference_server.backends.model.export import graph_inputs
 from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
 from ml_inference_server.backends.startup.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.child import begin_child
@@ -42,6 +40,12 @@ from ml_inference_server.utils.ranking import mean_ndcg_at, read_qrels
 from ml_inference_server.utils.share import MARK, NOTE, cell
 
 MODES = ("random", "grouped", "direct")
+
+
+class BareBackend(Backend, Protocol):
+    """A backend whose engine can be called as it is."""
+
+    def bare_call(self, batch: TokenBatch) -> object: ...
 
 
 @dataclass
@@ -65,39 +69,13 @@ def random_batches(rows: Sequence[Encoded], seed: int = 0) -> list[list[int]]:
     return [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
-def direct_call(backend: Any) -> Callable[[TokenBatch], object]:
-    """The bare engine with the same model: its own call and nothing of ours but the padding."""
-    pad_id = backend.tokenizer.pad_id
-    if backend.info.compiled:
-        return lambda batch: backend.compiled.run(backend.compiled.pack(batch))
-    if backend.info.backend == "pytorch":
-        import torch
-
-        def call_torch(batch: TokenBatch) -> object:
-            with torch.inference_mode():
-                padded = batch.padded(pad_id)
-                return backend.module(torch.from_numpy(padded.input_ids), torch.from_numpy(padded.attention_mask))
-
-        return call_torch
-    if backend.info.backend == "onnx":
-        return lambda batch: backend.session.run(None, graph_inputs(backend.input_names, batch.padded(pad_id)))
-    local = threading.local()
-
-    def call_openvino(batch: TokenBatch) -> object:
-        if not hasattr(local, "request"):
-            local.request = backend.compiled.create_infer_request()
-        return local.request.infer(graph_inputs(backend.input_names, batch.padded(pad_id)), share_inputs=True)
-
-    return call_openvino
-
-
 def _child(connection: Connection, settings: ModelSettings, texts: list[str], timed: int) -> None:
     """In its own process: load, then do what it is told until it is ended."""
     begin_child()
     try:
         started = time.perf_counter()
         with start_errors(settings):
-            backend = create_backend(settings)
+            backend = cast(BareBackend, create_backend(settings))
             backend.load_model()
             backend.warmup(lambda done, total: None)
         connection.send({"load_s": time.perf_counter() - started})
@@ -106,7 +84,6 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
         return
     rows = backend.tokenizer.encode(texts)
     pool = ThreadPoolExecutor(backend.info.concurrency)
-    direct = direct_call(backend)
 
     def seconds(batches: Sequence[Sequence[int]], call: Callable[[TokenBatch], object]) -> float:
         padded = [TokenBatch.of([rows[i] for i in batch]) for batch in batches]
@@ -127,7 +104,7 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
             offset = len(rows) - len(part)
             batches = random_batches(part) if command == "random" else grouped_batches(part)
             moved = [[i + offset for i in batch] for batch in batches]
-            connection.send(seconds(moved, direct if command == "direct" else backend.infer))
+            connection.send(seconds(moved, backend.bare_call if command == "direct" else backend.infer))
 
 
 def combinations(model: ModelSettings) -> list[tuple[EngineRow, ModelSettings]]:
