@@ -24,8 +24,8 @@ class Reservation:
 
     def __init__(self, admission: "Admission", tokens: int) -> None:
         self._admission = admission
-        self.tokens = 0
-        self.resize(tokens)
+        self.tokens = tokens
+        admission.reserved_tokens += tokens
 
     def resize(self, tokens: int) -> None:
         """Hold `tokens` from now on: the true number, in place of the estimate."""

@@ -7,7 +7,6 @@ and when a batching window closes; so there is no background task whose death wo
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +40,7 @@ def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """One row for each text, in order: (texts, dimension). The times are those of the same names in Stamps."""
 
     rows: NDArray[np.float32]

@@ -48,14 +48,14 @@ def spans(stamps: Stamps, ended_at: float) -> Iterator[tuple[str, float, float]]
     return zip(STAGE_NAMES, stamps, (*stamps[1:], ended_at), strict=True)
 
 
+_WIRE = [(stage.wire, place) for place, stage in enumerate(STAGES) if stage.wire]
+
+
 def wire_us(stamps: Stamps) -> dict[str, int]:
     """The fields of the message Timing."""
-    fields = {
-        stage.wire: _us(end - begin)
-        for stage, begin, end in zip(STAGES, stamps, stamps[1:], strict=False)  # the last one has not ended yet
-        if stage.wire
-    }
-    return {**fields, WIRE_TOTAL.wire: _us(stamps.gathered_at - stamps.received_at)}
+    fields = {wire: _us(stamps[place + 1] - stamps[place]) for wire, place in _WIRE}
+    fields[WIRE_TOTAL.wire] = _us(stamps.gathered_at - stamps.received_at)
+    return fields
 
 
 def _us(seconds: float) -> int:
