@@ -9,6 +9,7 @@ from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
 from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.result.cell import planned_rows
+from ml_inference_server.benchmark.result.document import ServerInfo
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultFiles,
@@ -155,18 +156,17 @@ async def _run_locked(
     address = _address(arguments, settings)
     async with Target(*address) as target:
         await stop.race(target.wait_until_serving(arguments.connect_timeout_s))
-        info = await stop.race(target.server_info())
-    if info["variant"] in settings.variants:
-        settings = load_settings(arguments.config, overrides=overrides, variant=info["variant"])
+        info = ServerInfo.model_validate(await stop.race(target.server_info()))
+    if info.variant in settings.variants:
+        settings = load_settings(arguments.config, overrides=overrides, variant=info.variant)
     load = settings.experiment
     labelled = load_slice(load.quality) if load.quality.enabled else None
     if dataset is None:
         dataset = await stop.race(load_dataset(source))
-    document = new_document("suite" if arguments.experiment else "single", settings, dataset, command)
-    document["planned_rows"] = planned_rows(load)
-    result = Result(document, files)
-    progress = Progress(settings.name, document["planned_rows"], work(load))
-    http_port = arguments.http_port or info["settings"].get("metrics", {}).get("port", 0)
+    result = Result(new_document("suite" if arguments.experiment else "single", settings, dataset, command), files)
+    result.plan(planned_rows(load))
+    progress = Progress(settings.name, result.document.planned_rows, work(load))
+    http_port = arguments.http_port or info.settings.get("metrics", {}).get("port", 0)
     code = EXIT_OK
     try:
         await measure(
@@ -182,14 +182,14 @@ async def _run_locked(
             progress=progress,
         )
     except Interrupted as interrupted:
-        if not document["runs"]:
+        if not result.document.runs:
             raise
-        document["interrupted"] = True
+        result.set(interrupted=True)
         code = interrupted.exit_code
     finally:
         progress.close()
     finish(result)
-    return code or exit_code(document)
+    return code or exit_code(result.document)
 
 
 def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:

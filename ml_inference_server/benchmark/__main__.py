@@ -4,14 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_inference_server.benchmark.load import records
 from ml_inference_server.benchmark.load.records import Records
 from ml_inference_server.benchmark.report import advice, report
 from ml_inference_server.benchmark.report.regression import compare, text
 from ml_inference_server.benchmark.result import figures
-from ml_inference_server.benchmark.result.files import ResultFiles, read_document
+from ml_inference_server.benchmark.result.document import Document, Summary, read
+from ml_inference_server.benchmark.result.files import ResultFiles
 from ml_inference_server.benchmark.session import contents, show
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
@@ -21,29 +21,25 @@ from ml_inference_server.utils.process import begin_process
 EXIT_REGRESSION = 1
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, Records]]:
+def load(path: Path) -> tuple[Document, dict[str, Records]]:
     """A result with its raw records, every figure made anew from them. ConfigError if one of the files is damaged."""
-    document = read_document(path)
-    if document["kind"] == "summary":
+    document = read(path)
+    if isinstance(document, Summary):
         raise ConfigError(f"{path}: a summary of experiments, where the result of one is needed")
     raw_file = path.with_suffix(".npz")
     if not raw_file.exists():
         print(f"Warning: {raw_file} is missing: the figures are those that stand in {path.name}", file=sys.stderr)
         return document, {}
     raw = records.read(raw_file)
-    for run in document["runs"]:
-        if run["raw"] not in raw:
-            raise ConfigError(f"{raw_file}: holds no records of {run['raw']}: not the file that belongs to {path}")
-        found = figures.figures(
-            raw[run["raw"]],
-            batch_size=run["batch_size"],
-            scores=run["workload"] == "pairs",
-            is_open=bool(run["rate_per_s"]),
-        )
-        if found["ok"] != run["ok"] or found["errors"] != run["errors"]:
-            raise ConfigError(f"{raw_file}: {run['raw']} has other counts than {path}: one of the files was changed")
-        run.update(found)
-    return document, raw
+    runs = []
+    for run in document.runs:
+        if run.raw not in raw:
+            raise ConfigError(f"{raw_file}: holds no records of {run.raw}: not the file that belongs to {path}")
+        found = figures.figures(raw[run.raw], batch_size=run.batch_size, scores=run.scores, is_open=run.is_open)
+        if found.ok != run.ok or found.errors != run.errors:
+            raise ConfigError(f"{raw_file}: {run.raw} has other counts than {path}: one of the files was changed")
+        runs.append(run.model_copy(update=dict(found)))
+    return document.model_copy(update={"runs": runs}), raw
 
 
 def _report(files: Sequence[Path], output: Path | None) -> int:
@@ -51,8 +47,8 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
         raise ConfigError("--output is for one file; without it, each report is written beside its JSON")
     for path in files:
         markdown = replaceable(output or path.with_suffix(".md"))
-        if read_document(path)["kind"] == "summary":
-            found = advice.contents(read_document(path), ResultFiles(markdown, path))
+        if isinstance(summary := read(path), Summary):
+            found = advice.contents(summary, ResultFiles(markdown, path))
         else:
             document, raw = load(path)
             show(document, raw)
@@ -67,7 +63,7 @@ def _report(files: Sequence[Path], output: Path | None) -> int:
 def _compare(before: Path, after: Path, max_regression: float) -> int:
     (a, raw_a), (b, raw_b) = load(before), load(after)
     found = compare(a, b, (raw_a, raw_b), max_regression)
-    print(f"before: {report.title(a)} ({a['started_at']})\nafter:  {report.title(b)} ({b['started_at']})\n")
+    print(f"before: {report.title(a)} ({a.started_at})\nafter:  {report.title(b)} ({b.started_at})\n")
     print(text(found, max_regression))
     return EXIT_REGRESSION if found.regressions else EXIT_OK
 

@@ -13,16 +13,17 @@ from typing import Any
 from tqdm import tqdm
 
 from ml_inference_server.benchmark.load.dataset import Dataset
-from ml_inference_server.benchmark.report import advice, report
+from ml_inference_server.benchmark.report import advice, report, tables
 from ml_inference_server.benchmark.report.contenders import BASELINE
+from ml_inference_server.benchmark.report.report import Doubt
+from ml_inference_server.benchmark.result.document import Document, Entry, Git, Machine, Verdict, read
+from ml_inference_server.benchmark.result.document import Summary as SummaryDocument
 from ml_inference_server.benchmark.result.files import (
-    SCHEMA,
     ResultFiles,
     ResultsNotWritten,
     keep_earlier,
     locked,
     now,
-    read_document,
     rescue,
     result_files,
 )
@@ -77,17 +78,17 @@ def choose(files: Sequence[Path], only: str | None) -> list[Path]:
     return sorted(chosen, key=lambda path: path.stem != BASELINE)
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(outcome: Outcome) -> Verdict:
     """A refused experiment is one whose model, device or precision cannot be had here: a clean answer, no failure."""
     if outcome.exit_code == EXIT_OK:
-        return "ok"
+        return Verdict.OK
     if outcome.exit_code == EXIT_MODEL:
-        return "refused in part" if outcome.document else "refused"
+        return Verdict.REFUSED_IN_PART if outcome.document else Verdict.REFUSED
     if outcome.exit_code == EXIT_FAILED_RUN:
-        return "FAILURES"
+        return Verdict.FAILURES
     if outcome.exit_code in (EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED):
-        return "interrupted"
-    return f"FAILED (exit code {outcome.exit_code})"
+        return Verdict.INTERRUPTED
+    return Verdict.FAILED
 
 
 def settings_digest(experiment: Experiment) -> str:
@@ -100,45 +101,43 @@ def settings_digest(experiment: Experiment) -> str:
     return hashlib.sha256("".join(s.model_dump_json() for s in all_of_it).encode()).hexdigest()
 
 
-def entries(experiment: Experiment, outcome: Outcome) -> list[dict[str, Any]]:
+def entries(experiment: Experiment, outcome: Outcome) -> list[Entry]:
     """One entry of the summary for each variant; `result` names the experiment's own report."""
-    entry: dict[str, Any] = {
-        "experiment": experiment.file.stem,
-        "variant": "",
-        "verdict": verdict(outcome),
-        "exit_code": outcome.exit_code,
-        "message": outcome.message,
-        "title": "",
-        "settings_sha256": settings_digest(experiment),
-        "result": outcome.files.markdown.name if outcome.files else None,
-        "commit": None,
-        "fingerprint": None,
-        "dataset": None,
-        "server": None,
-        "warnings": [],
-        "runs": [],
-    }
     document = outcome.document
+    whole = Entry(
+        experiment=experiment.file.stem,
+        variant="",
+        verdict=verdict(outcome),
+        exit_code=outcome.exit_code,
+        message=outcome.message,
+        title="",
+        settings_sha256=settings_digest(experiment),
+        result=outcome.files.markdown.name if outcome.files else None,
+        commit=document.git.commit if document else None,
+        fingerprint=document.machine.fingerprint if document else None,
+        dataset=document.dataset.name if document else None,
+        server=None,
+        warnings=[],
+        runs=[],
+    )
     if document is None:
-        return [entry]
-    entry |= {
-        "commit": document["git"]["commit"],
-        "fingerprint": document["machine"]["fingerprint"],
-        "dataset": document["dataset"]["name"],
-    }
+        return [whole]
+    # A variant that did not run has an entry of its own.
+    warnings = [warning.text for warning in report.warnings(document) if warning.kind is not Doubt.NOT_STARTED]
     found = [
-        {
-            **entry,
-            "variant": server["variant"],
-            "title": server["info"]["title"],
-            "server": server,
-            "runs": [run for run in document["runs"] if run["variant"] == server["variant"]],
-        }
-        for server in document["servers"]
+        whole.model_copy(
+            update={
+                "variant": server.variant,
+                "title": server.info.title,
+                "server": server,
+                "runs": [run for run in document.runs if run.variant == server.variant],
+                "warnings": [] if number else warnings,
+            }
+        )
+        for number, server in enumerate(document.servers)
     ]
-    if found:
-        found[0]["warnings"] = [said for said in report.warnings(document) if not said.startswith("variant ")]
-    return found + [{**entry, **refused, "verdict": "refused"} for refused in document["not_started"]]
+    refused = [whole.model_copy(update={"verdict": Verdict.REFUSED, **dict(one)}) for one in document.not_started]
+    return found + refused
 
 
 class Summary:
@@ -146,21 +145,21 @@ class Summary:
 
     def __init__(self, files: ResultFiles, command: Sequence[str], is_quick: bool) -> None:
         self.files = files
-        self.document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "kind": "summary",
-            "command": command_to_repeat(command),
-            "quick": is_quick,
-            "started_at": now(),
-            "finished_at": now(),
-            "finished": False,
-            "machine": machine_facts(),
-            "versions": client_versions(),
-            "git": git_facts(),
-            "not_run": [],
-            "experiments": [],
-            "runs": [],
-        }
+        self.document = SummaryDocument(
+            command=command_to_repeat(command),
+            quick=is_quick,
+            started_at=now(),
+            finished_at=now(),
+            finished=False,
+            machine=Machine(**machine_facts()),
+            versions=client_versions(),
+            git=Git(**git_facts()),
+            not_run=[],
+            experiments=[],
+        )
+
+    def _set(self, **fields: Any) -> None:
+        self.document = self.document.model_copy(update=fields)
 
     def begin(self, experiments: Sequence[Experiment], *, resume: bool) -> list[Experiment]:
         """The experiments that are still to be run. An earlier summary is kept, or gone on with."""
@@ -175,26 +174,26 @@ class Summary:
         return [experiment for experiment in experiments if experiment.file.stem not in done]
 
     def _take_over(self, experiments: Sequence[Experiment]) -> set[str]:
-        earlier = read_document(self.files.data)
-        if earlier["kind"] != "summary":
+        earlier = read(self.files.data)
+        if isinstance(earlier, Document):
             raise ConfigError(f"{self.files.data}: not a summary of experiments, so there is nothing to resume")
         done = set()
         for experiment in experiments:
             name = experiment.file.stem
-            theirs = [entry for entry in earlier["experiments"] if entry["experiment"] == name]
-            sound = theirs and all(entry["exit_code"] == EXIT_OK for entry in theirs)
-            if sound and theirs[0]["settings_sha256"] != settings_digest(experiment):
+            theirs = [entry for entry in earlier.experiments if entry.experiment == name]
+            sound = theirs and all(entry.exit_code == EXIT_OK for entry in theirs)
+            if sound and theirs[0].settings_sha256 != settings_digest(experiment):
                 print(f"{name}: its settings changed since, so it is run again", file=sys.stderr)
             elif sound:
                 print(f"{name}: there already", file=sys.stderr)
                 done.add(name)
-                self.document["experiments"] += theirs
-        self.document["started_at"] = earlier["started_at"]
+                self._set(experiments=[*self.document.experiments, *theirs])
+        self._set(started_at=earlier.started_at)
         return done
 
-    def add(self, found: list[dict[str, Any]], left: Sequence[Experiment]) -> None:
-        self.document["experiments"] += found
-        self.document["not_run"] = [experiment.file.stem for experiment in left]
+    def add(self, found: list[Entry], left: Sequence[Experiment]) -> None:
+        not_run = [experiment.file.stem for experiment in left]
+        self._set(experiments=[*self.document.experiments, *found], not_run=not_run)
         try:
             self._write()
         except OSError as error:
@@ -202,7 +201,7 @@ class Summary:
 
     def finish(self, *, finished: bool) -> None:
         """ResultsNotWritten when there is no room; then it lies in a temporary folder, which the message names."""
-        self.document["finished"] = finished
+        self._set(finished=finished)
         try:
             self._write()
         except OSError as error:
@@ -211,7 +210,7 @@ class Summary:
             raise ResultsNotWritten(f"the comparison cannot be written: {error.strerror}{where}") from None
 
     def _write(self) -> None:
-        self.document["finished_at"] = now()
+        self._set(finished_at=now())
         for path, content in advice.contents(self.document, self.files).items():
             replace_file(path, content)
 
@@ -236,7 +235,9 @@ async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summar
             outcome = Outcome(EXIT_INTERNAL, f"{type(error).__name__}: {error}")
         outcomes.append(outcome)
         if outcome.message:
-            print(f"{verdict(outcome)}: {outcome.message}", file=sys.stderr, flush=True)
+            print(
+                f"{tables.verdict(verdict(outcome), outcome.exit_code)}: {outcome.message}", file=sys.stderr, flush=True
+            )
         summary.add(entries(experiment, outcome), experiments[number:])
     return outcomes
 

@@ -14,6 +14,7 @@ from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.result.cell import planned_rows
+from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultFiles,
@@ -83,7 +84,7 @@ class Outcome:
 
     exit_code: int
     message: str = ""
-    document: dict[str, Any] | None = None
+    document: Document | None = None
     files: ResultFiles | None = None
 
 
@@ -121,16 +122,15 @@ async def _run_locked(
         await _Visits(experiment, variants, datasets[source], result, log, stop).run()
     except Interrupted as interrupted:
         code = interrupted.exit_code
-    if result is None or not (result.document["runs"] or result.document["not_started"]):
+    if result is None or not (result.document.runs or result.document.not_started):
         return Outcome(code, "interrupted before anything was measured")
-    document = result.document
-    refused = document["not_started"]
-    if not document["runs"]:
-        return Outcome(code or refused[0]["exit_code"], refused[0]["message"])
-    document["interrupted"] = code != EXIT_OK
+    refused = result.document.not_started
+    if not result.document.runs:
+        return Outcome(code or refused[0].exit_code, refused[0].message)
+    result.set(interrupted=code != EXIT_OK)
     finish(result)
-    code = code or exit_code(document) or (refused[0]["exit_code"] if refused else EXIT_OK)
-    return Outcome(code, "", document, files)
+    code = code or exit_code(result.document) or (refused[0].exit_code if refused else EXIT_OK)
+    return Outcome(code, "", result.document, files)
 
 
 class _Visits:
@@ -147,7 +147,6 @@ class _Visits:
     ) -> None:
         self._experiment, self._variants, self._dataset = experiment, variants, dataset
         self._result, self._log, self._stop = result, log, stop
-        document = result.document
         for settings in variants.values():
             # Refused now rather than half way.
             dataset.workload(settings.experiment.workload, settings.experiment.seed)
@@ -155,11 +154,11 @@ class _Visits:
             variant: load_slice(settings.experiment.quality) if settings.experiment.quality.enabled else None
             for variant, settings in variants.items()
         }
-        document["planned_rows"] = sum(planned_rows(settings.experiment) for settings in variants.values())
+        result.plan(sum(planned_rows(settings.experiment) for settings in variants.values()))
         total = sum(work(settings.experiment) for settings in variants.values())
-        self._progress = Progress(document["name"], document["planned_rows"], total)
+        self._progress = Progress(result.document.name, result.document.planned_rows, total)
         self._refused: set[str] = set()
-        self._timed: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._timed: dict[tuple[Any, ...], InProcess | InProcessFailed] = {}
 
     async def run(self) -> None:
         """Interrupted as soon as the stop comes; what was measured is in the result."""
@@ -179,7 +178,7 @@ class _Visits:
     async def _visit(self, variant: str, repeats: Sequence[int], *, is_last: bool) -> None:
         experiment, progress, stop = self._experiment, self._progress, self._stop
         load = self._variants[variant].experiment
-        document = self._result.document
+        result = self._result
         try:
             async with ServerProcess(experiment.server_options(variant, self._log), stop) as server:
                 who = f" for variant {variant}" if variant else ""
@@ -200,23 +199,21 @@ class _Visits:
                     stop=stop,
                     progress=progress,
                 )
-                if document["runs"] and document["runs"][-1]["lost"]:
-                    lost = next(s for s in document["servers"] if s["variant"] == variant)
-                    lost["died"] = await server.death()
+                if result.document.runs and result.document.runs[-1].lost:
+                    result.about_server(variant, died=await server.death())
             if is_last and load.in_process_s:
                 await self._time_in_process(variant)
         except StartError as error:
-            if not any(run["variant"] == variant for run in document["runs"]):
+            if not any(run.variant == variant for run in result.document.runs):
                 progress.skip(planned_rows(load), work(load))
-                document["planned_rows"] -= planned_rows(load)
+                result.plan(-planned_rows(load))
             self._refused.add(variant)
-            document["not_started"].append({"variant": variant, "exit_code": error.exit_code, "message": str(error)})
+            result.refuse(variant, error.exit_code, str(error))
 
     async def _time_in_process(self, variant: str) -> None:
         """Once for each model among the variants: what the variants change besides it is the server's business."""
-        settings, document = self._variants[variant], self._result.document
-        server = next((s for s in document["servers"] if s["variant"] == variant), None)
-        if server is None or settings.model.backend == "fake":
+        settings = self._variants[variant]
+        if self._result.server(variant) is None or settings.model.backend == "fake":
             return
         load = settings.experiment
         batch_size = max(load.batch_sizes)
@@ -233,8 +230,10 @@ class _Visits:
                     self._experiment.start_timeout_s,
                 )
             )
-            self._timed[same] = {**timed, "workload": load.workload, "batch_size": batch_size}
-        server["in_process"] = self._timed[same]
+            if isinstance(timed, InProcess):
+                timed = timed.model_copy(update={"workload": load.workload, "batch_size": batch_size})
+            self._timed[same] = timed
+        self._result.about_server(variant, in_process=self._timed[same])
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,8 @@ from ml_inference_server.benchmark.measure.reference import measure_quality
 from ml_inference_server.benchmark.measure.suite import Bench, refuse_oversized, run_suite
 from ml_inference_server.benchmark.report import plots, report, tables
 from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result.files import Result, ResultFiles, ResultsNotWritten, encode, now, rescue
+from ml_inference_server.benchmark.result.document import Document, Load, Server, ServerInfo, to_json
+from ml_inference_server.benchmark.result.files import Result, ResultFiles, ResultsNotWritten, now, rescue
 from ml_inference_server.benchmark.result.files import write_results as write
 from ml_inference_server.benchmark.target.counters import Sidecar
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
@@ -45,15 +46,13 @@ async def measure(
 
     http: the server's HTTP port, 0 where it is not known. ConfigError before any load if a row cannot be run as asked.
     """
-    document = result.document
     async with Target(*address) as target, Sidecar(*http) as sidecar:
-        info = await stop.race(target.server_info())
+        info = ServerInfo.model_validate(await stop.race(target.server_info()))
         refuse_oversized(load.batch_sizes, info)
-        server = next((s for s in document["servers"] if s["variant"] == info["variant"]), None)
-        is_first = server is None
-        if server is None:
-            server = {"variant": info["variant"], "info": info, "load": load.model_dump(), "quality": None}
-            document["servers"].append(server)
+        is_first = result.server(info.variant) is None
+        if is_first:
+            as_asked = Load.model_validate(load.model_dump())
+            result.add_server(Server(variant=info.variant, info=info, load=as_asked))
         workload = dataset.workload(load.workload, load.seed)
         bench = Bench(target, address, sidecar, info, load, workload, stop, progress, result)
         progress.sidecar = sidecar
@@ -64,16 +63,15 @@ async def measure(
                     is_there = is_there and await search(bench, batch_size, search_work(batch_size, load))
             if labelled is not None and is_first and is_there:
                 log = result.files.server_log
-                server["quality"] = await measure_quality(
-                    target, info, load, labelled, log, start_timeout_s, stop, progress
-                )
+                quality = await measure_quality(target, info, load, labelled, log, start_timeout_s, stop, progress)
+                result.about_server(info.variant, quality=quality)
         finally:
             await progress.leave()
 
 
-def contents(document: dict[str, Any], raw: dict[str, Records], files: ResultFiles) -> dict[Path, str | bytes]:
+def contents(document: Document, raw: dict[str, Records], files: ResultFiles) -> dict[Path, str | bytes]:
     """The files of one result, ready to be written. A report without plots is better than none."""
-    rows = aggregate.rows_of(document, raw)
+    rows = aggregate.rows_of_document(document, raw)
     try:
         plot = plots.of_rows(rows, raw, report.title(document))
     except Exception as error:
@@ -81,7 +79,7 @@ def contents(document: dict[str, Any], raw: dict[str, Records], files: ResultFil
         plot = None
     found: dict[Path, str | bytes] = {
         files.markdown: report.markdown(document, raw, files.plot.name if plot else None),
-        files.data: encode(document),
+        files.data: to_json(document),
         files.raw: raw_records.encode(raw),
     }
     return found | ({files.plot: plot} if plot else {})
@@ -92,8 +90,8 @@ def finish(result: Result) -> None:
 
     ResultsNotWritten when there is no room for them; then they lie in a temporary folder, which the message names.
     """
+    result.set(finished_at=now())
     document, raw = result.document, result.raw
-    document["finished_at"] = now()
     leave_dead_streams()
     with contextlib.suppress(OSError):  # a terminal may go at any moment, and the files count more
         show(document, raw)
@@ -103,7 +101,7 @@ def finish(result: Result) -> None:
     except ResultsNotWritten as error:
         folder = rescue(files)
         if folder is None:
-            print(encode(document))
+            print(to_json(document))
             raise ResultsNotWritten(f"{error}; there is no room anywhere, so all figures stand above as JSON") from None
         raise ResultsNotWritten(f"{error}; they are in {folder} instead") from None
     result.forget_partial()
@@ -111,13 +109,13 @@ def finish(result: Result) -> None:
         print(f"Results: {result.files.markdown} and {result.files.data}", flush=True)
 
 
-def show(document: dict[str, Any], raw: dict[str, Records]) -> None:
+def show(document: Document, raw: dict[str, Records]) -> None:
     """The tables and all warnings, for a terminal."""
-    rows = aggregate.rows_of(document, raw)
+    rows = aggregate.rows_of_document(document, raw)
     print(f"\n{report.title(document)}\n\n{tables.results(rows)}\n")
     print("\n".join(report.summary(document, rows)).replace("**", "") + "\n")
     for warning in report.warnings(document):
-        print(f"Note: {warning}")
+        print(f"Note: {warning.text}")
     comparison = tables.variants(rows)
     if comparison:
         print(f"\n{comparison}\n")

@@ -96,7 +96,8 @@ def test_failures_are_counted_by_code_and_no_worker_dies(pairs: Path) -> None:
     (row,) = document["runs"]
     assert code == 5
     assert (row["ok"], row["errors"], row["unfinished"]) == (32, {"RESOURCE_EXHAUSTED": 8}, 0)
-    assert (row["status"], row["reason"]) == ("failures", "8 of 40 requests failed")
+    assert (row["status"], row["cause"]) == ("failures", "requests_failed")
+    assert row["reason"] == "8 of 40 requests failed"
     assert row["first_error"]["code"] == "RESOURCE_EXHAUSTED"
     assert row["first_error"]["message"].endswith("is refused")
     assert balanced(row)
@@ -149,7 +150,7 @@ def test_a_server_killed_in_the_middle(pairs: Path, capsys: pytest.CaptureFixtur
     (row,) = document["runs"]
     assert code == 5
     assert balanced(row)
-    assert row["status"] == "invalid"
+    assert (row["status"], row["cause"]) == ("invalid", "server_gone")
     assert row["reason"] == "the server no longer answers"
     assert 50 <= row["started"] <= 53
     assert row["ok"] >= 46
@@ -206,7 +207,7 @@ def test_an_interruption_keeps_what_was_measured(pairs: Path, tmp_path: Path, nu
     (row,) = document["runs"]
     assert document["interrupted"] is True
     assert (row["started"], row["ok"], row["errors"], row["unfinished"]) == (8, 7, {}, 1)
-    assert row["status"] == "interrupted"
+    assert row["status"] == row["cause"] == "interrupted"
     assert "interrupted after 7 of 50 requests" in out
     assert "Traceback" not in err
 

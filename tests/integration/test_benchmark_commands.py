@@ -40,7 +40,9 @@ def test_figures_come_from_the_records_not_from_the_json(results: Path, tmp_path
     document["runs"][0]["latency_ms"]["p50"] = 0.001
     edited.write_text(json.dumps(document))
     loaded, _ = benchmark.load(edited)
-    assert loaded["runs"][0]["latency_ms"]["p50"] > 0.01
+    (latency_ms, *_) = (run.latency_ms for run in loaded.runs)
+    assert latency_ms is not None
+    assert latency_ms.p50 > 0.01
     document["runs"][0]["ok"] += 1
     edited.write_text(json.dumps(document))
     assert benchmark.main(["report", str(edited)]) == 2
@@ -57,19 +59,30 @@ def test_damaged_files_are_named(results: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "none.json").write_text("{}")
     (tmp_path / "torn.json").write_text('{"schema": 2, "kind"')
     (tmp_path / "old.json").write_text('{"schema": 1, "kind": "suite", "runs": []}')
+    (tmp_path / "new.json").write_text('{"schema": 99, "kind": "suite", "runs": []}')
+    document = json.loads((results / "fast.json").read_text())
+    document["runs"][1]["latency_ms"]["p99"] = "much"
+    document["added_later"] = 1
+    (tmp_path / "typed.json").write_text(json.dumps(document))
+    del document["machine"]["cpu"]
+    (tmp_path / "part.json").write_text(json.dumps(document))
     (tmp_path / "bad.json").write_bytes((results / "fast.json").read_bytes())
     (tmp_path / "bad.npz").write_bytes((results / "fast.npz").read_bytes()[:500])
     for name, told in (
         ("absent.json", "no such file"),
         ("none.json", "not the JSON of a result"),
         ("torn.json", "not the JSON of a result"),
-        ("old.json", "has schema 1, and this version reads 2"),
+        ("old.json", "has schema 1, and this version reads from 2 on: measure again"),
+        ("new.json", "has schema 99, and this version reads up to 3: use the version that wrote it"),
+        ("typed.json", "typed.json: runs[1].latency_ms.p99: input should be a valid number"),
+        ("part.json", "part.json: machine.cpu: field required (and 1 more)"),
         ("bad.json", "the raw records cannot be read"),
     ):
         assert benchmark.main(["report", str(tmp_path / name)]) == 2, name
         error = capsys.readouterr().err
         assert error.startswith("Error: ")
         assert told in error
+        assert error.count("\n") == 1 or name == "bad.json"
 
 
 def test_a_regression_is_told_with_its_interval(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

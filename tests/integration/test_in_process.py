@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ml_inference_server.benchmark.load.dataset import Workload
+from ml_inference_server.benchmark.result.document import InProcess, InProcessFailed
 from ml_inference_server.benchmark.target import in_process
 from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
 
@@ -18,7 +18,9 @@ FIGURES = {
 }  # fmt: skip
 
 
-async def timed(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float = 30) -> dict[str, Any]:
+async def timed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float = 30
+) -> InProcess | InProcessFailed:
     (folder / "stand_in.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setattr(in_process, "_MODULE", "stand_in")
@@ -33,7 +35,7 @@ async def test_it_is_given_the_settings_and_the_requests(tmp_path: Path, monkeyp
         f"open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps([value, open(value['--requests']).read()]))\n"
         f"json.dump({FIGURES!r}, open(value['--json'], 'w'))\n"
     )
-    assert await timed(tmp_path, monkeypatch, program) == FIGURES
+    assert await timed(tmp_path, monkeypatch, program) == InProcess.model_validate(FIGURES)
     arguments, lines = json.loads((tmp_path / "seen").read_text())
     assert (arguments["--experiment"], arguments["--seconds"]) == ("x.yaml", "1.5")
     assert [json.loads(line) for line in lines.splitlines()] == [
@@ -61,10 +63,10 @@ async def test_what_goes_wrong_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: str
 ) -> None:
     found = await timed(tmp_path, monkeypatch, program)
-    assert told in found["error"]
-    assert set(found) == {"error"}
+    assert isinstance(found, InProcessFailed)
+    assert told in found.error
 
 
 async def test_a_program_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = await timed(tmp_path, monkeypatch, "import time; time.sleep(999)", timeout_s=0.5)
-    assert found == {"error": "it took longer than 0.5 s"}
+    assert found == InProcessFailed(error="it took longer than 0.5 s")

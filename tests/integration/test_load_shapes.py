@@ -67,6 +67,7 @@ def test_a_sender_that_cannot_keep_up_voids_the_row(pairs: Path, capsys: pytest.
     (row,) = document["runs"]
     assert code == 5
     assert row["status"] == "invalid"
+    assert row["cause"] == "client_late"
     assert row["reason"].startswith("the client itself was late: ")
     assert row["started"] == 3000 == row["ok"] + sum(row["errors"].values()), "late, but all were sent"
     assert "INVALID: the client itself was late" in capsys.readouterr().out
@@ -135,6 +136,7 @@ def test_a_change_of_what_the_server_says_of_itself_voids_the_row(pairs: Path) -
     (row,) = document["runs"]
     assert code == 5
     assert row["status"] == "invalid"
+    assert row["cause"] == "server_changed"
     assert row["reason"] == "the server no longer says the same of itself: fallbacks changed meanwhile"
 
 

@@ -305,11 +305,13 @@ def test_all_experiments_survive_one_that_fails(tmp_path: Path, capsys: pytest.C
     assert code == 5
     summary = read(folder / "summary.json")
     assert [(e["experiment"], e["verdict"]) for e in summary["experiments"]] == [
-        ("broken", "FAILED (exit code 2)"),
+        ("broken", "FAILED"),
         ("good", "ok"),
     ]
+    assert summary["experiments"][0]["exit_code"] == 2
     text = (folder / "summary.md").read_text()
     assert "did you mean name?" in text
+    assert "| FAILED (exit code 2) |" in text
     assert "[good_results.md](good_results.md)" in text
     assert "Fastest: `good`" in capsys.readouterr().out
     assert len(list(folder.glob("good_results.*.json"))) == 1  # the first result was kept

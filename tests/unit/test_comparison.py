@@ -1,5 +1,6 @@
 """The comparison of all experiments: what it recommends, and what it refuses to recommend."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +9,38 @@ from ml_inference_server.benchmark.report import advice
 from ml_inference_server.benchmark.report.contenders import Comparison
 from ml_inference_server.benchmark.report.regression import compare, unlike
 from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result.files import SCHEMA, ResultFiles
-from tests.unit.report_kit import make_document, quality, repeats
+from ml_inference_server.benchmark.result.document import Document, Entry, InProcess, MachineConditions, Summary
+from ml_inference_server.benchmark.result.files import ResultFiles
+from tests.unit.report_kit import PASSED, inside, make_document, make_info, make_server, of_server, quality, repeats
 
 
 def entry(name: str, speeds: tuple[float, ...], *, cosine: float = 1.0, passed: bool = True, ms: float = 10.0,
-          dtype: str = "int8", **changes: Any) -> dict[str, Any]:  # fmt: skip
+          dtype: str = "int8", without: Sequence[str] = (), in_process: InProcess | None = None, **changes: Any,
+          ) -> Entry:  # fmt: skip
     """An experiment with two loads, of which `speeds` are the repeats of the heavier one."""
     latency = dict.fromkeys(("avg", "p50", "p95", "p99"), ms)
     runs = [
         *repeats(10, 10, 10, batch_size=1, concurrency=1, latency_ms=latency),
         *repeats(*speeds, batch_size=8, concurrency=16),
     ]
-    server = make_document([])["servers"][0]
-    server["info"]["resolved"]["dtype"] = dtype
     verdict = {"passed": passed, "reasons": [] if passed else ["too far from FP32"]}
     change = {"value": cosine - 1, "low": cosine - 1, "high": cosine - 1}
-    server["quality"] = quality(cosine_mean=cosine, gate=verdict, ndcg10_difference=change)
-    return {
+    found = quality(cosine_mean=cosine, gate=verdict, ndcg10_difference=change, without=without)
+    server = make_server(info=make_info({"dtype": dtype}), quality=found, in_process=in_process)
+    return Entry.model_validate({
         "experiment": name, "variant": "", "verdict": "ok", "exit_code": 0, "message": "", "title": f"{name} ran",
         "settings_sha256": "", "result": f"{name}_results.md", "commit": "abc", "fingerprint": "f", "dataset": "sample",
         "server": server, "warnings": [], "runs": runs,
-    } | changes  # fmt: skip
+    } | changes)  # fmt: skip
 
 
-def summary(*entries: dict[str, Any]) -> dict[str, Any]:
-    machine = make_document([])["machine"]
-    return {
-        "schema": SCHEMA, "kind": "summary", "command": "run all", "quick": False, "started_at": "a",
+def summary(*entries: Entry, **changes: Any) -> Summary:
+    machine = make_document([]).machine
+    return Summary.model_validate({
+        "command": "run all", "quick": False, "started_at": "a",
         "finished_at": "b", "finished": True, "machine": machine, "versions": {},
-        "git": {"commit": "abc", "modified": False}, "not_run": [], "experiments": list(entries), "runs": [],
-    }  # fmt: skip
+        "git": {"commit": "abc", "modified": False}, "not_run": [], "experiments": list(entries),
+    } | changes)  # fmt: skip
 
 
 BASE = entry("minilm_baseline", (99, 100, 101), dtype="float32")
@@ -46,7 +48,7 @@ INT8 = entry("int8", (198, 200, 202), cosine=0.99, ms=8)
 BROKEN = entry("broken", (900, 900, 900), cosine=0.5, passed=False, ms=1)
 
 
-def advised(*entries: dict[str, Any]) -> str:
+def advised(*entries: Entry) -> str:
     text = advice.markdown(summary(*entries), [])
     return text[text.index("## Which one to run") : text.index("## All that ran")]
 
@@ -71,7 +73,9 @@ def test_a_row_that_failed_its_gate_is_struck_through_and_on_no_front() -> None:
 def test_a_machine_that_was_busy_spoils_the_advice() -> None:
     """A baseline that ran beside something else would make all others look fast."""
     busy = entry("minilm_baseline", (20, 22, 24))
-    busy["runs"][-1]["conditions"] = {"steal_share": 0, "others_share": 0.7, "clock_mhz": None, "throttled": None}
+    conditions = MachineConditions(steal_share=0, others_share=0.7, clock_mhz=None, throttled=None)
+    last = busy.runs[-1].model_copy(update={"conditions": conditions})
+    busy = busy.model_copy(update={"runs": [*busy.runs[:-1], last]})
     said = advised(busy, INT8)
     assert said.index("**Do not rely on these ratios:**") < said.index("**Fastest")
     assert "while `minilm_baseline` ran" in said
@@ -87,8 +91,7 @@ def test_no_winner_where_there_is_no_significant_difference() -> None:
 
 def test_other_loads_have_a_table_of_their_own_and_no_ratio() -> None:
     other = entry("other", (500, 500, 500))
-    for run in other["runs"]:
-        run["concurrency"] = 64
+    other = other.model_copy(update={"runs": [run.model_copy(update={"concurrency": 64}) for run in other.runs]})
     text = advice.markdown(summary(BASE, other), [])
     assert "### other" in text
     assert "Fastest: `minilm_baseline`" in text
@@ -96,7 +99,7 @@ def test_other_loads_have_a_table_of_their_own_and_no_ratio() -> None:
 
 def test_what_did_not_run_says_why() -> None:
     refused = entry("gone", (1,), verdict="refused", exit_code=3, message="no such model", server=None, runs=[])
-    document = summary(BASE, refused) | {"not_run": ["later"], "finished": False, "quick": True}
+    document = summary(BASE, refused, not_run=["later"], finished=False, quick=True)
     text = advice.markdown(document, [])
     told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert ["gone", "refused", "no such model"] in told
@@ -128,7 +131,7 @@ def test_nothing_that_is_beaten_in_both_is_on_the_front() -> None:
 # Two results of one experiment
 
 
-def searched(rate: float | None) -> dict[str, Any]:
+def searched(rate: float | None) -> Document:
     found = {"variant": "", "batch_size": 1, "p99_ms": 50.0, "rate_per_s": rate, "probes": [], "requests": 1000}
     rows = repeats(9, 9, 9, concurrency=None, rate_per_s=rate, process="poisson", slo="confirmation") if rate else []
     return make_document([*repeats(100, 100, 101), *rows], slo=[found])
@@ -162,11 +165,9 @@ def test_noise_is_no_regression_however_low_the_figure() -> None:
 
 def test_the_share_of_the_in_process_speed_is_of_the_same_requests() -> None:
     """At the baseline's heaviest load, 8 pairs a request; texts/s of the rows are 800."""
-    inside = {"title": "int8 ran", "texts_per_s": 1000.0, "workload": "pairs", "batch_size": 8, "tokens_per_text": 50.0}
     shares = []
-    for changes in ({}, {"texts_per_s": 500.0}, {"batch_size": 4}):
-        int8 = entry("int8", (198, 200, 202))
-        int8["server"]["in_process"] = inside | changes
+    for in_process in (inside(batch_size=8), inside(batch_size=8, texts_per_s=500.0), inside(batch_size=4)):
+        int8 = entry("int8", (198, 200, 202), in_process=in_process)
         text = advice.markdown(summary(BASE, int8), [])
         (line,) = (line for line in text.splitlines() if line.startswith("| int8"))
         shares.append([cell.strip() for cell in line.split("|")][9])
@@ -180,33 +181,30 @@ def test_a_rate_that_is_no_longer_kept_up_with_is_a_regression() -> None:
     (said,) = compare(before, after, ({}, {}), 0.05).regressions
     assert said.endswith("50 answered (fell behind): kept up with what was offered before")
     assert compare(after, after, ({}, {}), 0.05).regressions == []
-    assert not meets(after["runs"][0], p99_ms=1000.0), "a rate is not borne by falling behind within the bound"
-    assert meets(before["runs"][0], p99_ms=1000.0)
+    assert not meets(after.runs[0], p99_ms=1000.0), "a rate is not borne by falling behind within the bound"
+    assert meets(before.runs[0], p99_ms=1000.0)
 
 
 def test_ndcg_of_two_definitions_is_never_compared_silently() -> None:
     """A summary can hold experiments of an earlier version (--resume), which took 2^grade - 1 as the gain."""
-    old = entry("old", (198, 200, 202), cosine=0.99)
-    del old["server"]["quality"]["ndcg_gain"]
+    old = entry("old", (198, 200, 202), cosine=0.99, without=["ndcg_gain"])
     text = advice.markdown(summary(BASE, old), [])
     assert "nDCG@10 was computed with different gains" in text
     assert "grade for minilm_baseline; 2^grade - 1 for old" in text
     assert "nDCG@10 -0.0100 [-0.0100, -0.0100] (gain 2^grade - 1), a significant change" in text
     assert "different gains" not in advice.markdown(summary(BASE, INT8), [])
 
-    before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
-    before["servers"][0]["quality"] = quality()
-    after["servers"][0]["quality"] = quality()
+    runs = repeats(99, 100, 101)
+    before, after = of_server(runs, quality=quality()), of_server(runs, quality=quality())
     assert compare(before, after, ({}, {}), 0.05).notes == []
-    del before["servers"][0]["quality"]["ndcg_gain"]
+    before = of_server(runs, quality=quality(without=["ndcg_gain"]))
     (note,) = compare(before, after, ({}, {}), 0.05).notes
     assert note.startswith("nDCG@10 has the gain 2^grade - 1 before and grade now")
 
 
 def test_a_gate_that_fails_now_is_a_regression() -> None:
-    before, after = make_document(repeats(99, 100, 101)), make_document(repeats(99, 100, 101))
-    before["servers"][0]["quality"] = quality(gate={"passed": True, "reasons": []})
-    after["servers"][0]["quality"] = quality()
+    runs = repeats(99, 100, 101)
+    before, after = of_server(runs, quality=quality(gate=PASSED)), of_server(runs, quality=quality())
     said = compare(before, after, ({}, {}), 0.05).regressions
     assert any("is QUALITY now" in line for line in said)
     assert any("fails its quality gate: mean cosine" in line for line in said)
@@ -214,9 +212,8 @@ def test_a_gate_that_fails_now_is_a_regression() -> None:
 
 def test_models_that_share_their_weights_and_differ_in_other_files_are_told() -> None:
     """Another pooling or prompt gives other vectors from the same weights."""
-    before, after = make_document(repeats(100.0)), make_document(repeats(100.0))
-    for document, digest in ((before, "1" * 64), (after, "2" * 64)):
-        document["servers"][0]["info"]["resolved"]["model_sha256"] = digest
+    runs = repeats(100.0)
+    before, after = (of_server(runs, info=make_info({"model_sha256": digit * 64})) for digit in "12")
     assert any("differ in other files than their weights: 1111" in line for line in unlike(before, after))
-    del before["servers"][0]["info"]["resolved"]["model_sha256"]  # a result of an earlier version
-    assert not any("other files" in line for line in unlike(before, after))
+    earlier = make_document(runs)  # it did not tell
+    assert not any("other files" in line for line in unlike(earlier, after))

@@ -1,7 +1,6 @@
 """Ranking figures of a slice, held to trec_eval's, and the gate."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +8,9 @@ import pytrec_eval
 
 from ml_inference_server.benchmark.load.dataset import Row
 from ml_inference_server.benchmark.measure.quality import Answers, Slice, gate, judge, load_slice, rankings
+from ml_inference_server.benchmark.result.document import Difference, Gate
 from ml_inference_server.utils.experiment import QualitySettings
+from tests.unit.report_kit import quality
 
 QUERIES, CANDIDATES = 12, 30
 
@@ -47,13 +48,14 @@ def test_every_query_agrees_with_trec_eval(labelled: Slice) -> None:
     for row, score in zip(labelled.rows, scores, strict=True):
         run.setdefault(row.qid, {})[row.pid] = float(score)
     theirs = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recip_rank"}).evaluate(run)
-    per_query = found["per_query"]
-    for qid, ndcg, mrr in zip(per_query["qid"], per_query["ndcg10"], per_query["mrr10"], strict=True):
+    per_query = found.per_query
+    assert per_query is not None
+    for qid, ndcg, mrr in zip(per_query.qid, per_query.ndcg10, per_query.mrr10, strict=True):
         assert ndcg == pytest.approx(theirs[qid]["ndcg_cut_10"], abs=1e-5)
         first = theirs[qid]["recip_rank"]
         assert mrr == pytest.approx(first if first >= 1 / 10 else 0.0, abs=1e-5)
-    assert found["ndcg_gain"] == "grade"
-    assert found["ndcg10"] == pytest.approx(np.mean([t["ndcg_cut_10"] for t in theirs.values()]), abs=1e-6)
+    assert found.ndcg_gain == "grade"
+    assert found.ndcg10 == pytest.approx(np.mean([t["ndcg_cut_10"] for t in theirs.values()]), abs=1e-6)
 
 
 def test_equal_scores_are_ordered_as_trec_eval_orders_them(labelled: Slice) -> None:
@@ -63,19 +65,23 @@ def test_equal_scores_are_ordered_as_trec_eval_orders_them(labelled: Slice) -> N
 
 def test_fp32_against_itself_loses_nothing(labelled: Slice) -> None:
     found = judge(labelled, vectors(labelled, 0), vectors(labelled, 0))
-    assert found["ndcg10_difference"] == {"value": 0, "low": 0, "high": 0}
-    assert (found["cosine_mean"], found["cosine_min"]) == (pytest.approx(1), pytest.approx(1))
-    assert found["overlap10"] == 1
-    assert gate(found, QualitySettings()) == {"passed": True, "reasons": []}
+    assert found.ndcg10_difference == Difference(value=0, low=0, high=0)
+    assert found.cosine_mean == pytest.approx(1)
+    assert found.cosine_min == pytest.approx(1)
+    assert found.overlap10 == 1
+    assert gate(found, QualitySettings()) == Gate(passed=True, reasons=[])
 
 
 def test_damage_is_measured_and_fails_the_gate(labelled: Slice) -> None:
     found = judge(labelled, vectors(labelled, 3, noise=1.0), vectors(labelled, 0))
-    assert found["cosine_min"] < found["cosine_mean"] < 0.9
-    assert 0 < found["overlap10"] < 0.9
+    assert found.cosine_min is not None
+    assert found.cosine_mean is not None
+    assert found.overlap10 is not None
+    assert found.cosine_min < found.cosine_mean < 0.9
+    assert 0 < found.overlap10 < 0.9
     verdict = gate(found, QualitySettings(max_ndcg_loss=1.0))
-    assert verdict["passed"] is False
-    assert verdict["reasons"] == [f"mean cosine to FP32 is {found['cosine_mean']:.4f}, quality.min_cosine is 0.97"]
+    assert verdict.passed is False
+    assert verdict.reasons == [f"mean cosine to FP32 is {found.cosine_mean:.4f}, quality.min_cosine is 0.97"]
 
 
 @pytest.mark.parametrize(
@@ -87,31 +93,27 @@ def test_damage_is_measured_and_fails_the_gate(labelled: Slice) -> None:
     ],
 )
 def test_each_bound_of_the_gate(settings: dict[str, float], reason: str) -> None:
-    found: dict[str, Any] = {
-        "ndcg10": 0.5,
-        "cosine_mean": 0.99,
-        "correlation": None,
-        "ndcg10_difference": {"value": -0.02, "low": -0.03, "high": -0.01},
-    }
-    assert gate(found, QualitySettings(max_ndcg_loss=0.05))["passed"]
-    assert gate(found, QualitySettings(**{"max_ndcg_loss": 0.05, **settings}))["reasons"] == [reason]  # type: ignore[arg-type]
+    change = Difference(value=-0.02, low=-0.03, high=-0.01)
+    found = quality(ndcg10=0.5, cosine_mean=0.99, correlation=None, ndcg10_difference=change)
+    assert gate(found, QualitySettings(max_ndcg_loss=0.05)).passed
+    assert gate(found, QualitySettings(**{"max_ndcg_loss": 0.05, **settings})).reasons == [reason]  # type: ignore[arg-type]
 
 
 def test_a_cross_encoder_is_compared_by_its_scores(labelled: Slice) -> None:
     scores = np.random.default_rng(4).normal(size=len(labelled.rows)).astype(np.float32)
     found = judge(labelled, Answers(2 * scores + 1, None), Answers(scores, None))
-    assert found["cosine_mean"] is None
-    assert found["correlation"] == pytest.approx(1)
-    assert found["overlap10"] == 1
-    assert gate(found, QualitySettings())["passed"]
+    assert found.cosine_mean is None
+    assert found.correlation == pytest.approx(1)
+    assert found.overlap10 == 1
+    assert gate(found, QualitySettings()).passed
 
 
 def test_another_dimension_is_not_alike(labelled: Slice) -> None:
     ours, fp32 = vectors(labelled, 0), vectors(labelled, 0)
     assert fp32.vectors is not None
     found = judge(labelled, ours, Answers(fp32.scores, fp32.vectors[:, :8]))
-    assert found["cosine_mean"] == 0
-    assert not gate(found, QualitySettings())["passed"]
+    assert found.cosine_mean == 0
+    assert not gate(found, QualitySettings()).passed
 
 
 def test_only_judged_queries_are_asked(tmp_path: Path) -> None:
@@ -121,4 +123,4 @@ def test_only_judged_queries_are_asked(tmp_path: Path) -> None:
     found = load_slice(QualitySettings(pairs=str(pairs), qrels=str(qrels)))
     assert [row.qid for row in found.rows] == ["2"]
     assert found.texts == ["two", "beta"]
-    assert load_slice(QualitySettings()).facts()["queries"] == 48
+    assert load_slice(QualitySettings()).facts().queries == 48

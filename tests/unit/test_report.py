@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ml_inference_server.benchmark.load.records import as_records, read, record
 from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.report import report, tables
 from ml_inference_server.benchmark.result import aggregate
+from ml_inference_server.benchmark.result import document as document_file
+from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed, Purpose, Run, to_json
 from ml_inference_server.benchmark.result.figures import figures, latency_summary_ms
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultsNotWritten,
-    encode,
     exit_code,
     keep_partial,
     locked,
@@ -28,16 +30,26 @@ from ml_inference_server.benchmark.result.files import (
     write_results,
 )
 from ml_inference_server.utils.errors import ConfigError
-from tests.unit.report_kit import make_document, make_run, quality, repeats
+from tests.unit.report_kit import (
+    PASSED,
+    inside,
+    make_document,
+    make_info,
+    make_run,
+    make_server,
+    of_server,
+    quality,
+    repeats,
+)
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def table(document: dict[str, Any]) -> list[dict[str, str]]:
+def table(document: Document) -> list[dict[str, str]]:
     """The table of results, line by line: column -> cell."""
-    lines = tables.results(aggregate.rows_of(document, {})).splitlines()
+    lines = tables.results(aggregate.rows_of_document(document, {})).splitlines()
     return [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:]]
 
 
@@ -45,12 +57,12 @@ def test_percentiles_are_exact_and_absent_without_a_success() -> None:
     samples = np.random.default_rng(0).exponential(10, 997).tolist()
     summary = latency_summary_ms(samples)
     assert summary is not None
-    assert summary["avg"] == pytest.approx(sum(samples) / len(samples))
+    assert summary.avg == pytest.approx(sum(samples) / len(samples))
     ordered = sorted(samples)
-    for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
-        position = share * (len(ordered) - 1)
+    for percentile in (50, 95, 99):
+        position = percentile / 100 * (len(ordered) - 1)
         low = ordered[int(position)]
-        assert summary[name] == pytest.approx(low + (ordered[int(position) + 1] - low) * (position % 1))
+        assert summary.at(percentile) == pytest.approx(low + (ordered[int(position) + 1] - low) * (position % 1))
     assert latency_summary_ms([]) is None
 
 
@@ -112,13 +124,16 @@ def test_only_valid_rows_can_be_the_best() -> None:
         reason="1 failed",
     )
     document = make_document([fast_but_failing, slow])
-    found = aggregate.best(aggregate.rows_of(document, {}))
+    found = aggregate.best(aggregate.rows_of_document(document, {}))
     assert found is not None
     assert [row.first for row in found] == [slow, slow]
     assert exit_code(document) == 5
     assert exit_code(make_document([slow])) == 0
     assert exit_code(make_document([slow], planned_rows=2)) == 5
-    assert exit_code(make_document([slow, fast_but_failing | {"slo": "probe"}], planned_rows=1)) == 0
+    assert (
+        exit_code(make_document([slow, fast_but_failing.model_copy(update={"slo": Purpose.PROBE})], planned_rows=1))
+        == 0
+    )
 
 
 def test_an_offered_rate_is_no_throughput_that_was_reached() -> None:
@@ -126,7 +141,7 @@ def test_an_offered_rate_is_no_throughput_that_was_reached() -> None:
     offered = make_run(
         concurrency=None, rate_per_s=500.0, process="poisson", pairs_per_s=900.0, requests_per_s=499, fell_behind=False
     )
-    best = aggregate.best(aggregate.rows_of(make_document([closed, offered]), {}))
+    best = aggregate.best(aggregate.rows_of_document(make_document([closed, offered]), {}))
     assert best is not None
     assert best[0].first == closed
     assert "which is what was offered" in report.markdown(make_document([offered]), {})
@@ -146,22 +161,22 @@ def served_in_turn(due_s: Any, service_s: float) -> Any:
 def test_a_row_that_is_offered_more_than_is_answered_fell_behind(load: float, behind: bool, seed: int) -> None:
     due_s = arrivals_s("poisson", 60.0, requests=1000, duration_s=0.0, seed=seed, repeat=1)
     found = figures(served_in_turn(due_s, load / 60), batch_size=1, scores=False, is_open=True)
-    assert found["fell_behind"] is behind
+    assert found.fell_behind is behind
 
 
 def test_a_short_row_whose_last_answer_takes_its_time_kept_up() -> None:
     """The answers end a latency after the requests, here a third of the row: that is no backlog."""
     records = as_records([record(n / 60, n / 60, n / 60 + 0.5, "OK", (1, 2, 3, 6)) for n in range(60)])
     found = figures(records, batch_size=1, scores=False, is_open=True)
-    assert found["requests_per_s"] < 0.7 * 60
-    assert found["fell_behind"] is False
-    assert figures(records, batch_size=1, scores=False, is_open=False)["fell_behind"] is None
+    assert found.requests_per_s < 0.7 * 60
+    assert found.fell_behind is False
+    assert figures(records, batch_size=1, scores=False, is_open=False).fell_behind is None
 
 
 def test_a_server_that_refuses_what_is_too_much_fell_behind() -> None:
     codes = ["OK", "RESOURCE_EXHAUSTED", "OK"]
     records = as_records([record(n / 60, n / 60, n / 60 + 0.01, codes[n % 3], (1, 2, 3, 6)) for n in range(60)])
-    assert figures(records, batch_size=1, scores=False, is_open=True)["fell_behind"] is True
+    assert figures(records, batch_size=1, scores=False, is_open=True).fell_behind is True
 
 
 OFFERED = {"concurrency": None, "rate_per_s": 60.0, "process": "poisson"}
@@ -188,7 +203,7 @@ def test_the_latency_of_a_row_that_fell_behind_is_not_the_best() -> None:
     quick = dict.fromkeys(("avg", "p50", "p95", "p99"), 1.0)
     behind = make_run(**OFFERED, requests_per_s=41.5, fell_behind=True, latency_ms=quick)
     closed = make_run()
-    best = aggregate.best(aggregate.rows_of(make_document([behind, closed]), {}))
+    best = aggregate.best(aggregate.rows_of_document(make_document([behind, closed]), {}))
     assert best is not None
     assert best[1].first == closed
 
@@ -203,8 +218,9 @@ def test_the_latency_of_a_row_that_fell_behind_is_not_the_best() -> None:
 )
 def test_a_summary_of_an_earlier_version_is_judged_by_what_it_has(p50: float, p95: float, said: str) -> None:
     latency = {"avg": p50, "p50": p50, "p95": p95, "p99": p95}
+    # make_run leaves `fell_behind` as a result has it that did not write it.
     run = make_run(**OFFERED, requests=100, ok=100, seconds=2.41, requests_per_s=41.5, latency_ms=latency)
-    del run["fell_behind"]
+    assert run.fell_behind is None
     document = make_document([run])
     assert table(document)[0]["load"] == f"60 requests/s offered, 41.5 answered{said}"
     assert ("which is what was offered: its schedule was drawn sparser" in report.markdown(document, {})) is (
@@ -213,25 +229,22 @@ def test_a_summary_of_an_earlier_version_is_judged_by_what_it_has(p50: float, p9
 
 
 def test_one_bad_repeat_spoils_the_row() -> None:
-    runs = repeats(400, 400, 400)
-    runs[1] |= {"status": "invalid", "reason": "late"}
+    first, _, third = repeats(400, 400, 400)
+    runs = [first, make_run(repeat=2, status="invalid", cause="client_late", reason="late"), third]
     assert table(make_document(runs))[0]["status"] == "INVALID"
-    assert aggregate.best(aggregate.rows_of(make_document(runs), {})) is None
+    assert aggregate.best(aggregate.rows_of_document(make_document(runs), {})) is None
 
 
 def test_a_row_that_fails_its_gate_is_struck_through_and_never_the_best() -> None:
-    document = make_document([make_run(variant="good"), make_run(variant="bad", pairs_per_s=9e9)])
-    base = document["servers"][0]
-    document["servers"] = [
-        base | {"variant": "good", "quality": quality(gate={"passed": True, "reasons": []})},
-        base | {"variant": "bad", "quality": quality()},
-    ]
+    servers = [make_server(variant="good", quality=quality(gate=PASSED)), make_server(variant="bad", quality=quality())]
+    runs = [make_run(variant="good"), make_run(variant="bad", pairs_per_s=9e9)]
+    document = make_document(runs, servers=servers)
     good, bad = table(document)
     assert bad["pairs/s"].startswith("~~")
     assert bad["status"] == "~~QUALITY~~"
     assert "~~" not in "".join(good.values())
     assert good["nDCG@10 change"] == "-0.0300 [-0.0500, -0.0100]"
-    best = aggregate.best(aggregate.rows_of(document, {}))
+    best = aggregate.best(aggregate.rows_of_document(document, {}))
     assert best is not None
     assert {row.variant for row in best} == {"good"}
     text = report.markdown(document, {})
@@ -239,19 +252,12 @@ def test_a_row_that_fails_its_gate_is_struck_through_and_never_the_best() -> Non
     assert "nothing to compare" in text, "a ratio to a wrong answer is no ratio"
 
 
-def earlier(found: dict[str, Any]) -> dict[str, Any]:
-    """As a version left it that took 2^grade - 1 as the gain of nDCG, and did not say so."""
-    return {name: value for name, value in found.items() if name != "ndcg_gain"}
-
-
 def test_a_report_says_which_gain_its_ndcg_has() -> None:
-    passed = quality(gate={"passed": True, "reasons": []})
-    document = make_document([make_run()])
-    document["servers"][0]["quality"] = passed
-    text = report.markdown(document, {})
+    text = report.markdown(of_server([make_run()], quality=quality(gate=PASSED)), {})
     assert "The gain of nDCG is the grade, as trec_eval has it." in text
     assert "2^grade" not in text
-    document["servers"][0]["quality"] = earlier(passed)
+    # An earlier version took 2^grade - 1 as the gain, and did not say so.
+    document = of_server([make_run()], quality=quality(gate=PASSED, without=["ndcg_gain"]))
     text = report.markdown(document, {})
     assert "The gain of nDCG is 2^grade - 1, as earlier versions had it: compare it neither with published" in text
     assert "0.5500 (gain 2^grade - 1)" in text
@@ -268,14 +274,23 @@ def test_everything_doubtful_is_said() -> None:
         client={"processes": 1, "cpu_share": 0.99},
         warmup={"requests": 5, "ok": 5, "errors": {}, "rounds": 5, "settled": False},
     )
-    document = make_document([bad], interrupted=True, planned_rows=3)
-    document["servers"][0]["info"]["fallbacks"] = ["device mps is not available"]
-    document["servers"][0]["info"]["resolved"]["random_weights"] = True
-    document["servers"][0]["info"]["experiment"] = "other"
-    document["servers"][0]["died"] = "killed by SIGKILL"
-    document["dataset"]["note"] = "the bundled sample is used"
-    document["not_started"] = [{"variant": "v2", "exit_code": 3, "message": "no such device"}]
-    text = "\n".join(report.warnings(document))
+    info = make_info({"random_weights": True}, fallbacks=["device mps is not available"], experiment="other")
+    document = make_document(
+        [bad],
+        interrupted=True,
+        planned_rows=3,
+        servers=[make_server(info=info, died="killed by SIGKILL")],
+        dataset={
+            "name": "d",
+            "sha256": "cd",
+            "rows": 1,
+            "queries": 1,
+            "passages": 1,
+            "note": "the bundled sample is used",
+        },
+        not_started=[{"variant": "v2", "exit_code": 3, "message": "no such device"}],
+    )
+    text = "\n".join(warned.text for warned in report.warnings(document))
     for said in (
         "interrupted",
         "2 of 3 rows were not run",
@@ -294,7 +309,7 @@ def test_everything_doubtful_is_said() -> None:
         "the warm-up still got faster",
     ):
         assert said in text
-    assert all(warning in report.markdown(document, {}) for warning in report.warnings(document))
+    assert all(warning.text in report.markdown(document, {}) for warning in report.warnings(document))
     assert report.warnings(make_document([make_run()])) == []
 
 
@@ -307,15 +322,15 @@ def test_variants_are_compared_under_the_same_load() -> None:
         *repeats(800, 800, 800, variant="on", concurrency=8, status="failures"),
         *repeats(300, 400, 500, variant="same", concurrency=1),
     ]
-    text = tables.variants(aggregate.rows_of(make_document(runs), {}))
+    text = tables.variants(aggregate.rows_of_document(make_document(runs), {}))
     assert re.search(r"\*\*on\*\* gives 2\.00x \[1\.9\d, 2\.0\d\] the pairs/s of off", text)
     assert "**same** and off: no significant difference in pairs/s" in text
     row = next(cells(line) for line in text.splitlines() if line.startswith("| on"))
     assert row[:3] == ["on", "4", "concurrency 1"]
     assert row[6] == "0.56x [0.56, 0.56]"
-    assert tables.variants(aggregate.rows_of(make_document(runs[:2]), {})) == ""
+    assert tables.variants(aggregate.rows_of_document(make_document(runs[:2]), {})) == ""
     alone = make_document([runs[3], runs[9]])
-    assert "nothing to compare" in tables.variants(aggregate.rows_of(alone, {}))
+    assert "nothing to compare" in tables.variants(aggregate.rows_of_document(alone, {}))
 
 
 @pytest.mark.parametrize(("late", "said"), [(True, "**at least 40 requests/s**"), (False, "**40 requests/s**")])
@@ -332,15 +347,15 @@ def test_a_rate_that_the_client_could_not_exceed_is_a_lower_bound(late: bool, sa
 
 def test_tables_are_square() -> None:
     document = make_document([make_run(errors={"INTERNAL": 3}, unfinished=2), make_run(batch_size=128)])
-    lines = tables.results(aggregate.rows_of(document, {})).splitlines()
+    lines = tables.results(aggregate.rows_of_document(document, {})).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_json_reads_back_and_keeps_a_run_on_a_line() -> None:
+def test_the_json_reads_back_and_keeps_a_run_on_a_line(tmp_path: Path) -> None:
     for runs in ([], [make_run()], [make_run(), make_run(variant="ü")]):
         document = make_document(runs)
-        text = encode(document)
-        assert json.loads(text) == document
+        (tmp_path / "r.json").write_text(text := to_json(document))
+        assert document_file.read(tmp_path / "r.json") == document
         assert sum('"batch_size"' in line for line in text.splitlines()) == len(runs)
 
 
@@ -418,8 +433,9 @@ def test_what_a_killed_benchmark_had_measured_is_kept(tmp_path: Path, capsys: py
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.partial.json", "r.partial.npz"]
     saved = json.loads(files.partial.data.read_text())
     assert saved["interrupted"] is True
-    assert saved["runs"] == [run]
-    assert len(read(files.partial.raw)[run["raw"]]) == 1
+    (kept_run,) = saved["runs"]
+    assert kept_run == run.model_dump(mode="json")
+    assert len(read(files.partial.raw)[run.raw]) == 1
     keep_partial(files)
     kept = sorted(path.suffixes[-2:] for path in tmp_path.iterdir())
     assert [suffixes[-1] for suffixes in kept] == [".json", ".npz"]
@@ -447,60 +463,47 @@ def test_results_that_find_no_room_are_written_elsewhere(
     assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"
 
 
-INSIDE = {
-    "title": "MiniLM bf16 on cpu", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0, "workload": "pairs",
-    "batch_size": 4, "tokens_per_text": 50.0,
-}  # fmt: skip
-
-
-def tax(document: dict[str, Any]) -> str:
-    return "".join(report.summary(document, aggregate.rows_of(document, {})))
+def tax(runs: Sequence[Run], in_process: InProcess | InProcessFailed) -> str:
+    document = of_server(runs, in_process=in_process)
+    return "".join(report.summary(document, aggregate.rows_of_document(document, {})))
 
 
 def test_the_servers_tax_is_told() -> None:
-    document = make_document([make_run(texts_per_s=800.0), make_run(batch_size=1, texts_per_s=100.0)])
-    server = document["servers"][0]
-    server["in_process"] = dict(INSIDE)
-    said = tax(document)
+    runs = [make_run(texts_per_s=800.0), make_run(batch_size=1, texts_per_s=100.0)]
+    said = tax(runs, inside())
     assert "without a server runs 1000.0 texts/s (990.0-1010.0); the server's best row of the same requests" in said
     assert "(batch size 4, concurrency 2) reaches 80% of it" in said
-    server["in_process"]["title"] = "another thing"
-    assert "there ran another thing" in tax(document)
-    server["in_process"] = {"error": "no such program"}
-    assert "not measured: no such program" in tax(document)
+    assert "there ran another thing" in tax(runs, inside(title="another thing"))
+    assert "not measured: no such program" in tax(runs, InProcessFailed(error="no such program"))
 
 
 def test_a_row_is_set_against_the_same_requests_only() -> None:
     """Equal texts of a request are computed once, and pairs are half queries: other requests are other work."""
     other = make_run(batch_size=8, texts_per_s=1260.0)
-    document = make_document([other, make_run(texts_per_s=800.0)])
-    document["servers"][0]["in_process"] = dict(INSIDE)
-    assert "(batch size 4, concurrency 2) reaches 80% of it" in tax(document)
-    document["runs"] = [other]
-    assert "no row can be set against it: it ran requests of batch size 4" in tax(document)
-    document["runs"] = [make_run(workload="passages", pairs_per_s=None)]
-    assert "no row can be set against it" in tax(document)
+    said = tax([other, make_run(texts_per_s=800.0)], inside())
+    assert "(batch size 4, concurrency 2) reaches 80% of it" in said
+    assert "no row can be set against it: it ran requests of batch size 4" in tax([other], inside())
+    assert "no row can be set against it" in tax([make_run(workload="passages", pairs_per_s=None)], inside())
 
 
 @pytest.mark.parametrize(("tokens", "is_same"), [(80_000, True), (77_000, True), (70_000, False), (92_000, False)])
 def test_other_tokens_than_the_servers_are_other_work(tokens: int, is_same: bool) -> None:
-    run = make_run(batches={"padding_share": 0.1, "mean_batch": 9.0, "tokens": tokens}, texts=1600)
-    document = make_document([run])
-    document["servers"][0]["in_process"] = dict(INSIDE)
+    batches = {"padding_share": 0.1, "mean_batch": 9.0}
+    run = make_run(batches=batches | {"tokens": tokens}, texts=1600)
     said = "reaches 80% of it" if is_same else f"it ran other work, 50.0 tokens a text for {tokens / 1600:.1f}"
-    assert said in tax(document)
-    del run["batches"]["tokens"]
-    assert "reaches 80% of it" in tax(document), "what the server did not tell is no difference"
+    assert said in tax([run], inside())
+    assert "reaches 80% of it" in tax([make_run(batches=batches, texts=1600)], inside()), (
+        "what the server did not tell is no difference"
+    )
 
 
 def test_a_server_that_is_faster_than_its_engine_is_an_error_of_the_measurement() -> None:
-    document = make_document([make_run(texts_per_s=1260.0)])
-    document["servers"][0]["in_process"] = dict(INSIDE)
-    assert "reaches 126% (more than all: an error of the measurement) of it" in tax(document)
+    said = tax([make_run(texts_per_s=1260.0)], inside())
+    assert "reaches 126% (more than all: an error of the measurement) of it" in said
 
 
 def test_an_earlier_result_without_the_requests_gets_no_share() -> None:
-    document = make_document([make_run(texts_per_s=1260.0)])
-    document["servers"][0]["in_process"] = {"title": "t", "texts_per_s": 1000.0, "lowest": 990.0, "highest": 1010.0}
-    assert "no row can be set against it: it ran other texts, as earlier versions did" in tax(document)
-    assert "126%" not in tax(document)
+    earlier = inside(without=["workload", "batch_size", "tokens_per_text"])
+    said = tax([make_run(texts_per_s=1260.0)], earlier)
+    assert "no row can be set against it: it ran other texts, as earlier versions did" in said
+    assert "126%" not in said

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ml_inference_server.benchmark.result.cell import Cell, cells_of, load_of
+from ml_inference_server.benchmark.result.document import Run, Status
 from ml_inference_server.benchmark.target.counters import Sidecar
 from ml_inference_server.utils.experiment import ExperimentSettings
 
@@ -79,7 +80,7 @@ class Progress:
         self._bar.update(done - self._done)
         self._done = done
 
-    def end(self, run: dict[str, Any]) -> None:
+    def end(self, run: Run) -> None:
         self._move(self._row_start + self._row_work)
         if not self._stream.isatty():
             print(f"row {self._row}/{self._rows}: {describe(run)}{self._left()}", file=self._stream, flush=True)
@@ -125,17 +126,17 @@ class Progress:
         self._bar.close()
 
 
-def describe(run: dict[str, Any]) -> str:
+def describe(run: Run) -> str:
     """One finished row in one line."""
-    latency = run["latency_ms"]
-    figures = f"{run['requests_per_s']:.1f} requests/s, p50 {latency['p50']:.1f} ms" if latency else "no success"
-    figures += ", fell behind" if run["fell_behind"] else ""
-    errors = ", ".join(f"{count} {code}" for code, count in run["errors"].items()) or "0 errors"
-    verdict = "" if run["status"] == "valid" else f" - {run['status'].upper()}: {run['reason']}"
-    variant = f"{run['variant']}, " if run["variant"] else ""
-    again = "probe" if run["slo"] == "probe" else "repeat"
-    repeat = f" ({again} {run['repeat']})" if run["repeat"] > 1 else ""
+    latency = run.latency_ms
+    figures = f"{run.requests_per_s:.1f} requests/s, p50 {latency.p50:.1f} ms" if latency else "no success"
+    figures += ", fell behind" if run.fell_behind else ""
+    errors = ", ".join(f"{count} {code}" for code, count in run.errors.items()) or "0 errors"
+    verdict = "" if run.status is Status.VALID else f" - {run.status.upper()}: {run.reason}"
+    variant = f"{run.variant}, " if run.variant else ""
+    again = "probe" if run.is_probe else "repeat"
+    repeat = f" ({again} {run.repeat})" if run.repeat > 1 else ""
     return (
-        f"{variant}batch {run['batch_size']}, {load_of(run['concurrency'], run['rate_per_s'])}{repeat}: {run['ok']} ok,"
+        f"{variant}batch {run.batch_size}, {load_of(run.concurrency, run.rate_per_s)}{repeat}: {run.ok} ok,"
         f" {errors}, {figures}{verdict}"
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ml_inference_server.benchmark.load.channel import OK, Target, check_embeddings, check_scores
 from ml_inference_server.benchmark.load.dataset import Row, read_file
+from ml_inference_server.benchmark.result.document import Difference, Gate, PerQuery, QualityFigures, SliceFacts
 from ml_inference_server.benchmark.result.stats import paired_bootstrap
 from ml_inference_server.utils import sample
 from ml_inference_server.utils.errors import ConfigError
@@ -43,13 +44,9 @@ class Slice:
         """Every distinct query and passage."""
         return list(dict.fromkeys(text for row in self.rows for text in (row.query, row.passage)))
 
-    def facts(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "queries": len({row.qid for row in self.rows}),
-            "pairs": len(self.rows),
-        }
+    def facts(self) -> SliceFacts:
+        queries = len({row.qid for row in self.rows})
+        return SliceFacts(name=self.name, sha256=self.sha256, queries=queries, pairs=len(self.rows))
 
 
 @dataclass(frozen=True)
@@ -145,44 +142,44 @@ def rankings(labelled: Slice, scores: Floats) -> dict[str, list[str]]:
     return {qid: [pid for _, pid in sorted(scored, reverse=True)] for qid, scored in found.items()}
 
 
-def judge(labelled: Slice, ours: Answers, fp32: Answers | None) -> dict[str, Any]:
+def judge(labelled: Slice, ours: Answers, fp32: Answers | None) -> QualityFigures:
     """All figures of the slice; those that need FP32 are None without it. Intervals: 95 %, over the queries."""
     ranked = rankings(labelled, ours.scores)
     queries = list(ranked)
     ndcg = np.array([ndcg_at(DEPTH, ranked[q], labelled.qrels[q]) for q in queries])
     mrr = np.array([mrr_at(DEPTH, ranked[q], labelled.qrels[q]) for q in queries])
-    found: dict[str, Any] = {
-        "slice": labelled.facts(),
-        "ndcg_gain": NDCG_GAIN,
-        "ndcg10": float(ndcg.mean()),
-        "mrr10": float(mrr.mean()),
-        "per_query": {"qid": queries, "ndcg10": _rounded(ndcg), "mrr10": _rounded(mrr)},
-        "cosine_mean": None,
-        "cosine_min": None,
-        "correlation": None,
-        "overlap10": None,
-        "ndcg10_difference": None,
-        "mrr10_difference": None,
-    }
+    found = QualityFigures(
+        slice=labelled.facts(),
+        ndcg_gain=NDCG_GAIN,
+        ndcg10=float(ndcg.mean()),
+        mrr10=float(mrr.mean()),
+        per_query=PerQuery(qid=queries, ndcg10=_rounded(ndcg), mrr10=_rounded(mrr)),
+        cosine_mean=None,
+        cosine_min=None,
+        correlation=None,
+        overlap10=None,
+        ndcg10_difference=None,
+        mrr10_difference=None,
+    )
     if fp32 is None:
         return found
     reference = rankings(labelled, fp32.scores)
     ndcg_fp32 = np.array([ndcg_at(DEPTH, reference[q], labelled.qrels[q]) for q in queries])
     mrr_fp32 = np.array([mrr_at(DEPTH, reference[q], labelled.qrels[q]) for q in queries])
-    found |= {
+    against: dict[str, Any] = {
         "overlap10": _overlap(labelled, ours, fp32),
         "ndcg10_difference": _difference(ndcg - ndcg_fp32),
         "mrr10_difference": _difference(mrr - mrr_fp32),
     }
     if ours.vectors is None or fp32.vectors is None:
-        found["correlation"] = float(np.corrcoef(ours.scores, fp32.scores)[0, 1])
+        against["correlation"] = float(np.corrcoef(ours.scores, fp32.scores)[0, 1])
     elif ours.vectors.shape == fp32.vectors.shape:
         norms = np.linalg.norm(ours.vectors, axis=1) * np.linalg.norm(fp32.vectors, axis=1)
         cosines = (ours.vectors * fp32.vectors).sum(axis=1) / np.maximum(norms, 1e-12)
-        found |= {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min())}
+        against |= {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min())}
     else:
-        found |= {"cosine_mean": 0.0, "cosine_min": 0.0}  # another dimension: not comparable, so not alike
-    return found
+        against |= {"cosine_mean": 0.0, "cosine_min": 0.0}  # another dimension: not comparable, so not alike
+    return found.model_copy(update=against)
 
 
 def _overlap(labelled: Slice, ours: Answers, fp32: Answers) -> float | None:
@@ -213,21 +210,21 @@ def _rounded(values: NDArray[np.float64]) -> list[float]:
     return [round(float(value), 5) for value in values]
 
 
-def _difference(differences: NDArray[np.float64]) -> dict[str, float]:
+def _difference(differences: NDArray[np.float64]) -> Difference:
     low, high = paired_bootstrap(differences) if len(differences) > 1 else (float("-inf"), float("inf"))
-    return {"value": float(differences.mean()), "low": max(low, -1.0), "high": min(high, 1.0)}
+    return Difference(value=float(differences.mean()), low=max(low, -1.0), high=min(high, 1.0))
 
 
-def gate(found: dict[str, Any], settings: QualitySettings) -> dict[str, Any]:
+def gate(found: QualityFigures, settings: QualitySettings) -> Gate:
     """Whether the figures are within the bounds of the experiment file, with a reason for each that is not."""
     reasons = []
-    alike = found["cosine_mean"] if found["cosine_mean"] is not None else found["correlation"]
-    what = "mean cosine" if found["cosine_mean"] is not None else "correlation"
+    alike = found.likeness
+    what = "mean cosine" if found.cosine_mean is not None else "correlation"
     if alike is not None and not alike >= settings.min_cosine:
         reasons.append(f"{what} to FP32 is {alike:.4f}, quality.min_cosine is {settings.min_cosine:g}")
-    loss = found["ndcg10_difference"] and -found["ndcg10_difference"]["value"]
-    if loss is not None and loss > settings.max_ndcg_loss:
+    loss = -found.ndcg10_difference.value if found.ndcg10_difference else 0.0
+    if loss > settings.max_ndcg_loss:
         reasons.append(f"nDCG@10 is {loss:.4f} below FP32, quality.max_ndcg_loss is {settings.max_ndcg_loss:g}")
-    if found["ndcg10"] < settings.min_ndcg:
-        reasons.append(f"nDCG@10 is {found['ndcg10']:.4f}, quality.min_ndcg is {settings.min_ndcg:g}")
-    return {"passed": not reasons, "reasons": reasons}
+    if found.ndcg10 < settings.min_ndcg:
+        reasons.append(f"nDCG@10 is {found.ndcg10:.4f}, quality.min_ndcg is {settings.min_ndcg:g}")
+    return Gate(passed=not reasons, reasons=reasons)

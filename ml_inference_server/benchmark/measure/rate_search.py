@@ -1,7 +1,6 @@
 """The highest rate that a server bears within a bound on its 99th percentile: bracket, bisect, confirm."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from ml_inference_server.benchmark.load.records import Records, ok_only
 from ml_inference_server.benchmark.measure.progress import row_work
 from ml_inference_server.benchmark.measure.suite import Bench, measure_row
 from ml_inference_server.benchmark.result.cell import Cell
-from ml_inference_server.benchmark.result.figures import CLIENT_LATE
+from ml_inference_server.benchmark.result.document import Cause, HighestRate, Probe, Purpose, Run, Status
 from ml_inference_server.benchmark.result.stats import samples_needed
 
 PERCENTILE = 99
@@ -51,9 +50,11 @@ class RateSearch:
             self.low = self.low if self.low < self.high else 0.0
 
 
-def meets(run: dict[str, Any], p99_ms: float) -> bool:
+def meets(run: Run, p99_ms: float) -> bool:
     """Whether a row kept the bound: all answered as fast as offered, the sender in time, the percentile within it."""
-    return run["status"] == "valid" and not run["fell_behind"] and float(run["latency_ms"]["p99"]) <= p99_ms
+    if run.status is not Status.VALID or run.fell_behind or run.latency_ms is None:
+        return False
+    return run.latency_ms.p99 <= p99_ms
 
 
 def requests_of(bench: Bench) -> int:
@@ -71,59 +72,69 @@ async def search(bench: Bench, batch_size: int, units: float) -> bool:
     except ServerGone:
         return False
     rates = RateSearch(max(first * _FIRST_SHARE, 0.1))
-    found: dict[str, Any] = {
-        "variant": bench.info["variant"], "batch_size": batch_size, "p99_ms": p99_ms, "rate_per_s": None, "probes": [],
-        "requests": requests,
-    }  # fmt: skip
-    bench.result.document["slo"].append(found)
+    found = HighestRate(
+        variant=bench.info.variant,
+        batch_size=batch_size,
+        p99_ms=p99_ms,
+        rate_per_s=None,
+        probes=[],
+        requests=requests,
+    )
+    bench.result.searched(found)
     tried = 0
     while rate := _rounded(rates.next()):
         tried += 1
         bench.progress.begin(f"batch {batch_size}, trying {rate:g} requests/s", units / 8, counts=False)
-        run = await measure_row(bench, Cell(batch_size, rate_per_s=rate), tried, slo="probe", requests=requests)
-        if run["lost"]:
+        run = await measure_row(bench, Cell(batch_size, rate_per_s=rate), tried, slo=Purpose.PROBE, requests=requests)
+        if run.lost:
             return False
-        found["probes"].append(_probe(run, rate, p99_ms))
+        found = _tried(bench, found, run, rate)
         rates.tell(rate, meets(run, p99_ms))
     return await _confirm(bench, batch_size, rates.low, found, requests)
 
 
-async def _confirm(bench: Bench, batch_size: int, rate: float, found: dict[str, Any], requests: int) -> bool:
+async def _confirm(bench: Bench, batch_size: int, rate: float, found: HighestRate, requests: int) -> bool:
     """Measure the found rate anew under other schedules; a rate that fails is lowered until one holds."""
     p99_ms = bench.load.slo.p99_ms or 0.0
     attempt = 0
     while rate and attempt < _MOST_PROBES:
         attempt += 1
         rate = _rounded(rate) or 0.0
-        runs: list[dict[str, Any]] = []
+        runs: list[Run] = []
         for repeat in range(1, bench.load.repeats + 1):
             cell = Cell(batch_size, rate_per_s=rate)
             bench.progress.begin(f"{cell}, to confirm it", row_work(cell, bench.load))
             # Other schedules than those of the search, which chose the rate that was lucky with them.
             seed = 1_000_003 * attempt + bench.load.seed
-            run = await measure_row(bench, cell, repeat, slo="confirmation", requests=requests, seed=seed)
-            if run["lost"]:
+            run = await measure_row(bench, cell, repeat, slo=Purpose.CONFIRMATION, requests=requests, seed=seed)
+            if run.lost:
                 return False
             runs.append(run)
             if not meets(run, p99_ms):
                 break
         if all(meets(run, p99_ms) for run in runs):
-            found["rate_per_s"] = rate
+            bench.result.searched(found.model_copy(update={"rate_per_s": rate}))
             return True
-        for run in runs:
-            run["slo"] = "probe"  # it stands for a rate that did not hold
+        bench.result.call_probes(runs)
         bench.progress.skip(-len(runs), 0.0)
-        found["probes"].append(_probe(runs[-1], rate, p99_ms))
+        found = _tried(bench, found, runs[-1], rate)
         rate /= PRECISION
-    bench.result.document["planned_rows"] -= bench.load.repeats  # nothing to confirm; the section of the report says so
+    bench.result.plan(-bench.load.repeats)  # nothing to confirm; the section of the report says so
     return True
 
 
-def _probe(run: dict[str, Any], rate: float, p99_ms: float) -> dict[str, Any]:
-    p99 = run["latency_ms"] and round(run["latency_ms"]["p99"], 3)
-    late = run["reason"].startswith(CLIENT_LATE)
-    reason = run["reason"] or ("it fell behind" if run["fell_behind"] else "")
-    return {"rate_per_s": rate, "p99_ms": p99, "met": meets(run, p99_ms), "reason": reason, "client_late": late}
+def _tried(bench: Bench, found: HighestRate, run: Run, rate: float) -> HighestRate:
+    """The search with one probe more, as the results now say it."""
+    probe = Probe(
+        rate_per_s=rate,
+        p99_ms=round(run.latency_ms.p99, 3) if run.latency_ms else None,
+        met=meets(run, found.p99_ms),
+        reason=run.reason or ("it fell behind" if run.fell_behind else ""),
+        client_late=run.cause is Cause.CLIENT_LATE,
+    )
+    found = found.model_copy(update={"probes": [*found.probes, probe]})
+    bench.result.searched(found)
+    return found
 
 
 async def _closed_rate(bench: Bench, batch_size: int) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.measure.progress import Progress
 from ml_inference_server.benchmark.measure.quality import Answers, QualityUnknown, Slice, ask, gate, judge
+from ml_inference_server.benchmark.result.document import Gate, Quality, QualityNotMeasured, Reference, ServerInfo
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.cache import cached, find
@@ -20,34 +21,35 @@ _DRAIN_S = 10.0
 
 async def measure_quality(
     target: Target,
-    info: dict[str, Any],
+    info: ServerInfo,
     load: ExperimentSettings,
     labelled: Slice,
     log: Path,
     start_timeout_s: float,
     stop: Stop,
     progress: Progress,
-) -> dict[str, Any] | None:
+) -> Quality | QualityNotMeasured | None:
     """The `quality` entry of a server: figures, gate, and what FP32 was; None where quality means nothing.
 
     A quality that cannot be found out is no pass: the gate says why. Interrupted when the stop comes first.
     """
-    if info["resolved"]["random_weights"] or not info["resolved"]["weights_sha256"]:
+    if info.resolved.random_weights or not info.resolved.weights_sha256:
         return None
-    cross_encoder = info["resolved"]["task"] == "cross_encoder"
+    cross_encoder = info.resolved.task == "cross_encoder"
     timeout_s = load.request_timeout_ms / 1e3
     progress.begin("quality, on labelled texts", 0.0, counts=False)
     try:
         ours = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))
         fp32, reference = await _reference(info, load, labelled, ours, log, start_timeout_s, stop, progress)
     except (QualityUnknown, StartError) as unknown:
-        return {"slice": labelled.facts(), "gate": {"passed": False, "reasons": [f"not measured: {unknown}"]}}
+        gate_closed = Gate(passed=False, reasons=[f"not measured: {unknown}"])
+        return QualityNotMeasured(slice=labelled.facts(), gate=gate_closed)
     found = judge(labelled, ours, fp32)
-    return {**found, "reference": reference, "gate": gate(found, load.quality)}
+    return Quality(**dict(found), reference=reference, gate=gate(found, load.quality))
 
 
 async def _reference(
-    info: dict[str, Any],
+    info: ServerInfo,
     load: ExperimentSettings,
     labelled: Slice,
     ours: Answers,
@@ -55,31 +57,31 @@ async def _reference(
     start_timeout_s: float,
     stop: Stop,
     progress: Progress,
-) -> tuple[Answers, dict[str, Any]]:
+) -> tuple[Answers, Reference]:
     """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
-    ran = info["resolved"]
+    ran = info.resolved
     key = {
         # A server of before tells only the hash of its weights.
-        "model": ran["model_sha256"] or ran["weights_sha256"],
-        "task": ran["task"],
-        "max_tokens": ran["max_tokens"],
+        "model": ran.model_sha256 or ran.weights_sha256,
+        "task": ran.task,
+        "max_tokens": ran.max_tokens,
         "slice": labelled.sha256,
     }
     other = load.quality.reference
     entry = None if other else find("benchmark_reference", key)
     if entry is not None:
-        return _load(entry), {"title": "FP32 of the same weights", "weights_sha256": ran["weights_sha256"]}
-    is_plain = (ran["backend"], ran["device"], ran["dtype"], ran["compiled"]) == ("pytorch", "cpu", "float32", False)
+        return _load(entry), Reference(title="FP32 of the same weights", weights_sha256=ran.weights_sha256)
+    is_plain = (ran.backend, ran.device, ran.dtype, ran.compiled) == ("pytorch", "cpu", "float32", False)
     if not other and is_plain:
         _keep(key, ours)
-        return ours, {"title": "this server itself, which is FP32", "weights_sha256": ran["weights_sha256"]}
+        return ours, Reference(title="this server itself, which is FP32", weights_sha256=ran.weights_sha256)
     progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
     settings = {
-        "model.name": other or ran["model"],
-        "model.task": ran["task"],
+        "model.name": other or ran.model,
+        "model.task": ran.task,
         "model.backend": "pytorch",
         "model.device": "cpu",
-        "model.max_tokens": ran["max_tokens"],
+        "model.max_tokens": ran.max_tokens,
     }
     arguments = ["--host", LOOPBACK, "--port", "0", "--http-port", "0"]
     for name, value in settings.items():
@@ -87,16 +89,15 @@ async def _reference(
     async with ServerProcess(ServerOptions(arguments, log, start_timeout_s, _DRAIN_S), stop) as server:
         ports = await stop.race(server.start())
         async with Target(LOOPBACK, ports["grpc_port"]) as target:
-            theirs = await stop.race(target.server_info())
-            weights = theirs["resolved"]["weights_sha256"]
-            if not other and theirs["resolved"]["model_sha256"] != ran["model_sha256"]:
+            theirs = ServerInfo.model_validate(await stop.race(target.server_info()))
+            if not other and theirs.resolved.model_sha256 != ran.model_sha256:
                 raise QualityUnknown("the model of this machine is not that of the server, so there is no FP32")
-            cross_encoder = ran["task"] == "cross_encoder"
+            cross_encoder = ran.task == "cross_encoder"
             timeout_s = load.request_timeout_ms / 1e3
             fp32 = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))
     if not other:
         _keep(key, fp32)
-    return fp32, {"title": theirs["title"], "weights_sha256": weights}
+    return fp32, Reference(title=theirs.title, weights_sha256=theirs.resolved.weights_sha256)
 
 
 def _keep(key: dict[str, Any], answers: Answers) -> None:

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,19 @@ from ml_inference_server.benchmark.load.stream import EmbedStream
 from ml_inference_server.benchmark.measure.progress import Progress, row_work
 from ml_inference_server.benchmark.result import figures
 from ml_inference_server.benchmark.result.cell import Cell, cells_of
+from ml_inference_server.benchmark.result.document import (
+    Cause,
+    ClientUse,
+    Figures,
+    FirstError,
+    MachineConditions,
+    Purpose,
+    Run,
+    ServerInfo,
+    Status,
+    Warmup,
+)
+from ml_inference_server.benchmark.result.figures import Verdict
 from ml_inference_server.benchmark.result.files import Result
 from ml_inference_server.benchmark.target.conditions import Conditions
 from ml_inference_server.benchmark.target.counters import Sidecar, difference
@@ -46,7 +58,7 @@ class Bench:
     target: Target
     address: tuple[str, int]
     sidecar: Sidecar
-    info: dict[str, Any]
+    info: ServerInfo
     load: ExperimentSettings
     workload: Workload
     stop: Stop
@@ -54,12 +66,12 @@ class Bench:
     result: Result
 
 
-def refuse_oversized(batch_sizes: Sequence[int], info: dict[str, Any]) -> None:
+def refuse_oversized(batch_sizes: Sequence[int], info: ServerInfo) -> None:
     """ConfigError if the server would refuse a row for its size alone."""
     largest = max(batch_sizes)
-    if largest > info["max_texts"]:
+    if largest > info.max_texts:
         raise ConfigError(
-            f"batch size {largest} is more than this server takes in one request ({info['max_texts']}): use a smaller"
+            f"batch size {largest} is more than this server takes in one request ({info.max_texts}): use a smaller"
             " one, or start the server with a larger server.max_texts"
         )
 
@@ -73,14 +85,14 @@ async def run_suite(bench: Bench, repeats: Sequence[int]) -> bool:
     for repeat, cell in itertools.product(repeats, cells_of(bench.load)):
         bench.progress.begin(str(cell), row_work(cell, bench.load))
         run = await measure_row(bench, cell, repeat)
-        if run["status"] == "invalid" and run["lost"]:
+        if run.lost:
             return False
     return True
 
 
 async def measure_row(
-    bench: Bench, cell: Cell, repeat: int, *, slo: str | None = None, requests: int = 0, seed: int = 0
-) -> dict[str, Any]:
+    bench: Bench, cell: Cell, repeat: int, *, slo: Purpose | None = None, requests: int = 0, seed: int = 0
+) -> Run:
     """One row, kept in the results however it ends. requests, seed: other than those of the settings.
 
     Interrupted after a Ctrl-C; a server that is gone or another one makes the row invalid and `lost`.
@@ -94,12 +106,14 @@ async def measure_row(
     except Interrupted:
         done = measured.left().started - measured.unfinished()
         of = f" of {load.benchmark_requests}" if not load.duration_s else ""
-        measured.void("interrupted", f"interrupted after {done}{of} requests")
+        measured.void(Status.INTERRUPTED, Cause.INTERRUPTED, f"interrupted after {done}{of} requests")
         raise
-    except (ServerGone, ServerUnreachable, ServerChanged) as gone:
-        measured.void("invalid", str(gone), lost=True)
+    except (ServerGone, ServerUnreachable) as gone:
+        measured.void(Status.INVALID, Cause.SERVER_GONE, str(gone), lost=True)
+    except ServerChanged as changed:
+        measured.void(Status.INVALID, Cause.SERVER_CHANGED, str(changed), lost=True)
     except ClientProcessFailed as failed:
-        measured.void("invalid", str(failed))
+        measured.void(Status.INVALID, Cause.CLIENT_PROCESS_FAILED, str(failed))
     finally:
         run = measured.result()
         bench.result.add(run, measured.left().records)
@@ -110,19 +124,20 @@ async def measure_row(
 class _Row:
     """One row while it is measured; `result` is right at every moment."""
 
-    def __init__(self, bench: Bench, cell: Cell, repeat: int, slo: str | None, seed: int) -> None:
+    def __init__(self, bench: Bench, cell: Cell, repeat: int, slo: Purpose | None, seed: int) -> None:
         self._bench, self._cell, self._repeat, self._slo = bench, cell, repeat, slo
         self._seed = seed or bench.load.seed
-        self._status, self._reason, self._lost = "", "", False
+        self._void: Verdict | None = None
+        self._lost = False
         self._source: Driver | Fleet | None = None
         self._warmup: list[Ledger] = []
         self._settled = True
         self._counters: dict[str, float] | None = None
-        self._conditions: dict[str, Any] | None = None
+        self._conditions: MachineConditions | None = None
         self._planned = 0
 
-    def void(self, status: str, reason: str, *, lost: bool = False) -> None:
-        self._status, self._reason, self._lost = status, reason, lost
+    def void(self, status: Status, cause: Cause, reason: str, *, lost: bool = False) -> None:
+        self._void, self._lost = Verdict(status, cause, reason), lost
 
     def left(self) -> Left:
         return Left() if self._source is None else self._source.left()
@@ -136,7 +151,7 @@ class _Row:
         await self._warm_up()
         share = self._share()
         before = await bench.sidecar.counters()
-        conditions = Conditions(bench.info["pid"] if bench.address[0] in _LOOPBACK else None)
+        conditions = Conditions(bench.info.pid if bench.address[0] in _LOOPBACK else None)
         await self._drive(share)
         self._conditions = conditions.end(self.left().cpu_s)
         self._counters = difference(before, await bench.sidecar.counters())
@@ -218,51 +233,54 @@ class _Row:
         self._source = driver = Driver(bench.target, share, count)
         await driver.run(time.perf_counter())
 
-    def result(self) -> dict[str, Any]:
-        """The row as it stands in the JSON; times in the unit of their name, None where nothing succeeded."""
+    def result(self) -> Run:
+        """The row as it stands in the JSON."""
         bench, cell, left = self._bench, self._cell, self.left()
         scores = bench.workload.kind == "pairs"
         found = figures.figures(left.records, batch_size=cell.batch_size, scores=scores, is_open=cell.is_open)
-        status, reason = self._status, self._reason
-        if not status and left.started != found["ok"] + sum(found["errors"].values()) + found["unfinished"]:
-            status, reason = "invalid", f"the client's own books do not balance: {left.started} requests were started"
-        if not status and cell.is_open and (late := figures.lag_reason(left.records)):
-            status, reason = "invalid", late
-        if not status:
-            status, reason = figures.verdict(found, self._planned or None)
-        return {
-            "variant": bench.info["variant"],
-            "batch_size": cell.batch_size,
-            "concurrency": cell.concurrency or None,
-            "rate_per_s": cell.rate_per_s or None,
-            "process": bench.load.arrival.process if cell.is_open else None,
-            "streaming": bench.load.streaming,
-            "workload": bench.workload.kind,
-            "repeat": self._repeat,
-            "slo": self._slo,
-            "status": status,
-            "reason": reason,
-            "lost": self._lost,
-            "requests": self._planned or left.started,
-            "by_time": not self._planned,
-            "started": left.started,
-            **found,
-            "distinct_texts": bench.workload.distinct_texts(left.started * cell.batch_size),
-            "batches": figures.batch_figures(self._counters),
-            "first_error": left.first_error,
-            "warmup": {
-                "requests": sum(ledger.started for ledger in self._warmup),
-                "ok": sum(ledger.ok for ledger in self._warmup),
-                "errors": _sum_errors(self._warmup),
-                "rounds": len(self._warmup),
-                "settled": self._settled,
-            },
-            "client": {
-                "processes": left.processes,
-                "cpu_share": round(left.cpu_s / found["seconds"] / left.processes, 4) if found["seconds"] else None,
-            },
-            "conditions": self._conditions,
-        }
+        status, cause, reason = self._void or self._verdict(found)
+        busy_share = round(left.cpu_s / found.seconds / left.processes, 4) if found.seconds else None
+        return Run(
+            **dict(found),
+            variant=bench.info.variant,
+            batch_size=cell.batch_size,
+            concurrency=cell.concurrency or None,
+            rate_per_s=cell.rate_per_s or None,
+            process=bench.load.arrival.process if cell.is_open else None,
+            streaming=bench.load.streaming,
+            workload=bench.workload.kind,
+            repeat=self._repeat,
+            slo=self._slo,
+            status=status,
+            cause=cause,
+            reason=reason,
+            lost=self._lost,
+            requests=self._planned or left.started,
+            by_time=not self._planned,
+            started=left.started,
+            distinct_texts=bench.workload.distinct_texts(left.started * cell.batch_size),
+            batches=figures.batch_figures(self._counters),
+            first_error=FirstError(**left.first_error) if left.first_error else None,
+            warmup=Warmup(
+                requests=sum(ledger.started for ledger in self._warmup),
+                ok=sum(ledger.ok for ledger in self._warmup),
+                errors=_sum_errors(self._warmup),
+                rounds=len(self._warmup),
+                settled=self._settled,
+            ),
+            client=ClientUse(processes=left.processes, cpu_share=busy_share),
+            conditions=self._conditions,
+            raw=bench.result.next_raw(),
+        )
+
+    def _verdict(self, found: Figures) -> Verdict:
+        started, records = self.left().started, self.left().records
+        if started != found.ok + sum(found.errors.values()) + found.unfinished:
+            reason = f"the client's own books do not balance: {started} requests were started"
+            return Verdict(Status.INVALID, Cause.CLIENT_MISCOUNTED, reason)
+        if self._cell.is_open and (late := figures.lag_reason(records)):
+            return Verdict(Status.INVALID, Cause.CLIENT_LATE, late)
+        return figures.verdict(found, self._planned or None)
 
 
 def _sum_errors(ledgers: Sequence[Ledger]) -> dict[str, int]:
@@ -274,9 +292,10 @@ def _sum_errors(ledgers: Sequence[Ledger]) -> dict[str, int]:
 
 
 async def _require_same(bench: Bench) -> None:
-    info = await bench.target.server_info()
-    if info["instance_id"] != bench.info["instance_id"]:
+    said = await bench.target.server_info()
+    if said["instance_id"] != bench.info.instance_id:  # it may still be loading, and then tells no more
         raise ServerChanged("the server was restarted, so the answers came from two different processes")
-    changed = [name for name in _LASTING if info.get(name) != bench.info.get(name)]
+    info = ServerInfo.model_validate(said)
+    changed = [name for name in _LASTING if getattr(info, name) != getattr(bench.info, name)]
     if changed:
         raise ServerChanged(f"the server no longer says the same of itself: {', '.join(changed)} changed meanwhile")

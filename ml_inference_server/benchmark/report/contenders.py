@@ -1,12 +1,11 @@
 """The configurations of a comparison, measured against the baseline under the same loads."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ml_inference_server.benchmark.result import aggregate, stats
 from ml_inference_server.benchmark.result.aggregate import Row
+from ml_inference_server.benchmark.result.document import Entry, Quality, QualityNotMeasured, SameLoad, Status, Summary
 from ml_inference_server.benchmark.result.stats import Ratio
 
 BASELINE = "minilm_baseline"
@@ -18,45 +17,49 @@ _QUALITY_DIGITS = 4
 class Configuration:
     """One variant of one experiment, as an entry of the summary's JSON."""
 
-    entry: Mapping[str, Any]
+    entry: Entry
 
     @property
     def name(self) -> str:
-        return str(self.entry["experiment"]) + (f" / {self.entry['variant']}" if self.entry["variant"] else "")
+        return self.entry.name
 
     @cached_property
     def rows(self) -> list[Row]:
-        server = self.entry["server"]
-        return aggregate.rows_of({"runs": self.entry["runs"], "servers": [server] if server else []}, {})
+        server = self.entry.server
+        return aggregate.rows_of(self.entry.runs, [server] if server else [], {})
 
     @property
-    def quality(self) -> Mapping[str, Any] | None:
-        server: Mapping[str, Any] | None = self.entry["server"]
-        return server["quality"] if server else None
+    def quality(self) -> Quality | QualityNotMeasured | None:
+        return self.entry.server.quality if self.entry.server else None
+
+    @property
+    def figures(self) -> Quality | None:
+        """Of its quality, where that was measured."""
+        return self.entry.server.figures if self.entry.server else None
 
     @property
     def likeness(self) -> float | None:
         """Mean cosine to FP32, of a cross-encoder the correlation; None where it was not measured."""
-        found = self.quality
-        if found is None or "ndcg10" not in found:
-            return None
-        alike: float | None = found["cosine_mean"] if found["cosine_mean"] is not None else found["correlation"]
-        return alike
+        return self.figures.likeness if self.figures else None
 
-    def at(self, load: tuple[Any, ...]) -> Row | None:
+    def at(self, load: SameLoad) -> Row | None:
         return next((row for row in self.rows if row.same_load == load), None)
 
 
 class Comparison:
     """The configurations against the baseline, at the heaviest and at the lightest closed load that it was run at."""
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.all = [Configuration(entry) for entry in document["experiments"]]
-        measured = [c for c in self.all if any(row.status == "valid" and row.speed for row in c.rows)]
-        named = [c for c in measured if c.entry["experiment"] == BASELINE]
+    def __init__(self, document: Summary) -> None:
+        self.all = [Configuration(entry) for entry in document.experiments]
+        measured = [c for c in self.all if any(row.status is Status.VALID and row.speed for row in c.rows)]
+        named = [c for c in measured if c.entry.experiment == BASELINE]
         self.baseline = next(iter(named or measured), None)
-        loads = [row for row in self.baseline.rows if row.first["concurrency"]] if self.baseline else []
-        weight = [(row.first["batch_size"] * row.first["concurrency"], row) for row in loads if row.status == "valid"]
+        rows = self.baseline.rows if self.baseline else []
+        weight = [
+            (row.first.batch_size * row.first.concurrency, row)
+            for row in rows
+            if row.first.concurrency and row.status is Status.VALID
+        ]
         self.heaviest = max(weight, key=lambda pair: pair[0])[1] if weight else None
         self.lightest = min(weight, key=lambda pair: pair[0])[1] if weight else None
         self.comparable = [c for c in measured if self.heavy(c) is not None]
@@ -87,7 +90,7 @@ class Comparison:
         """Throughput at the heaviest load, as a ratio."""
         base = against or self.baseline
         ours, theirs = self.heavy(configuration), base and self.heavy(base)
-        if not ours or not theirs or not ours.speed or not theirs.speed or ours.status != "valid":
+        if not ours or not theirs or not ours.speed or not theirs.speed or ours.status is not Status.VALID:
             return None
         return stats.ratio(ours.speed, theirs.speed)
 
@@ -96,5 +99,5 @@ class Comparison:
         if self.lightest is None:
             return None
         row = configuration.at(self.lightest.same_load)
-        ours, theirs = row and row.status == "valid" and row.latency_ms[50], self.lightest.latency_ms[50]
+        ours, theirs = row and row.status is Status.VALID and row.latency_ms[50], self.lightest.latency_ms[50]
         return stats.ratio(ours, theirs) if ours and theirs else None

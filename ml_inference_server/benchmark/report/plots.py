@@ -115,15 +115,15 @@ def _svg(draw: Callable[[Any, Any], None], width: float, height: float, descript
 def of_rows(rows: Sequence[Row], raw: Mapping[str, Records], title: str) -> bytes | None:
     """Throughput and latency against concurrency and rate, and the latency distribution; None without a sound row."""
     sound = [row for row in rows if row.is_sound]
-    closed = [row for row in sound if row.first["concurrency"]]
-    paced = [row for row in sound if row.first["rate_per_s"]]
+    closed = [row for row in sound if row.first.concurrency]
+    paced = [row for row in sound if row.first.rate_per_s]
     panels: list[Callable[[Any], None]] = []
     unit = items_unit(sound)
     for chosen, what in ((closed, "concurrency"), (paced, "rate_per_s")):
         if chosen:
             panels.append(_throughput(chosen, what, unit))
             panels.append(_latency(chosen, what))
-    if any(run["raw"] in raw for row in sound for run in row.runs):
+    if any(run.raw in raw for row in sound for run in row.runs):
         panels.append(_distribution(sound, raw))
     if not panels:
         return None
@@ -143,7 +143,7 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         variant = f"{row.variant}, " if row.variant else ""
-        found.setdefault(f"{variant}batch {row.first['batch_size']}", []).append(row)
+        found.setdefault(f"{variant}batch {row.first.batch_size}", []).append(row)
     return found
 
 
@@ -151,10 +151,14 @@ def _axis(what: str) -> str:
     return "requests in flight" if what == "concurrency" else "offered requests/s"
 
 
+def _load_of(row: Row, what: str) -> float:
+    return (row.first.concurrency if what == "concurrency" else row.first.rate_per_s) or 0.0
+
+
 def _throughput(rows: Sequence[Row], what: str, unit: str) -> Callable[[Any], None]:
     def panel(axes: Any) -> None:
         for number, (name, curve) in enumerate(_curves(rows).items()):
-            xs = [row.first[what] for row in curve]
+            xs = [_load_of(row, what) for row in curve]
             figures = [row.speed for row in curve if row.speed]
             bars = [
                 [0 if math.isnan(f.low) else max(f.value - f.low, 0) for f in figures],
@@ -173,7 +177,7 @@ def _latency(rows: Sequence[Row], what: str) -> Callable[[Any], None]:
     def panel(axes: Any) -> None:
         for number, (name, curve) in enumerate(_curves(rows).items()):
             for percentile, line in ((50, "-"), (95, "--"), (99, ":")):
-                known = [(row.first[what], f.value) for row in curve if (f := row.latency_ms[percentile])]
+                known = [(_load_of(row, what), f.value) for row in curve if (f := row.latency_ms[percentile])]
                 if known:
                     label = name if line == "-" else None
                     axes.plot(*zip(*known, strict=True), line, label=label, **_look(number))
@@ -191,7 +195,7 @@ def _latency(rows: Sequence[Row], what: str) -> Callable[[Any], None]:
 def _distribution(rows: Sequence[Row], raw: Mapping[str, Records]) -> Callable[[Any], None]:
     def panel(axes: Any) -> None:
         for number, row in enumerate(_chosen(rows)):
-            done = [ok_only(raw[run["raw"]]) for run in row.runs if run["raw"] in raw]
+            done = [ok_only(raw[run.raw]) for run in row.runs if run.raw in raw]
             if not done:
                 continue
             latencies = np.sort(np.concatenate([(d["done_s"] - d["due_s"]) * 1e3 for d in done]))
@@ -213,7 +217,7 @@ def _chosen(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _ticks(axes: Any, rows: Sequence[Row], what: str) -> None:
-    values = sorted({row.first[what] for row in rows})
+    values = sorted({_load_of(row, what) for row in rows})
     axes.set_xscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ml_inference_server.benchmark.load.records import Records
 from ml_inference_server.benchmark.measure.rate_search import PRECISION
 from ml_inference_server.benchmark.report import tables
 from ml_inference_server.benchmark.result import aggregate, stats
-from ml_inference_server.benchmark.result.aggregate import Document, Row
+from ml_inference_server.benchmark.result.aggregate import Row
+from ml_inference_server.benchmark.result.document import Document, SameLoad
 from ml_inference_server.benchmark.result.stats import Ratio
 from ml_inference_server.utils.errors import ConfigError
 
@@ -42,8 +42,8 @@ def compare(
     A row has regressed when its speed lost, or its median latency gained, more than `max_regression` (0.05 is 5 %),
     and the interval says that this is no accident.
     """
-    ours = {_key(row): row for row in aggregate.rows_of(after, raw[1])}
-    theirs = {_key(row): row for row in aggregate.rows_of(before, raw[0])}
+    ours = {_key(row): row for row in aggregate.rows_of_document(after, raw[1])}
+    theirs = {_key(row): row for row in aggregate.rows_of_document(before, raw[0])}
     common = [key for key in theirs if key in ours]
     if not common and not _rates(before, after):
         raise ConfigError("the two results have no row with the same variant and load: there is nothing to compare")
@@ -54,7 +54,7 @@ def compare(
         changes.append(change)
         regressions += _worse(change, a, max_regression)
     for key, row in theirs.items():
-        if key not in ours and row.is_sound and not row.first["slo"]:
+        if key not in ours and row.is_sound and not row.first.slo:
             regressions.append(f"{row}: was measured before and is missing now")
     rates = _rates(before, after)
     # The search knows a rate to within its precision only.
@@ -65,19 +65,19 @@ def compare(
 
 def _rates(before: Document, after: Document) -> list[tuple[str, float]]:
     """The highest rates that both searched for, in words and as a ratio."""
-    theirs = {(f["variant"], f["batch_size"], f["p99_ms"]): f["rate_per_s"] or 0.0 for f in before["slo"]}
+    theirs = {(f.variant, f.batch_size, f.p99_ms): f.rate_per_s or 0.0 for f in before.slo}
     found = []
-    for ours in after["slo"]:
-        was = theirs.get((ours["variant"], ours["batch_size"], ours["p99_ms"]))
+    for ours in after.slo:
+        was = theirs.get((ours.variant, ours.batch_size, ours.p99_ms))
         if was:
-            rate = ours["rate_per_s"] or 0.0
-            bound = f"batch size {ours['batch_size']}, p99 <= {ours['p99_ms']:g} ms"
+            rate = ours.rate_per_s or 0.0
+            bound = f"batch size {ours.batch_size}, p99 <= {ours.p99_ms:g} ms"
             found.append((f"{bound}: highest rate {was:g} before, {rate:g} requests/s now", rate / was))
     return found
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return (row.variant, *row.same_load)
+def _key(row: Row) -> tuple[str, SameLoad]:
+    return row.variant, row.same_load
 
 
 def _speed(b: Row, a: Row) -> Ratio | None:
@@ -100,7 +100,7 @@ def _worse(change: Change, before: Row, bound: float) -> list[str]:
         found.append(f"{row}: throughput {tables.ratio(speed)} of before")
     if row.fell_behind and not before.fell_behind:
         found.append(f"{row}: kept up with what was offered before")
-    is_open = bool(row.first["rate_per_s"])
+    is_open = row.first.is_open
     if p50 and is_open and p50.value > 1 + bound and (math.isnan(p50.low) or p50.low > 1):
         found.append(f"{row}: median latency {tables.ratio(p50)} of before")
     return found
@@ -108,11 +108,11 @@ def _worse(change: Change, before: Row, bound: float) -> list[str]:
 
 def _quality(before: Document, after: Document) -> list[str]:
     """A server that failed its gate although it passed before."""
-    passed = {s["variant"] for s in before["servers"] if s.get("quality") and s["quality"]["gate"]["passed"]}
+    passed = {s.variant for s in before.servers if s.quality and s.quality.gate.passed}
     return [
-        f"{server['variant'] or 'the server'} fails its quality gate: {'; '.join(server['quality']['gate']['reasons'])}"
-        for server in after["servers"]
-        if server["variant"] in passed and server.get("quality") and not server["quality"]["gate"]["passed"]
+        f"{server.variant or 'the server'} fails its quality gate: {'; '.join(server.quality.gate.reasons)}"
+        for server in after.servers
+        if server.variant in passed and server.quality and not server.quality.gate.passed
     ]
 
 
@@ -120,9 +120,9 @@ def unlike(before: Document, after: Document) -> list[str]:
     """What else differs between the two, so that a change may have another cause."""
     found = []
     for what, a, b in (
-        ("machines", before["machine"]["fingerprint"], after["machine"]["fingerprint"]),
-        ("datasets", before["dataset"]["sha256"], after["dataset"]["sha256"]),
-        ("commits", before["git"]["commit"], after["git"]["commit"]),
+        ("machines", before.machine.fingerprint, after.machine.fingerprint),
+        ("datasets", before.dataset.sha256, after.dataset.sha256),
+        ("commits", before.git.commit, after.git.commit),
         ("weights", _weights(before), _weights(after)),
         ("what ran", _titles(before), _titles(after)),
     ):
@@ -138,21 +138,20 @@ def unlike(before: Document, after: Document) -> list[str]:
 
 
 def _gains(document: Document) -> str:
-    measured = (server["quality"] for server in document["servers"] if server.get("quality"))
-    return ", ".join(sorted({tables.ndcg_gain(found) for found in measured if "ndcg10" in found}))
+    return ", ".join(sorted({server.figures.ndcg_gain for server in document.servers if server.figures}))
 
 
 def _model_files(document: Document) -> str:
     """Empty for results of versions that told only the hash of the weights."""
-    return ", ".join(sorted({s["info"]["resolved"].get("model_sha256", "")[:16] for s in document["servers"]}))
+    return ", ".join(sorted({s.info.resolved.model_sha256[:16] for s in document.servers}))
 
 
 def _weights(document: Document) -> str:
-    return ", ".join(sorted({s["info"]["resolved"]["weights_sha256"][:16] for s in document["servers"]}))
+    return ", ".join(sorted({s.info.resolved.weights_sha256[:16] for s in document.servers}))
 
 
 def _titles(document: Document) -> str:
-    return " | ".join(dict.fromkeys(server["info"]["title"] for server in document["servers"]))
+    return " | ".join(dict.fromkeys(server.info.title for server in document.servers))
 
 
 def text(found: Comparison, max_regression: float) -> str:

@@ -1,11 +1,11 @@
 """The tables of a report."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from ml_inference_server.benchmark.result import stats
-from ml_inference_server.benchmark.result.aggregate import PERCENTILES, Row, Run
+from ml_inference_server.benchmark.result.aggregate import PERCENTILES, Row
+from ml_inference_server.benchmark.result.document import Difference, Quality, Run, Status, Verdict
 from ml_inference_server.benchmark.result.stats import Figure, Ratio
 from ml_inference_server.utils.ranking import NDCG_GAIN
 
@@ -60,44 +60,39 @@ def ratio(found: Ratio | None) -> str:
     return f"{found.value:.2f}x [{found.low:.2f}, {found.high:.2f}]"
 
 
-def signed(found: Mapping[str, float] | None) -> str:
+def signed(found: Difference | None) -> str:
     """A difference with its interval."""
     if found is None:
         return "-"
-    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
-def ndcg_gain(quality: Mapping[str, Any]) -> str:
-    """What a grade was worth in this nDCG. A result that does not say it is of a version that took 2^grade - 1."""
-    return str(quality.get("ndcg_gain", "2^grade - 1"))
-
-
-def of_gain(cell: str, quality: Mapping[str, Any]) -> str:
+def of_gain(cell: str, quality: Quality) -> str:
     """A cell with a figure of nDCG, marked where it is not the nDCG of this version."""
-    gain = ndcg_gain(quality)
-    return cell if gain == NDCG_GAIN or cell == "-" else f"{cell} (gain {gain})"
+    is_ours = quality.ndcg_gain == NDCG_GAIN
+    return cell if is_ours or cell == "-" else f"{cell} (gain {quality.ndcg_gain})"
 
 
-def ndcg_change(quality: Mapping[str, Any] | None) -> str:
+def ndcg_change(quality: Quality | None) -> str:
     """nDCG@10 less that of FP32, with its interval."""
-    if quality is None or "ndcg10" not in quality:
+    if quality is None:
         return "-"
-    return of_gain(signed(quality["ndcg10_difference"]), quality)
+    return of_gain(signed(quality.ndcg10_difference), quality)
 
 
-def alike(quality: Mapping[str, Any] | None) -> str:
+def alike(quality: Quality | None) -> str:
     """Mean and least cosine to FP32, of a cross-encoder the correlation."""
-    if quality is None or "ndcg10" not in quality:
+    if quality is None:
         return "-"
-    if quality["cosine_mean"] is not None:
-        return f"{quality['cosine_mean']:.5f} / {quality['cosine_min']:.5f}"
-    return "-" if quality["correlation"] is None else f"{quality['correlation']:.5f}"
+    if quality.cosine_mean is not None:
+        return f"{quality.cosine_mean:.5f} / {quality.cosine_min:.5f}"
+    return "-" if quality.correlation is None else f"{quality.correlation:.5f}"
 
 
-def measure_of(qualities: Iterable[Mapping[str, Any] | None]) -> str:
+def measure_of(qualities: Iterable[Quality | None]) -> str:
     """What `alike` tells in a column."""
-    known = [quality for quality in qualities if quality and "ndcg10" in quality]
-    return "correlation" if known and all(quality["correlation"] is not None for quality in known) else "cosine"
+    known = [quality for quality in qualities if quality]
+    return "correlation" if known and all(quality.correlation is not None for quality in known) else "cosine"
 
 
 def struck(cells: Sequence[str], row: Row) -> list[str]:
@@ -107,7 +102,7 @@ def struck(cells: Sequence[str], row: Row) -> list[str]:
 
 def items_unit(rows: Sequence[Row]) -> str:
     """pairs or texts: what the throughput column counts; items where the rows differ in it."""
-    units = {"pairs" if row.first["workload"] == "pairs" else "texts" for row in rows}
+    units = {"pairs" if row.first.scores else "texts" for row in rows}
     return units.pop() if len(units) == 1 else "items"
 
 
@@ -116,17 +111,17 @@ def results(rows: Sequence[Row]) -> str:
     has_variants = any(row.variant for row in rows)
     header = ["variant"] if has_variants else []
     header += ["batch size", "load", "ok", "errors", f"{items_unit(rows)}/s", "repeats"]
-    header += [f"p{p} ms" for p in PERCENTILES] + [measure_of([row.quality for row in rows]) + " to FP32"]
+    header += [f"p{p} ms" for p in PERCENTILES] + [measure_of([row.figures for row in rows]) + " to FP32"]
     header += ["nDCG@10 change", "status"]
     return grid(header, (struck(_result(row, has_variants), row) for row in rows))
 
 
 def _result(row: Row, has_variants: bool) -> list[str]:
-    quality = row.quality
+    quality = row.figures
     return [
         *([row.variant] if has_variants else []),
-        str(row.first["batch_size"]),
-        row.load + (" (stream)" if row.first["streaming"] else "") + (" (SLO)" if row.first["slo"] else ""),
+        str(row.first.batch_size),
+        row.load + (" (stream)" if row.first.streaming else "") + (" (SLO)" if row.first.slo else ""),
         str(row.answered),
         errors(row.runs),
         figure(row.speed),
@@ -138,8 +133,13 @@ def _result(row: Row, has_variants: bool) -> list[str]:
     ]
 
 
+def verdict(found: Verdict, exit_code: int) -> str:
+    """How an experiment ended, in words."""
+    return f"{found} (exit code {exit_code})" if found is Verdict.FAILED else found
+
+
 def status(row: Row) -> str:
-    if row.status != "valid":
+    if row.status is not Status.VALID:
         return row.status.upper()
     return "valid" if row.passed else "QUALITY"
 
@@ -153,16 +153,16 @@ def latency(row: Row, percentile: int) -> str:
 def errors(runs: Sequence[Run]) -> str:
     counted: dict[str, int] = {}
     for run in runs:
-        for code, count in run["errors"].items():
+        for code, count in run.errors.items():
             counted[code] = counted.get(code, 0) + count
-    unfinished = sum(run["unfinished"] for run in runs)
+    unfinished = sum(run.unfinished for run in runs)
     told = ", ".join(f"{count} {code}" for code, count in counted.items()) or "0"
     return told + (f" + {unfinished} unfinished" if unfinished else "")
 
 
 def server_share(rows: Sequence[Row]) -> str:
     """Where the time of a request went, and what the batches were like; "" where the servers did not tell."""
-    if not any(run["server_ms"] for row in rows for run in row.runs):
+    if not any(run.server_ms for row in rows for run in row.runs):
         return ""
     has_variants = any(row.variant for row in rows)
     header = ["variant"] if has_variants else []
@@ -178,17 +178,20 @@ def _share(row: Row, has_variants: bool) -> list[str]:
         known = [value for value in values if value is not None]
         return format(sum(known) / len(known), form) if known else "-"
 
-    parts = [run["server_ms"] or {} for run in runs]
-    batches = [run["batches"] or {} for run in runs]
+    parts = [run.server_ms for run in runs if run.server_ms]
+    batches = [run.batches for run in runs if run.batches]
     return [
         *([row.variant] if has_variants else []),
-        str(row.first["batch_size"]),
+        str(row.first.batch_size),
         row.load,
-        *(mean((part.get(name) for part in parts), ".2f") for name in ("tokenize", "queue", "compute", "outside")),
-        mean((batch.get("padding_share") for batch in batches), ".1%"),
-        mean((batch.get("mean_batch") for batch in batches), ".1f"),
-        mean((run["client"]["cpu_share"] for run in runs), ".0%"),
-        mean((run["lag_ms"] and run["lag_ms"]["p99"] for run in runs), ".2f"),
+        mean((part.tokenize for part in parts), ".2f"),
+        mean((part.queue for part in parts), ".2f"),
+        mean((part.compute for part in parts), ".2f"),
+        mean((part.outside for part in parts), ".2f"),
+        mean((batch.padding_share for batch in batches), ".1%"),
+        mean((batch.mean_batch for batch in batches), ".1f"),
+        mean((run.client.cpu_share for run in runs), ".0%"),
+        mean((run.lag_ms.p99 for run in runs if run.lag_ms), ".2f"),
     ]
 
 
@@ -212,7 +215,7 @@ def variants(rows: Sequence[Row]) -> str:
             lines.append(
                 [
                     name,
-                    str(row.first["batch_size"]),
+                    str(row.first.batch_size),
                     row.load,
                     figure(row.speed),
                     "1" if row is base else ratio(against),

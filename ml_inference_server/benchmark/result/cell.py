@@ -1,6 +1,6 @@
 """What a row measures: a batch size under a closed or an open load."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings
@@ -57,17 +57,3 @@ def planned_rows(experiment: ExperimentSettings) -> int:
             "experiment.streaming is for embeddings: use experiment.workload queries or passages, or no streaming"
         )
     return rows
-
-
-def key(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What the repeats of one row have in common."""
-    return (
-        run["variant"],
-        run["workload"],
-        run["streaming"],
-        run["batch_size"],
-        run["concurrency"],
-        run["rate_per_s"],
-        run["process"],
-        bool(run["slo"]),
-    )

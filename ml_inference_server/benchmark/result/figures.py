@@ -1,22 +1,22 @@
 """One measured row: every figure is made from its records, now or when a report is built again."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ml_inference_server.benchmark.load.records import UNFINISHED, Records, counts, ok_only
+from ml_inference_server.benchmark.result.document import Batches, Cause, Figures, LagMs, LatencyMs, ServerMs, Status
 
 # The sender is late when a request leaves later than this, or than this share of the median latency.
 LATE_MS = 10.0
 LATE_SHARE = 0.1
 # So many late requests are an accident; more void an open-loop row.
 LATE_REQUESTS_SHARE = 0.01
-CLIENT_LATE = "the client itself was late"
 # A server keeps up while it answers this share of the requests, and as many of them as come meanwhile.
 KEPT_UP_SHARE = 0.95
 
 
-def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -> dict[str, Any]:
+def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -> Figures:
     """Counts, rates, latencies of the answered requests (from the moment when each was due), and the server's share.
 
     latency_ms, lag_ms, server_ms: None where there is nothing to tell. fell_behind: None of a closed loop.
@@ -32,29 +32,29 @@ def figures(records: Records, *, batch_size: int, scores: bool, is_open: bool) -
     def per_s(amount: int) -> float:
         return amount / seconds if seconds else 0.0
 
-    return {
-        "ok": ok,
-        "errors": by_code,
-        "unfinished": unfinished,
-        "pairs": pairs,
-        "texts": texts,
-        "seconds": round(seconds, 6),
-        "requests_per_s": per_s(ok),
-        "pairs_per_s": per_s(pairs) if scores else None,
-        "texts_per_s": per_s(texts),
-        "latency_ms": latency_summary_ms((answered["done_s"] - answered["due_s"]) * 1e3),
-        "fell_behind": fell_behind(records) if is_open else None,
-        "lag_ms": _lag_ms(records) if is_open else None,
-        "server_ms": _server_ms(answered),
-    }
+    return Figures(
+        ok=ok,
+        errors=by_code,
+        unfinished=unfinished,
+        pairs=pairs,
+        texts=texts,
+        seconds=round(seconds, 6),
+        requests_per_s=per_s(ok),
+        pairs_per_s=per_s(pairs) if scores else None,
+        texts_per_s=per_s(texts),
+        latency_ms=latency_summary_ms((answered["done_s"] - answered["due_s"]) * 1e3),
+        fell_behind=fell_behind(records) if is_open else None,
+        lag_ms=_lag_ms(records) if is_open else None,
+        server_ms=_server_ms(answered),
+    )
 
 
-def latency_summary_ms(latencies_ms: Any) -> dict[str, float] | None:
+def latency_summary_ms(latencies_ms: Any) -> LatencyMs | None:
     """avg, p50, p95, p99 over all samples (linear interpolation); None without a sample."""
     if not len(latencies_ms):
         return None
     p50, p95, p99 = np.percentile(latencies_ms, (50, 95, 99))
-    return {"avg": float(np.mean(latencies_ms)), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+    return LatencyMs(avg=float(np.mean(latencies_ms)), p50=float(p50), p95=float(p95), p99=float(p99))
 
 
 def fell_behind(records: Records) -> bool:
@@ -79,12 +79,12 @@ def _lags_ms(records: Records) -> Any:
     return (sent["sent_s"] - sent["due_s"]) * 1e3
 
 
-def _lag_ms(records: Records) -> dict[str, float] | None:
+def _lag_ms(records: Records) -> LagMs | None:
     lags = _lags_ms(records)
     if not len(lags):
         return None
     p50, p99 = np.percentile(lags, (50, 99))
-    return {"p50": float(p50), "p99": float(p99), "max": float(lags.max())}
+    return LagMs(p50=float(p50), p99=float(p99), max=float(lags.max()))
 
 
 def lag_reason(records: Records) -> str:
@@ -99,43 +99,51 @@ def lag_reason(records: Records) -> str:
     if late <= max(1, LATE_REQUESTS_SHARE * len(lags)):
         return ""
     return (
-        f"{CLIENT_LATE}: {late} of {len(lags)} requests left more than {limit_ms:.1f} ms after they were"
+        f"the client itself was late: {late} of {len(lags)} requests left more than {limit_ms:.1f} ms after they were"
         " due; give it more experiment.client_processes, a lower rate, or a machine of its own"
     )
 
 
-def _server_ms(answered: Records) -> dict[str, float] | None:
+def _server_ms(answered: Records) -> ServerMs | None:
     """Means over the answered requests. `outside`: client, wire and gRPC, from the sending on."""
     if not len(answered) or not answered["total_us"].any():
         return None
     part = {name: float(answered[f"{name}_us"].mean()) / 1e3 for name in ("tokenize", "queue", "compute", "total")}
     took_ms = float((answered["done_s"] - answered["sent_s"]).mean()) * 1e3
-    return {**part, "outside": took_ms - part["total"]}
+    return ServerMs(**part, outside=took_ms - part["total"])
 
 
-def batch_figures(counters: dict[str, float] | None) -> dict[str, float | None] | None:
+def batch_figures(counters: dict[str, float] | None) -> Batches | None:
     """padding_share 0..1, mean_batch (texts), and the real tokens, from the server's counters over the row."""
     if counters is None:
         return None
     tokens, padding = counters["mlis_tokens_total"], counters["mlis_padding_tokens_total"]
     batches = counters["mlis_batch_texts_count"]
-    return {
-        "padding_share": padding / (tokens + padding) if tokens + padding else None,
-        "mean_batch": counters["mlis_batch_texts_sum"] / batches if batches else None,
-        "tokens": tokens,
-    }
+    return Batches(
+        padding_share=padding / (tokens + padding) if tokens + padding else None,
+        mean_batch=counters["mlis_batch_texts_sum"] / batches if batches else None,
+        tokens=tokens,
+    )
 
 
-def verdict(figures: dict[str, Any], planned: int | None) -> tuple[str, str]:
-    """(status, reason) of a row that was not cut short. planned: how many requests it was to send; None: by time."""
-    failed = sum(figures["errors"].values())
-    started = figures["ok"] + failed + figures["unfinished"]
-    missing = (started if planned is None else planned) - figures["ok"] - failed
+class Verdict(NamedTuple):
+    """What a row is worth; cause and reason say why it is not valid."""
+
+    status: Status
+    cause: Cause | None = None
+    reason: str = ""
+
+
+def verdict(found: Figures, planned: int | None) -> Verdict:
+    """Of a row that was not cut short. planned: how many requests it was to send; None: by time."""
+    failed = sum(found.errors.values())
+    started = found.ok + failed + found.unfinished
+    total = started if planned is None else planned
+    missing = total - found.ok - failed
     if failed or missing:
-        total = started if planned is None else planned
-        return "failures", f"{failed} of {total} requests failed" + (
-            f", {missing} were not finished" if missing else ""
-        )
-    if not figures["ok"]:
-        return "failures", "no request was answered"
-    return "valid", ""
+        unfinished = f", {missing} were not finished" if missing else ""
+        reason = f"{failed} of {total} requests failed{unfinished}"
+        return Verdict(Status.FAILURES, Cause.REQUESTS_FAILED, reason)
+    if not found.ok:
+        return Verdict(Status.FAILURES, Cause.NOTHING_ANSWERED, "no request was answered")
+    return Verdict(Status.VALID)

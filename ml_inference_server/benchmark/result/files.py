@@ -2,29 +2,41 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_inference_server.benchmark.load import records as raw_records
 from ml_inference_server.benchmark.load.channel import CHANNEL_OPTIONS
 from ml_inference_server.benchmark.load.dataset import Dataset
 from ml_inference_server.benchmark.load.records import Records
+from ml_inference_server.benchmark.result.document import (
+    ClientFacts,
+    DatasetFacts,
+    Document,
+    Git,
+    HighestRate,
+    Machine,
+    NotStarted,
+    Purpose,
+    Run,
+    Server,
+    Status,
+    to_json,
+)
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable, write_beside
 from ml_inference_server.utils.layers import command_to_repeat
 
-SCHEMA = 2
 # Less than this on the disk, and there is no point in measuring.
 _LEAST_FREE_BYTES = 8 << 20
 # Saving what was measured so far may take this share of the time, so that long runs do not save all the time.
@@ -41,61 +53,38 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def new_document(kind: str, settings: Settings, dataset: Dataset, command: Sequence[str]) -> dict[str, Any]:
-    """A document without servers and runs. `kind` is single or suite; `command` is what repeats it."""
-    return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "name": settings.name,
-        "description": settings.description,
-        "command": command_to_repeat(command),
-        "started_at": now(),
-        "finished_at": None,
-        "interrupted": False,
-        "planned_rows": 0,
-        "client": {"settings": settings.model_dump(), "channel_options": dict(CHANNEL_OPTIONS)},
-        "dataset": dataset.facts(),
-        "machine": machine_facts(),
-        "versions": client_versions(),
-        "git": git_facts(),
-        "servers": [],
-        "not_started": [],
-        "slo": [],
-        "runs": [],
-    }
+def new_document(
+    kind: Literal["single", "suite"], settings: Settings, dataset: Dataset, command: Sequence[str]
+) -> Document:
+    """A document without servers and runs; `command` is what repeats it."""
+    return Document(
+        kind=kind,
+        name=settings.name,
+        description=settings.description,
+        command=command_to_repeat(command),
+        started_at=now(),
+        finished_at=None,
+        interrupted=False,
+        planned_rows=0,
+        client=ClientFacts(settings=settings.model_dump(), channel_options=dict(CHANNEL_OPTIONS)),
+        dataset=DatasetFacts(**dataset.facts()),
+        machine=Machine(**machine_facts()),
+        versions=client_versions(),
+        git=Git(**git_facts()),
+        servers=[],
+        not_started=[],
+        slo=[],
+        runs=[],
+    )
 
 
-def exit_code(document: dict[str, Any]) -> int:
+def exit_code(document: Document) -> int:
     """0 if every planned row was measured without a failure, else 5; an interruption is the caller's business.
 
     The probes of a search for the highest rate are meant to fail, and a row that fails its quality gate was measured.
     """
-    rows = [run for run in document["runs"] if run["slo"] != "probe"]
-    sound = all(run["status"] == "valid" for run in rows)
-    return EXIT_OK if sound and len(rows) == document["planned_rows"] else EXIT_FAILED_RUN
-
-
-def encode(document: Mapping[str, Any]) -> str:
-    """Indented for people, but each run on one line."""
-    rest = {key: value for key, value in document.items() if key != "runs"}
-    head = json.dumps(rest, indent=2, ensure_ascii=False, allow_nan=False)
-    runs = ",\n    ".join(json.dumps(run, ensure_ascii=False, allow_nan=False) for run in document["runs"])
-    return head.removesuffix("\n}") + ',\n  "runs": [' + (f"\n    {runs}\n  " if runs else "") + "]\n}\n"
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """A result's or a summary's JSON. ConfigError if it is none, or of another version."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a result is the .json beside its Markdown") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not the JSON of a result: {error}") from None
-    if not isinstance(content, dict) or not {"schema", "kind", "runs"} <= content.keys():
-        raise ConfigError(f"{path}: not the JSON of a result of this benchmark")
-    if content["schema"] != SCHEMA:
-        raise ConfigError(f"{path}: has schema {content['schema']}, and this version reads {SCHEMA}: measure again")
-    return content
+    sound = all(run.status is Status.VALID for run in document.rows)
+    return EXIT_OK if sound and len(document.rows) == document.planned_rows else EXIT_FAILED_RUN
 
 
 @dataclass(frozen=True)
@@ -180,26 +169,67 @@ def locked(files: ResultFiles) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-@dataclass
 class Result:
     """A document while it grows. Each row is saved as it is measured, under the names of `files.partial`."""
 
-    document: dict[str, Any]
-    files: ResultFiles
-    raw: dict[str, Records] = field(default_factory=dict)
-    _saved_s: float = 0.0
-    _saving_s: float = 0.0
-    _warned: bool = False
+    def __init__(self, document: Document, files: ResultFiles, raw: dict[str, Records] | None = None) -> None:
+        self.document = document
+        self.files = files
+        self.raw = raw or {}
+        self._saved_s = 0.0
+        self._saving_s = 0.0
+        self._warned = False
 
-    def add(self, run: dict[str, Any], records: Records) -> None:
-        run["raw"] = f"run_{len(self.document['runs']) + 1:04d}"
-        self.raw[run["raw"]] = records
-        self.document["runs"].append(run)
+    def plan(self, rows: int) -> None:
+        """So many more rows are to come; of a negative number, so many will not."""
+        self.set(planned_rows=self.document.planned_rows + rows)
+
+    def set(self, **fields: Any) -> None:
+        """Go on with a document that has other values of these fields."""
+        self.document = self.document.model_copy(update=fields)
+
+    def next_raw(self) -> str:
+        """The name for the records of the next run."""
+        return f"run_{len(self.document.runs) + 1:04d}"
+
+    def add(self, run: Run, records: Records) -> None:
+        self.raw[run.raw] = records
+        self.set(runs=[*self.document.runs, run])
         started_s = time.monotonic()
         if self._saving_s <= _SAVING_SHARE * (started_s - self._saved_s):
             self.save()
             self._saved_s = time.monotonic()
             self._saving_s = self._saved_s - started_s
+
+    def call_probes(self, runs: Sequence[Run]) -> None:
+        """They were to confirm a rate that did not hold."""
+        names = {run.raw for run in runs}
+        probe = {"slo": Purpose.PROBE}
+        self.set(runs=[r.model_copy(update=probe) if r.raw in names else r for r in self.document.runs])
+
+    def server(self, variant: str) -> Server | None:
+        return next((server for server in self.document.servers if server.variant == variant), None)
+
+    def add_server(self, server: Server) -> None:
+        self.set(servers=[*self.document.servers, server])
+
+    def about_server(self, variant: str, **found: Any) -> None:
+        """What was found out about a server that is there: quality, in_process, died."""
+        servers = self.document.servers
+        self.set(servers=[s.model_copy(update=found) if s.variant == variant else s for s in servers])
+
+    def refuse(self, variant: str, exit_code: int, message: str) -> None:
+        """A variant whose server did not run."""
+        refused = NotStarted(variant=variant, exit_code=exit_code, message=message)
+        self.set(not_started=[*self.document.not_started, refused])
+
+    def searched(self, found: HighestRate) -> None:
+        """What a search has found so far; in place of what it said before."""
+
+        def search(entry: HighestRate) -> tuple[str, int]:
+            return entry.variant, entry.batch_size
+
+        self.set(slo=[*(other for other in self.document.slo if search(other) != search(found)), found])
 
     def save(self) -> None:
         """A full disk is no reason to lose what can still be measured: it is told once, and again at the end."""
@@ -207,7 +237,7 @@ class Result:
         try:
             for path, content in (
                 (partial.raw, raw_records.encode(self.raw)),
-                (partial.data, encode({**self.document, "interrupted": True}).encode()),
+                (partial.data, to_json(self.document.model_copy(update={"interrupted": True})).encode()),
             ):
                 replace_file(path, content)
         except OSError as error:

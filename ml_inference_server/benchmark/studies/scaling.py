@@ -100,12 +100,12 @@ class ScalingBench:
         await driver.run(time.perf_counter())
         records = driver.left().records
         found = figures(records, batch_size=share.batch_size, scores=False, is_open=share.due_s is not None)
-        point.texts_per_s.append(found["texts_per_s"])
-        latency = found["latency_ms"] or {"p50": float("nan"), "p99": float("nan")}
-        point.p50_ms.append(latency["p50"])
-        point.p99_ms.append(latency["p99"])
-        point.failed.update(found["errors"])
-        point.failed["unfinished"] += found["unfinished"]
+        point.texts_per_s.append(found.texts_per_s)
+        latency = found.latency_ms
+        point.p50_ms.append(latency.p50 if latency else float("nan"))
+        point.p99_ms.append(latency.p99 if latency else float("nan"))
+        point.failed.update(found.errors)
+        point.failed["unfinished"] += found.unfinished
         point.late += share.due_s is not None and bool(lag_reason(records))
         done = difference(before, await self._sidecar.counters())
         if done and done["mlis_batch_texts_sum"]:

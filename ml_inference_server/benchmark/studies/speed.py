@@ -27,6 +27,7 @@ from ml_inference_server.benchmark.load.dataset import Dataset, Kind, load_datas
 from ml_inference_server.benchmark.load.driver import Driver, Left, Share
 from ml_inference_server.benchmark.load.records import ok_only
 from ml_inference_server.benchmark.load.schedule import arrivals_s
+from ml_inference_server.benchmark.result.document import InProcess, InProcessFailed
 from ml_inference_server.benchmark.result.figures import figures
 from ml_inference_server.benchmark.result.stats import samples_needed
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
@@ -88,10 +89,10 @@ class SpeedBench:
         left = await self._drive(load, concurrency=load.concurrency, duration_s=self._seconds)
         cpu_s = (process_cpu_s(self._pid) or 0.0) - (cpu_s or 0.0)
         found = figures(left.records, batch_size=load.batch_size, scores=False, is_open=False)
-        load.errors += sum(found["errors"].values()) + found["unfinished"]
-        load.texts_per_s.append(found["texts_per_s"])
-        load.server_cpu_ms.append(1e3 * cpu_s / max(1, found["texts"]))
-        load.client_cpu_ms.append(1e3 * left.cpu_s / max(1, found["texts"]))
+        load.errors += sum(found.errors.values()) + found.unfinished
+        load.texts_per_s.append(found.texts_per_s)
+        load.server_cpu_ms.append(1e3 * cpu_s / max(1, found.texts))
+        load.client_cpu_ms.append(1e3 * left.cpu_s / max(1, found.texts))
         live = await self._live()
         load.stages_ms = live.get("stages_ms") or {}
         load.loop_lag_ms = (live.get("loop_lag_ms") or {}).get("p99")
@@ -139,7 +140,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     loads = [Load("queries", 1, 32), Load("passages", 1, 32), Load("passages", 32, 8)]
     # The texts of a call are all different, so the work is the same however many a call holds.
     texts = {kind: list(requests_of(dataset.workload(kind, 0), 1, None)) for kind in _KINDS}
-    ceilings: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in _KINDS}
+    ceilings: dict[Kind, list[InProcess]] = {kind: [] for kind in _KINDS}
     steps = tqdm(total=2 * len(ceilings) + args.repeats * len(loads) + 3, desc="speed", disable=None)
 
     async def time_ceilings() -> None:
@@ -147,8 +148,8 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
             one = await stop.race(
                 time_in_process(sys.executable, experiment, texts[kind], args.seconds, START_TIMEOUT_S)
             )
-            if "error" in one:
-                raise ConfigError(f"the backend cannot be timed without a server: {one['error']}")
+            if isinstance(one, InProcessFailed):
+                raise ConfigError(f"the backend cannot be timed without a server: {one.error}")
             ceilings[kind].append(one)
             steps.update()
 
@@ -200,14 +201,14 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     return EXIT_FAILED_RUN if any(load.errors for load in loads) else EXIT_OK
 
 
-def _share(load: Load, ceilings: Sequence[Mapping[str, Any]]) -> float:
-    return statistics.median(load.texts_per_s) / statistics.median(float(each["texts_per_s"]) for each in ceilings)
+def _share(load: Load, ceilings: Sequence[InProcess]) -> float:
+    return statistics.median(load.texts_per_s) / statistics.median(each.texts_per_s for each in ceilings)
 
 
 def _report(
     title: str,
     loads: Sequence[Load],
-    ceilings: Mapping[Kind, Sequence[Mapping[str, Any]]],
+    ceilings: Mapping[Kind, Sequence[InProcess]],
     shares: dict[str, float],
     stored: dict[str, Any],
 ) -> str:
@@ -219,7 +220,7 @@ def _report(
     ]
     for load in loads:
         rates, ceiling = load.texts_per_s, ceilings[load.kind]
-        roofs = [each["roofline_texts_per_s"] for each in ceiling if each.get("roofline_texts_per_s")]
+        roofs = [each.roofline_texts_per_s for each in ceiling if each.roofline_texts_per_s]
         roof = cell(statistics.median(rates) / statistics.median(roofs)) if roofs else "-"
         before, share = stored.get("shares", {}).get(str(load)), cell(shares[str(load)])
         lines.append(
@@ -233,7 +234,7 @@ def _report(
         lag = "-" if load.loop_lag_ms is None else f"{load.loop_lag_ms:.1f}"
         lines.append(f"| {load} | {stages} | {lag} |")
     for kind, each in ceilings.items():
-        rates = [one["texts_per_s"] for one in each]
+        rates = [one.texts_per_s for one in each]
         lines.append(
             f"\nIn-process ceiling, {kind}: {', '.join(f'{rate:.0f}' for rate in rates)} texts/s (before, after)"
         )

@@ -1,10 +1,11 @@
 """What else went on while a row was measured: steal time, other programs, clock, heat."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from ml_inference_server.benchmark.result.document import MachineConditions
 
 STEAL_SHARE = 0.02
 OTHERS_SHARE = 0.10
@@ -21,7 +22,7 @@ class Conditions:
         self._throttled = _throttle_count()
         self._clock_mhz = _clock_mhz()
 
-    def end(self, client_cpu_s: float) -> dict[str, Any]:
+    def end(self, client_cpu_s: float) -> MachineConditions:
         """steal_share, others_share: of all CPU time of the machine, 0..1; None where the system does not tell, and
         for what lasted less than a tick of its CPU clock (10 ms on Linux).
 
@@ -39,28 +40,28 @@ class Conditions:
             getattr(now, name, 0.0) - getattr(before, name, 0.0) for name in ("idle", "iowait", "steal")
         )
         after_mhz, throttled = _clock_mhz(), _throttle_count()
-        return {
-            "steal_share": None if stolen_s is None or total_s <= 0 else round(stolen_s / total_s, 4),
-            "others_share": None
+        return MachineConditions(
+            steal_share=None if stolen_s is None or total_s <= 0 else round(stolen_s / total_s, 4),
+            others_share=None
             if ours_cpu_s is None or total_s <= 0
             else round(max(busy_s - ours_cpu_s, 0) / total_s, 4),
-            "clock_mhz": [self._clock_mhz, after_mhz] if self._clock_mhz and after_mhz else None,
-            "throttled": None if throttled is None or self._throttled is None else throttled - self._throttled,
-        }
+            clock_mhz=(self._clock_mhz, after_mhz) if self._clock_mhz and after_mhz else None,
+            throttled=None if throttled is None or self._throttled is None else throttled - self._throttled,
+        )
 
 
-def trouble(conditions: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+def trouble(conditions: MachineConditions) -> dict[str, tuple[float, str]]:
     """What of it casts doubt on the row: kind -> (how bad, in words)."""
-    found = {}
-    steal, others = conditions["steal_share"] or 0.0, conditions["others_share"] or 0.0
+    found: dict[str, tuple[float, str]] = {}
+    steal, others = conditions.steal_share or 0.0, conditions.others_share or 0.0
     if steal > STEAL_SHARE:
         found["steal"] = (steal, f"the host took {steal:.0%} of the CPU time away (steal)")
     if others > OTHERS_SHARE:
         found["others"] = (others, f"other programs used {others:.0%} of the machine")
-    if conditions["throttled"]:
-        times = conditions["throttled"]
+    if conditions.throttled:
+        times = conditions.throttled
         found["heat"] = (times, f"the CPU was throttled for heat {times} times")
-    clock = conditions["clock_mhz"]
+    clock = conditions.clock_mhz
     if clock and clock[1] < clock[0] * CLOCK_DROP:
         fell = 1 - clock[1] / clock[0]
         found["clock"] = (fell, f"the CPU's clock fell from {clock[0]:.0f} to {clock[1]:.0f} MHz")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_inference_server.benchmark.load.dataset import Workload
+from ml_inference_server.benchmark.result.document import InProcess, InProcessFailed
 from ml_inference_server.benchmark.target.machine import child_environment
 
 _MODULE = "ml_inference_server.engine_bench.ceiling"
@@ -21,8 +22,8 @@ def requests_of(workload: Workload, batch_size: int, most: int | None) -> Iterab
 
 async def time_in_process(
     python: str, experiment: Sequence[str], requests: Iterable[list[Any]], seconds: float, timeout_s: float
-) -> dict[str, Any]:
-    """texts_per_s with its lowest and highest, and the title of what ran; `error` alone where it cannot be had.
+) -> InProcess | InProcessFailed:
+    """Its texts per second and the title of what ran; what was sent is for the caller to say.
 
     experiment: the arguments that name the settings. requests: of texts or pairs; the program takes the first of them.
     The server under test must be idle or gone meanwhile.
@@ -43,23 +44,23 @@ async def time_in_process(
             async with asyncio.timeout(timeout_s):
                 _, stderr = await process.communicate()
         except TimeoutError:
-            return {"error": f"it took longer than {timeout_s:g} s"}
+            return InProcessFailed(error=f"it took longer than {timeout_s:g} s")
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
         if process.returncode:
             last = next((line for line in reversed(stderr.decode(errors="replace").splitlines()) if line.strip()), "")
-            return {"error": last.strip().removeprefix("error: ") or f"exit code {process.returncode}"}
+            return InProcessFailed(error=last.strip().removeprefix("error: ") or f"exit code {process.returncode}")
         try:
             found = json.loads(out.read_text(encoding="utf-8"))
-            return {
-                "title": str(found["title"]),
-                "texts_per_s": float(found["texts_per_s"]),
-                "lowest": float(found["lowest"]),
-                "highest": float(found["highest"]),
-                "tokens_per_text": float(found["tokens_per_text"]),
-                "roofline_texts_per_s": found["roofline_texts_per_s"],
-            }
+            return InProcess(
+                title=str(found["title"]),
+                texts_per_s=float(found["texts_per_s"]),
+                lowest=float(found["lowest"]),
+                highest=float(found["highest"]),
+                tokens_per_text=float(found["tokens_per_text"]),
+                roofline_texts_per_s=found["roofline_texts_per_s"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return {"error": f"{_MODULE} gave no figures: {type(error).__name__}: {error}"}
+            return InProcessFailed(error=f"{_MODULE} gave no figures: {type(error).__name__}: {error}")
