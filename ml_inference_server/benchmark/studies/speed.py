@@ -181,7 +181,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     steps.close()
     shares = {str(load): _share(load, ceilings[load.kind]) for load in loads}
     stored = _stored(args.store).get(settings.name, {})
-    print(_report(info["title"], loads, ceilings, shares, stored))
+    print(report(info["title"], loads, ceilings, shares, stored))
     print(f"\nSingle queries, one after the other: p50 {idle_ms:.1f} ms")
     for share, latencies_ms in ((_LIGHT, light_ms), (0.5, half_ms)):
         if len(latencies_ms) < samples_needed(99):
@@ -205,7 +205,7 @@ def _share(load: Load, ceilings: Sequence[InProcess]) -> float:
     return statistics.median(load.texts_per_s) / statistics.median(each.texts_per_s for each in ceilings)
 
 
-def _report(
+def report(
     title: str,
     loads: Sequence[Load],
     ceilings: Mapping[Kind, Sequence[InProcess]],
