@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
@@ -22,7 +23,10 @@ from ml_inference_server.api.operations import (
     Rank,
     RequestLimits,
     ServerInfo,
+    checked_count,
+    checked_time_s,
     embed_operation,
+    no_embeddings,
     rerank_operation,
     score_operation,
 )
@@ -45,12 +49,10 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
-        self._stub = rpc.InferenceServiceStub(self._channel)
-        self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
+        self._target, self._credentials = target, credentials
+        self._channel: grpc.aio.Channel | None = None
+        self._timeout_s, self._metadata = checked_time_s("timeout_s", timeout_s), tuple(metadata)
+        self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
         self._cut = CutTexts()
 
@@ -66,7 +68,7 @@ class AsyncClient:
         """As `Client.embed`."""
         operation = embed_operation(texts, prompt_name, truncate)
         if not operation.items:
-            return np.empty((0, (await self.info(timeout_s=timeout_s)).dimension), np.float32)
+            return no_embeddings(await self.info(timeout_s=timeout_s))
         return await self._run(operation, timeout_s, on_reply)
 
     async def score(
@@ -97,7 +99,7 @@ class AsyncClient:
 
     async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What runs there."""
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
         attempts = Attempts(time.monotonic() + limit_s, self._max_attempts)
         return ServerInfo.of((await self._ask("GetServerInfo", pb.GetServerInfoRequest(), attempts))[0])
 
@@ -143,7 +145,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End all calls."""
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -153,11 +156,20 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    @functools.cached_property
+    def _stub(self) -> Any:
+        """gRPC binds a channel to the event loop that runs when it is made, so that is not before the first call."""
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(self._target, self._credentials, options=CHANNEL_OPTIONS)
+        return rpc.InferenceServiceStub(self._channel)
+
     async def _run(
         self, operation: Operation[Result], timeout_s: float | None, on_reply: Callable[[CallDetails], None] | None
     ) -> Result:
         """As `Client._run`."""
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
         ends_at = time.monotonic() + limit_s
         parts = operation.parts(self._limits)
         try:
@@ -183,8 +195,12 @@ class AsyncClient:
         async def ask(places: range) -> tuple[Any, CallDetails]:
             async with free:
                 attempts = Attempts(ends_at, self._max_attempts)
-                reply, request_id = await self._ask(operation.method, operation.part(places), attempts)
-            return reply, CallDetails(operation.method, len(places), reply.truncated, reply.timing, request_id)
+                try:
+                    reply, request_id = await self._ask(operation.method, operation.part(places), attempts)
+                except ServerError as error:
+                    error.moved_by(places.start)
+                    raise
+            return reply, operation.details(reply, places, request_id)
 
         waiting = [asyncio.ensure_future(ask(places)) for places in parts]
         try:
@@ -192,6 +208,7 @@ class AsyncClient:
         finally:
             for each in waiting:
                 each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
         for _, details in answers:
             self._cut.note(details)
             if on_reply is not None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,7 +21,10 @@ from ml_inference_server.api.operations import (
     Rank,
     RequestLimits,
     ServerInfo,
+    checked_count,
+    checked_time_s,
     embed_operation,
+    no_embeddings,
     rerank_operation,
     score_operation,
 )
@@ -56,7 +59,8 @@ class Client:
         else:
             self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
         self._stub = rpc.InferenceServiceStub(self._channel)
-        self._timeout_s, self._max_attempts, self._metadata = timeout_s, max_attempts, tuple(metadata)
+        self._timeout_s, self._metadata = checked_time_s("timeout_s", timeout_s), tuple(metadata)
+        self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
         self._cut = CutTexts()
 
@@ -76,7 +80,7 @@ class Client:
         """
         operation = embed_operation(texts, prompt_name, truncate)
         if not operation.items:
-            return np.empty((0, self.info(timeout_s=timeout_s).dimension), np.float32)
+            return no_embeddings(self.info(timeout_s=timeout_s))
         return self._run(operation, timeout_s, on_reply)
 
     def score(
@@ -160,14 +164,14 @@ class Client:
         self.close()
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
         return Attempts(time.monotonic() + limit_s, self._max_attempts)
 
     def _run(
         self, operation: Operation[Result], timeout_s: float | None, on_reply: Callable[[CallDetails], None] | None
     ) -> Result:
         """All parts of an operation; they are cut again, once, where the server's limits are other than thought."""
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
         ends_at = time.monotonic() + limit_s
         parts = operation.parts(self._limits)
         try:
@@ -188,10 +192,18 @@ class Client:
         ends_at: float,
         on_reply: Callable[[CallDetails], None] | None,
     ) -> Result:
+        together = _Together()
+
         def ask(places: range) -> tuple[Any, CallDetails]:
             attempts = Attempts(ends_at, self._max_attempts)
-            reply, request_id = self._ask(operation.method, operation.part(places), attempts)
-            return reply, CallDetails(operation.method, len(places), reply.truncated, reply.timing, request_id)
+            try:
+                reply, request_id = self._ask(
+                    operation.method, operation.part(places), attempts, together if len(parts) > 1 else None
+                )
+            except ServerError as error:
+                error.moved_by(places.start)
+                raise
+            return reply, operation.details(reply, places, request_id)
 
         if len(parts) == 1:
             answers = [ask(parts[0])]
@@ -199,9 +211,12 @@ class Client:
             with ThreadPoolExecutor(min(PARTS_IN_FLIGHT, len(parts))) as pool:
                 waiting = [pool.submit(ask, places) for places in parts]
                 try:
-                    answers = [each.result() for each in waiting]
+                    wait(waiting, return_when=FIRST_EXCEPTION)
+                    failed = next((each for each in waiting if each.done() and each.exception()), None)
+                    answers = [each.result() for each in ([failed] if failed else waiting)]
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
+                    together.end()
                     raise
         for _, details in answers:
             self._cut.note(details)
@@ -209,22 +224,54 @@ class Client:
                 on_reply(details)
         return operation.join([reply for reply, _ in answers], parts)
 
-    def _ask(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
+    def _ask(
+        self, method: str, request: Any, attempts: Attempts, together: "_Together | None" = None
+    ) -> tuple[Any, str]:
         """(the reply, its request id). ServerError once no further attempt may help."""
+        ask = getattr(self._stub, method)
         while True:
             try:
-                reply, call = getattr(self._stub, method).with_call(
-                    request, timeout=attempts.remaining_s, metadata=self._metadata
-                )
+                if together is None:  # a fifth faster than a call that can be cancelled
+                    reply, call = ask.with_call(request, timeout=attempts.remaining_s, metadata=self._metadata)
+                else:
+                    call = together.begin(
+                        lambda: ask.future(request, timeout=attempts.remaining_s, metadata=self._metadata)
+                    )
+                    reply = call.result()
             except grpc.RpcError as error:
                 failure = error_of_call(error)
                 pause_s = attempts.pause_s(failure)
                 if pause_s is None:
                     raise failure from error
-                time.sleep(pause_s)
+                if together is None:
+                    time.sleep(pause_s)
+                else:
+                    together.ended.wait(pause_s)
             else:
                 trailers = dict(call.trailing_metadata() or ())
                 return reply, str(trailers.get("request-id", ""))
+
+
+class _Together:
+    """The calls for the parts of one list: when one fails for good, nobody waits for the others."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._calls: list[Any] = []
+
+    def begin(self, call: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self.ended.is_set():
+                raise CancelledError
+            self._calls.append(call())
+            return self._calls[-1]
+
+    def end(self) -> None:
+        with self._lock:
+            self.ended.set()
+            for call in self._calls:
+                call.cancel()
 
 
 class _Feeder:

@@ -9,6 +9,7 @@ ServerError                a status that is none of the following
 └── ModelFailedError       the model failed on this input, or the server has a bug
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ class ServerError(Exception):
     def __str__(self) -> str:
         return f"{self.reason or self.code}: {super().__str__()}"
 
+    def moved_by(self, places: int) -> None:
+        """Names the items as they stand in a list of which the request held those from `places` on."""
+        self.args = (_moved(str(self.args[0]), places),)
+        self.fields = tuple((_moved(field, places), _moved(problem, places)) for field, problem in self.fields)
+
     @property
     def is_about_size(self) -> bool:
         """The request is sound, but too large to be sent or answered at once."""
@@ -58,6 +64,19 @@ class ServerError(Exception):
         if self.retry_after_s is not None and self.retry_after_s < 0:
             return False
         return self.code == "UNAVAILABLE" or (self.code == "RESOURCE_EXHAUSTED" and self.retry_after_s is not None)
+
+    @property
+    def is_lost_connection(self) -> bool:
+        """Said by gRPC or a proxy and not by the server, which names a reason with all that it refuses.
+
+        gRPC calls the end of a stream INTERNAL or UNKNOWN where it was reset, or where it ended during a write
+        (grpc/grpc issue 36066).
+        """
+        return not self.reason and self.code in ("UNAVAILABLE", "INTERNAL", "UNKNOWN")
+
+
+def _moved(text: str, places: int) -> str:
+    return re.sub(r"\b(texts|pairs|documents)\[(\d+)\]", lambda found: f"{found[1]}[{int(found[2]) + places}]", text)
 
 
 class InvalidRequestError(ServerError):
@@ -98,45 +117,67 @@ _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 def error_of_call(error: Any) -> ServerError:
     """From what a call of grpc or grpc.aio raised: status, message and trailing metadata."""
     trailers = dict(error.trailing_metadata() or ())
-    status = details_pb.Status()
-    try:
-        status.ParseFromString(trailers.get("grpc-status-details-bin", b""))
-    except DecodeError:  # of a proxy between: the status itself still counts
-        status = details_pb.Status()
-    info, retry, bad = details_pb.ErrorInfo(), details_pb.RetryInfo(), details_pb.BadRequest()
-    retry_after_s: float | None = None
-    for detail in status.details:
-        name = detail.type_url.rpartition(".")[2]
-        if name == "ErrorInfo":
-            info.ParseFromString(detail.value)
-        elif name == "BadRequest":
-            bad.ParseFromString(detail.value)
-        elif name == "RetryInfo":
-            retry.ParseFromString(detail.value)
-            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    info, retry_after_s, fields = _details(trailers.get("grpc-status-details-bin", b""))
     pushback = trailers.get("grpc-retry-pushback-ms")
     if pushback is not None:  # gRPC's own rule: what is no number means not to come back
         text = pushback.decode(errors="replace") if isinstance(pushback, bytes) else str(pushback)
-        retry_after_s = int(text) / 1e3 if text.isdigit() else -1.0
+        retry_after_s = int(text) / 1e3 if text.isdecimal() else -1.0
     code, message = error.code().name, str(error.details() or error.code().name)
     if code == "RESOURCE_EXHAUSTED" and not info.reason and "larger than max" in message:
         message += ": send less at once, or raise server.max_message_bytes there"
-    return _CLASSES.get(code, ServerError)(
+    return _class_of(code, info.reason)(
         message,
         code=code,
         reason=info.reason,
         request_id=str(trailers.get("request-id", "")),
         retry_after_s=retry_after_s,
-        fields=[(each.field, each.description) for each in bad.field_violations],
+        fields=fields,
     )
+
+
+def _details(status_bytes: bytes) -> tuple[details_pb.ErrorInfo, float | None, list[tuple[str, str]]]:
+    """(reason, seconds to wait, fields); nothing of it where it is not to be read: the status itself still counts."""
+    info, retry_after_s, fields = details_pb.ErrorInfo(), None, []
+    try:
+        for detail in details_pb.Status.FromString(status_bytes).details:
+            name = detail.type_url.rpartition(".")[2]
+            if name == "ErrorInfo":
+                info = details_pb.ErrorInfo.FromString(detail.value)
+            elif name == "BadRequest":
+                bad = details_pb.BadRequest.FromString(detail.value)
+                fields = [(each.field, each.description) for each in bad.field_violations]
+            elif name == "RetryInfo":
+                delay = details_pb.RetryInfo.FromString(detail.value).retry_delay
+                retry_after_s = delay.seconds + delay.nanos / 1e9
+    except DecodeError:  # of a proxy between
+        return details_pb.ErrorInfo(), None, []
+    return info, retry_after_s, fields
+
+
+def _class_of(code: str, reason: str) -> type[ServerError]:
+    """What says something about the model is only believed of the server itself."""
+    kind = _CLASSES.get(code, ServerError)
+    return ServerError if kind in (WrongTaskError, ModelFailedError) and not reason else kind
 
 
 def error_of_item(error: pb.StreamError) -> ServerError:
     """From the answer to one request on a stream."""
     code = _NAMES.get(error.code, "UNKNOWN")
-    return _CLASSES.get(code, ServerError)(
+    return _class_of(code, error.reason)(
         error.message or code,
         code=code,
         reason=error.reason,
         retry_after_s=error.retry_after_ms / 1e3 if error.retry_after_ms else None,
     )
+
+
+def not_sent(field: str, problem: str) -> InvalidRequestError:
+    """For input that no message can hold."""
+    return InvalidRequestError(
+        f"{field}: {problem}", code="INVALID_ARGUMENT", reason="MALFORMED_REQUEST", fields=[(field, problem)]
+    )
+
+
+def malformed_answer(problem: str, request_id: str = "") -> ServerError:
+    """For an answer that is none to the question; nothing of it is given to the caller."""
+    return ServerError(f"the answer {problem}", code="INTERNAL", reason="MALFORMED_ANSWER", request_id=request_id)

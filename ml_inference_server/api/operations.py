@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.api.errors import ServerError
+from ml_inference_server.api.errors import ServerError, UnavailableError, malformed_answer, not_sent
 from ml_inference_server.proto import inference_pb2 as pb
 
 log = logging.getLogger("ml_inference_server.client")
@@ -24,6 +24,10 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Pings go on while a stream waits in silence: otherwise a peer that is gone is not noticed after two of them.
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own pauses before it connects again grow to two minutes, far beyond a restart.
+    ("grpc.max_reconnect_backoff_ms", 5_000),
     # All addresses behind a name such as dns:///embeddings.default.svc:50051 take their turn.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
 ]
@@ -31,6 +35,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 # Tags and lengths round each text of a message, and what else a message holds.
 _BYTES_PER_ITEM, _REST_BYTES = 16, 1024
 _RANK_BYTES = 16
+_LONGEST_S = 1e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,8 @@ class Attempts:
 class Operation(Generic[Result]):
     """One kind of request about a list of items that may be split and asked for in parts.
 
-    sizes: bytes of each item. row_bytes: of the answer for one item, from what is known of the server.
+    sizes: bytes of each item. row_bytes: of the answer for one item, from what is known of the server. problem: what
+    makes a reply to so many items no answer to them, or "".
     """
 
     method: str
@@ -153,6 +159,7 @@ class Operation(Generic[Result]):
     request: Callable[[Sequence[Any]], Any]
     join: Callable[[Sequence[Any], Sequence[range]], Result]
     row_bytes: Callable[[RequestLimits], int]
+    problem: Callable[[Any, int], str]
 
     def parts(self, limits: RequestLimits) -> list[range]:
         """Ranges of items, each within the limits where its items are."""
@@ -170,20 +177,29 @@ class Operation(Generic[Result]):
     def part(self, places: range) -> Any:
         return self.request(self.items[places.start : places.stop])
 
+    def details(self, reply: Any, places: range, request_id: str) -> CallDetails:
+        """Of a reply about the items at `places`. ServerError unless it answers all of them."""
+        if problem := self.problem(reply, len(places)):
+            raise malformed_answer(problem, request_id)
+        return CallDetails(self.method, len(places), reply.truncated, reply.timing, request_id)
+
 
 def embed_operation(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> Operation[NDArray[np.float32]]:
     texts = checked_texts("texts", texts)
 
     def join(replies: Sequence[pb.EmbedResponse], parts: Sequence[range]) -> NDArray[np.float32]:
+        if len({reply.dimension for reply in replies}) > 1:
+            raise malformed_answer("has vectors of several lengths: more than one model serves there")
         return np.concatenate([matrix(reply) for reply in replies]) if len(replies) > 1 else matrix(replies[0])
 
     return Operation(
         "Embed",
         texts,
-        [len(text.encode(errors="replace")) for text in texts],
+        [_utf8_bytes(f"texts[{i}]", text) for i, text in enumerate(texts)],
         lambda part: embed_request(part, prompt_name, truncate),
         join,
         lambda limits: limits.row_bytes,
+        matrix_problem,
     )
 
 
@@ -192,19 +208,26 @@ def score_operation(pairs: Sequence[tuple[str, str]], truncate: bool) -> Operati
     for i, pair in enumerate(pairs):
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise TypeError(f"pairs[{i}]: expected (query, passage), two str, not {pair!r:.80}")
+    sizes = [
+        _utf8_bytes(f"pairs[{i}].query", query) + _utf8_bytes(f"pairs[{i}].passage", passage)
+        for i, (query, passage) in enumerate(pairs)
+    ]
     return Operation(
         "Score",
         pairs,
-        [len(query.encode(errors="replace")) + len(passage.encode(errors="replace")) for query, passage in pairs],
+        sizes,
         lambda part: pb.ScoreRequest(pairs=[pb.Pair(query=q, passage=p) for q, p in part], truncate=truncate),
         lambda replies, parts: np.concatenate([np.asarray(reply.scores, np.float32) for reply in replies]),
         lambda limits: 0,
+        lambda reply, pairs: "" if len(reply.scores) == pairs else f"has {len(reply.scores)} scores for {pairs} pairs",
     )
 
 
 def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate: bool) -> Operation[list[Rank]]:
     if not isinstance(query, str):
         raise TypeError(f"query: expected a str, not {query!r:.80}")
+    if not 0 <= top_k < 1 << 32:
+        raise ValueError(f"top_k: expected a number of documents, or 0 for all, not {top_k}")
     documents = checked_texts("documents", documents)
 
     def join(replies: Sequence[pb.RerankResponse], parts: Sequence[range]) -> list[Rank]:
@@ -216,8 +239,14 @@ def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate:
         found.sort(key=lambda rank: (-rank.score, rank.index))  # as one server would: equal scores in the given order
         return found[:top_k] if top_k else found
 
-    around = len(query.encode(errors="replace"))
-    sizes = [len(text.encode(errors="replace")) for text in documents]
+    def problem(reply: pb.RerankResponse, given: int) -> str:
+        wanted, found = min(top_k or given, given), {rank.index for rank in reply.ranks}
+        if len(reply.ranks) == len(found) == wanted and max(found) < given:
+            return ""
+        return f"ranks {sorted(found)!s:.80}, and {wanted} of {given} documents were to be ranked"
+
+    around = _utf8_bytes("query", query)
+    sizes = [_utf8_bytes(f"documents[{i}]", text) for i, text in enumerate(documents)]
     return Operation(
         "Rerank",
         documents,
@@ -225,11 +254,26 @@ def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate:
         lambda part: pb.RerankRequest(query=query, documents=part, top_k=top_k, truncate=truncate),
         join,
         lambda limits: _RANK_BYTES,
+        problem,
     )
 
 
 def embed_request(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> pb.EmbedRequest:
     return pb.EmbedRequest(texts=texts, prompt_name=prompt_name, truncate=truncate)
+
+
+def matrix_problem(reply: pb.EmbedResponse, texts: int) -> str:
+    if (reply.count, len(reply.embeddings)) == (texts, 4 * reply.count * reply.dimension):
+        return ""
+    held = f"{len(reply.embeddings)} bytes as {reply.count} vectors of {reply.dimension} numbers"
+    return f"has {held} for {texts} texts"
+
+
+def no_embeddings(info: ServerInfo) -> NDArray[np.float32]:
+    """Those of an empty list."""
+    if not info.model:
+        raise UnavailableError("the model is being loaded", code="UNAVAILABLE", reason="MODEL_LOADING")
+    return np.empty((0, info.dimension), np.float32)
 
 
 def matrix(reply: pb.EmbedResponse) -> NDArray[np.float32]:
@@ -246,6 +290,27 @@ def checked_texts(name: str, texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}[{i}]: expected a str, not {type(text).__name__}")
     return found
+
+
+def _utf8_bytes(name: str, text: str) -> int:
+    """The size of a text. InvalidRequestError for half a character, as wrongly decoded files have them."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise not_sent(name, f"no Unicode text: half a character (surrogate) at place {error.start}") from None
+
+
+def checked_time_s(name: str, time_s: float) -> float:
+    """ValueError unless it is a number of seconds that gRPC can count down."""
+    if not time_s <= _LONGEST_S:
+        raise ValueError(f"{name}: expected seconds, at most {_LONGEST_S:.0f}, not {time_s}")
+    return time_s
+
+
+def checked_count(name: str, number: int) -> int:
+    if number < 1:
+        raise ValueError(f"{name}: expected 1 or more, not {number}")
+    return number
 
 
 class CutTexts:

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from ml_inference_server import AsyncClient, Client
+from ml_inference_server import Client
 from ml_inference_server.api import (
     CallDetails,
     DeadlineExceededError,
@@ -27,57 +27,15 @@ from ml_inference_server.api import (
     UnavailableError,
     WrongTaskError,
 )
-from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
 from tests.conftest import FakeServer, fake_server, until
+from tests.integration.client_kit import client_of, collected, expected
 from tests.integration.server_process import ROOT, server_process
-
-
-class Both:
-    """One interface to both clients: every behaviour is asked of each."""
-
-    def __init__(self, kind: str, target: str, **options: Any) -> None:
-        self.client: Any = Client(target, **options) if kind == "sync" else AsyncClient(target, **options)
-        self.is_sync = kind == "sync"
-
-    async def call(self, method: str, *args: Any, **options: Any) -> Any:
-        if self.is_sync:
-            return await asyncio.to_thread(getattr(self.client, method), *args, **options)
-        return await getattr(self.client, method)(*args, **options)
-
-    async def stream(self, items: Any, **options: Any) -> AsyncIterator[StreamAnswer]:
-        answers = self.client.stream(items, **options)
-        if not self.is_sync:
-            async for answer in answers:
-                yield answer
-            return
-        nothing = object()
-        while (answer := await asyncio.to_thread(next, answers, nothing)) is not nothing:
-            yield answer
-
-    async def close(self) -> None:
-        if self.is_sync:
-            self.client.close()
-        else:
-            await self.client.close()
 
 
 @pytest.fixture(params=["sync", "async"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@contextlib.asynccontextmanager
-async def client_of(kind: str, target: str, **options: Any) -> AsyncIterator[Both]:
-    both = Both(kind, target, **options)
-    try:
-        yield both
-    finally:
-        await both.close()
-
-
-def expected(texts: list[str]) -> np.ndarray:
-    return np.stack([fake_embedding(text) for text in texts])
 
 
 async def test_answers_are_those_of_the_bare_stub_bit_for_bit(kind: str) -> None:
@@ -246,16 +204,6 @@ async def test_a_server_that_starts_later_is_waited_for(kind: str, tmp_path: Pat
 
 
 # Streams
-
-
-async def collected(
-    answers: AsyncIterator[StreamAnswer], found: dict[Any, StreamAnswer] | None = None
-) -> dict[Any, StreamAnswer]:
-    found = {} if found is None else found
-    async for answer in answers:
-        assert answer.key not in found, "answered twice"
-        found[answer.key] = answer
-    return found
 
 
 async def test_a_stream_answers_each_item_under_its_key(kind: str) -> None:
