@@ -117,3 +117,10 @@ def require(extra: str) -> None:
     missing = lacking(extras()[extra])
     if missing:
         raise ConfigError(f"this needs {', '.join(missing)}, not installed here: {pip_install(extra)}")
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment for a Python child that imports this project from whatever folder it is started in."""
+    path = [str(root)] if (root := checkout()) else []
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **extra}

@@ -21,8 +21,8 @@ from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.load.driver import Driver, Left, Share
 from ml_inference_server.benchmark.load.loops import ServerGone, event_loop
-from ml_inference_server.benchmark.target.machine import child_environment
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
+from ml_inference_server.utils.installation import child_environment
 
 _TELL_EVERY_S = 0.5
 # From the word that all are ready until the first request: enough for the slowest to read it.

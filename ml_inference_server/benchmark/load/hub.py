@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from ml_inference_server.benchmark.target.machine import child_environment
+from ml_inference_server.utils.installation import child_environment
 
 HUB_CONFIGS = ("v1.1", "v2.1")
 # About 8,000 pairs: more than the shipped suites send in one row.

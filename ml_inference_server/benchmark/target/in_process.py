@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.result.document import InProcess, InProcessFailed
-from ml_inference_server.benchmark.target.machine import child_environment
+from ml_inference_server.utils.installation import child_environment
 
 _MODULE = "ml_inference_server.engine_bench.ceiling"
 

@@ -61,10 +61,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def child_environment(**extra: str) -> dict[str, str]:
-    """The environment for a Python child that imports this project from whatever folder it is started in."""
-    path = [str(root)] if (root := checkout()) else []
-    path += filter(None, [os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **extra}

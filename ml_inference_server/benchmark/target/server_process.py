@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.target.interrupt import Stop
-from ml_inference_server.benchmark.target.machine import child_environment
 from ml_inference_server.utils.errors import EXIT_INTERNAL, EXIT_MODEL, StartError
+from ml_inference_server.utils.installation import child_environment
 
 COMMAND = (sys.executable, "-m", "ml_inference_server.main")
 # The port is known from a file as soon as there is one; health over gRPC then says whether it may be used.
