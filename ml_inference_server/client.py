@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
@@ -97,22 +98,38 @@ def _overrides(arguments: argparse.Namespace) -> list[str | Given]:
         for key, flag, value in flags
         if value is not None
     ]
-    return [*_of_single_run(arguments), *arguments.set, *given]
+    return [*_single_row(arguments), *arguments.set, *given]
 
 
-def _of_single_run(arguments: argparse.Namespace) -> list[Given]:
-    """One row as it is asked for, below --set, which can ask for more; nothing for a suite."""
+def _settings(arguments: argparse.Namespace, overrides: Sequence[str | Given], variant: str = "") -> Settings:
+    """A single run is one row with a batch size and a concurrency of 1, where nobody asks for another."""
+    wanted: dict[str, Any] = {"metrics.port": 0}  # the server says it
+    if not arguments.experiment:
+        row = {
+            "batch_sizes": [1],
+            "concurrency_levels": [1],
+            "arrival.rates": [],
+            "repeats": 1,
+            "quality.enabled": False,
+        }
+        wanted |= {f"experiment.{key}": value for key, value in row.items()}
+    programs = [Given(key, value, "a single run") for key, value in wanted.items()]
+    return load_settings(arguments.config, overrides=overrides, variant=variant, programs=programs)
+
+
+def _single_row(arguments: argparse.Namespace) -> list[Given]:
+    """The row that flags ask for, below --set, which can ask for more; nothing for a suite."""
     rate, concurrency, batch_size = arguments.rate, arguments.concurrency, arguments.batch_size
     if rate and concurrency:
         raise ConfigError("--rate sends whether or not answers come, so it has no --concurrency: give one of them")
     if not arguments.experiment:
-        return [
-            Given("experiment.repeats", 1, "a single run"),
-            Given("experiment.quality.enabled", False, "a single run"),
-            Given("experiment.batch_sizes", [batch_size or 1], f"--batch-size {batch_size}"),
-            Given("experiment.concurrency_levels", [] if rate else [concurrency or 1], f"--concurrency {concurrency}"),
-            Given("experiment.arrival.rates", [rate] if rate else [], f"--rate {rate}"),
+        loop = f"--rate {rate}" if rate else f"--concurrency {concurrency}"
+        row = [
+            ("batch_sizes", [batch_size], f"--batch-size {batch_size}", batch_size),
+            ("concurrency_levels", [] if rate else [concurrency], loop, rate or concurrency),
+            ("arrival.rates", [rate] if rate else [], loop, rate or concurrency),
         ]
+        return [Given(f"experiment.{key}", value, flag) for key, value, flag, is_given in row if is_given]
     if arguments.config is None:
         raise ConfigError("--experiment needs --config FILE, which says what rows to run")
     if batch_size or concurrency or rate:
@@ -134,7 +151,7 @@ def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, in
 async def _run(arguments: argparse.Namespace, command: Sequence[str], stop: Stop) -> int:
     require("bench")
     overrides = _overrides(arguments)
-    settings = load_settings(arguments.config, overrides=overrides)
+    settings = _settings(arguments, overrides)
     suite_file = results_folder() / "experiments" / f"{settings.name}_results.md"
     default = suite_file if arguments.experiment else results_folder() / "experiment_results.md"
     files = result_files(arguments.output, arguments.json, default)
@@ -158,7 +175,7 @@ async def _run_locked(
         await stop.race(target.wait_until_serving(arguments.connect_timeout_s))
         info = ServerInfo.model_validate(await stop.race(target.server_info()))
     if info.variant in settings.variants:
-        settings = load_settings(arguments.config, overrides=overrides, variant=info.variant)
+        settings = _settings(arguments, overrides, info.variant)
     load = settings.experiment
     labelled = load_slice(load.quality) if load.quality.enabled else None
     if dataset is None:

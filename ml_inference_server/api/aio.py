@@ -1,10 +1,9 @@
 """The client for programs with an event loop; the same as `Client`, awaited."""
 
 import asyncio
-import contextlib
 import functools
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -12,8 +11,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_inference_server.api.aio_stream import AsyncAnswerStream
 from ml_inference_server.api.client import PARTS_IN_FLIGHT
-from ml_inference_server.api.errors import ServerError, UnavailableError, error_of_call
+from ml_inference_server.api.errors import ServerError, error_of_call
 from ml_inference_server.api.operations import (
     CHANNEL_OPTIONS,
     Attempts,
@@ -30,7 +30,7 @@ from ml_inference_server.api.operations import (
     rerank_operation,
     score_operation,
 )
-from ml_inference_server.api.stream_state import StreamAnswer, StreamState, key_and_texts
+from ml_inference_server.api.stream_state import StreamAnswer, StreamOptions, StreamState
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 
@@ -103,45 +103,40 @@ class AsyncClient:
         attempts = Attempts(time.monotonic() + limit_s, self._max_attempts)
         return ServerInfo.of((await self._ask("GetServerInfo", pb.GetServerInfoRequest(), attempts))[0])
 
-    async def stream(
+    def stream(
         self,
         items: Iterable[Any] | AsyncIterable[Any],
         *,
         prompt_name: str | None = None,
         truncate: bool = True,
         max_in_flight: int = 32,
-    ) -> AsyncIterator[StreamAnswer]:
-        """As `Client.stream`; `items` may be asynchronous, and must be where waiting for the next one takes time."""
-        state = StreamState(prompt_name, truncate, self._max_attempts)
-        feeder = _AsyncFeeder(items, state, max_in_flight)
-        feeding = asyncio.create_task(feeder.feed())
-        try:
-            while not await feeder.is_done():
-                call = self._stub.EmbedStream(metadata=self._metadata)
-                sending = asyncio.create_task(feeder.send(call))
-                try:
-                    async for response in call:
-                        answer, _ = state.answered(response)
-                        await feeder.notify()
-                        if answer is not None:
-                            yield answer
-                    failure: ServerError = UnavailableError("the stream ended", code="UNAVAILABLE")
-                    cause: BaseException | None = None
-                except grpc.aio.AioRpcError as error:
-                    failure, cause = error_of_call(error), error
-                finally:
-                    sending.cancel()
-                    call.cancel()
-                    await asyncio.gather(sending, return_exceptions=True)
-                if not state.is_done:
-                    try:
-                        pause_s = state.broke(failure)
-                    except ServerError:
-                        raise failure from cause
-                    await asyncio.sleep(pause_s)
-        finally:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[StreamAnswer, None]:
+        """As `Client.stream`; `items` may be asynchronous, and must be where waiting for the next one takes time.
+
+        Whoever leaves the loop early closes the generator: `async with contextlib.aclosing(client.stream(...))`.
+        """
+        options = StreamOptions(
+            prompt_name,
+            truncate,
+            checked_count("max_in_flight", max_in_flight),
+            self._max_attempts,
+            self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s),
+        )
+        return self._stream(items, options)
+
+    async def _stream(
+        self, items: Iterable[Any] | AsyncIterable[Any], options: StreamOptions
+    ) -> AsyncGenerator[StreamAnswer, None]:
+        def connect() -> Any:
+            return self._stub.EmbedStream(metadata=self._metadata)
+
+        async def limits() -> RequestLimits:
+            return RequestLimits.of(await self.info())
+
+        async with AsyncAnswerStream(items, StreamState(options), connect, limits) as answers:
+            while (answer := await answers.next_answer()) is not None:
+                yield answer
 
     async def close(self) -> None:
         """End all calls."""
@@ -229,59 +224,3 @@ class AsyncClient:
             else:
                 trailers = dict(await call.trailing_metadata() or ())
                 return reply, str(trailers.get("request-id", ""))
-
-
-class _AsyncFeeder:
-    """Reads the items, and hands out messages to whichever stream is open."""
-
-    def __init__(self, items: Iterable[Any] | AsyncIterable[Any], state: StreamState, max_in_flight: int) -> None:
-        self._items, self._state, self._most = items, state, max_in_flight
-        self._changed = asyncio.Condition()
-        self._failure: BaseException | None = None
-
-    async def feed(self) -> None:
-        number = 0
-        try:
-            async for item in _each(self._items):
-                async with self._changed:
-                    await self._changed.wait_for(lambda: self._state.in_hand < self._most)
-                    self._state.add(*key_and_texts(number, item))
-                    self._changed.notify_all()
-                number += 1
-        except Exception as error:
-            self._failure = error
-        finally:
-            self._state.is_complete = True
-            await self.notify()
-
-    async def notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def is_done(self) -> bool:
-        """As of the other client's feeder."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._state.is_complete or self._state.in_hand > 0)
-        if self._state.is_done and self._failure is not None:
-            raise self._failure
-        return self._state.is_done
-
-    async def send(self, call: Any) -> None:
-        """Write what is due until everything is answered."""
-        while not self._state.is_done:
-            if (message := self._state.next_message()) is not None:
-                await call.write(message)
-                continue
-            async with self._changed:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), self._state.wait_s)
-        await call.done_writing()
-
-
-async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.api.errors import ServerError, UnavailableError, error_of_call
+from ml_inference_server.api.errors import ServerError, error_of_call
 from ml_inference_server.api.operations import (
     CHANNEL_OPTIONS,
     Attempts,
@@ -28,7 +28,8 @@ from ml_inference_server.api.operations import (
     rerank_operation,
     score_operation,
 )
-from ml_inference_server.api.stream_state import StreamAnswer, StreamState, key_and_texts
+from ml_inference_server.api.stream import AnswerStream
+from ml_inference_server.api.stream_state import StreamAnswer, StreamOptions, StreamState
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 
@@ -121,35 +122,32 @@ class Client:
         prompt_name: str | None = None,
         truncate: bool = True,
         max_in_flight: int = 32,
-    ) -> Iterator[StreamAnswer]:
+        timeout_s: float | None = None,
+    ) -> Generator[StreamAnswer, None, None]:
         """Answers in the order of completion, over one stream; made for items without end.
 
         items: each a text, a list of texts, or (key, texts); the key comes back with the answer, and is the item's
         place where there is none. They are read in another thread, at most `max_in_flight` ahead of the answers. An
-        item that fails is answered with its error. When the connection ends, the stream is opened again and what was
-        not answered is sent again; `ServerError` after `max_attempts` failures without an answer between them.
+        item that fails is answered with its error. When the connection ends, it is opened again and what was not
+        answered is sent again. timeout_s: the longest wait for an answer to any of the items, over all connections;
+        `ServerError` after it. What a server refuses `max_attempts` times is answered with that refusal.
         """
-        state = StreamState(prompt_name, truncate, self._max_attempts)
-        with _Feeder(items, state, max_in_flight) as feeder:
-            while not feeder.is_done():
-                call = self._stub.EmbedStream(feeder.requests(), metadata=self._metadata)
-                try:
-                    for response in call:
-                        with feeder.changed:
-                            answer, _ = state.answered(response)
-                            feeder.changed.notify_all()
-                        if answer is not None:
-                            yield answer
-                    pause_s = feeder.broke(UnavailableError("the stream ended", code="UNAVAILABLE"))
-                except grpc.RpcError as error:
-                    failure = error_of_call(error)
-                    try:
-                        pause_s = feeder.broke(failure)
-                    except ServerError:
-                        raise failure from error
-                finally:
-                    call.cancel()
-                time.sleep(pause_s)
+        options = StreamOptions(
+            prompt_name,
+            truncate,
+            checked_count("max_in_flight", max_in_flight),
+            self._max_attempts,
+            self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s),
+        )
+        return self._stream(items, options)
+
+    def _stream(self, items: Iterable[Any], options: StreamOptions) -> Generator[StreamAnswer, None, None]:
+        def connect(messages: Iterator[pb.EmbedStreamRequest]) -> Any:
+            return self._stub.EmbedStream(messages, metadata=self._metadata)
+
+        with AnswerStream(items, StreamState(options), connect, lambda: RequestLimits.of(self.info())) as answers:
+            while (answer := answers.next_answer()) is not None:
+                yield answer
 
     def close(self) -> None:
         """End all calls."""
@@ -272,69 +270,3 @@ class _Together:
             self.ended.set()
             for call in self._calls:
                 call.cancel()
-
-
-class _Feeder:
-    """Reads the items in a thread of its own, and hands out messages to whichever stream is open."""
-
-    def __init__(self, items: Iterable[Any], state: StreamState, max_in_flight: int) -> None:
-        self._items, self._state, self._most = items, state, max_in_flight
-        self.changed = threading.Condition()
-        self._failure: BaseException | None = None
-        self._closed = False
-        self._stream = 0
-        self._thread = threading.Thread(target=self._feed, name="client-stream", daemon=True)
-
-    def __enter__(self) -> "_Feeder":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self._closed = True
-            self.changed.notify_all()
-
-    def _feed(self) -> None:
-        try:
-            for number, item in enumerate(self._items):
-                with self.changed:
-                    self.changed.wait_for(lambda: self._closed or self._state.in_hand < self._most)
-                    if self._closed:
-                        return
-                    self._state.add(*key_and_texts(number, item))
-                    self.changed.notify_all()
-        except BaseException as error:
-            self._failure = error
-        finally:
-            with self.changed:
-                self._state.is_complete = True
-                self.changed.notify_all()
-
-    def is_done(self) -> bool:
-        """Whether everything is answered. Raises what reading the items raised, once what came before is answered."""
-        with self.changed:
-            self.changed.wait_for(lambda: self._state.is_complete or self._state.in_hand > 0)
-            done = self._state.is_done
-        if done and self._failure is not None:
-            raise self._failure
-        return done
-
-    def broke(self, error: ServerError) -> float:
-        with self.changed:
-            self._stream += 1
-            self.changed.notify_all()
-            return 0.0 if self._state.is_done else self._state.broke(error)
-
-    def requests(self) -> Iterator[pb.EmbedStreamRequest]:
-        """What one stream sends; ends with that stream, or once everything is answered."""
-        mine = self._stream
-        while True:
-            with self.changed:
-                while (message := self._next(mine)) is None:
-                    if self._closed or self._stream != mine or self._state.is_done:
-                        return
-                    self.changed.wait(self._state.wait_s)
-            yield message
-
-    def _next(self, stream: int) -> pb.EmbedStreamRequest | None:
-        return None if self._closed or self._stream != stream else self._state.next_message()

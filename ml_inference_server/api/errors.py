@@ -72,7 +72,10 @@ class ServerError(Exception):
         gRPC calls the end of a stream INTERNAL or UNKNOWN where it was reset, or where it ended during a write
         (grpc/grpc issue 36066).
         """
-        return not self.reason and self.code in ("UNAVAILABLE", "INTERNAL", "UNKNOWN")
+        return not self.reason and not (self.retry_after_s or 0.0) < 0 and self.code in _LOST
+
+
+_LOST = ("UNAVAILABLE", "INTERNAL", "UNKNOWN")
 
 
 def _moved(text: str, places: int) -> str:

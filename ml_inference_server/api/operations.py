@@ -195,7 +195,7 @@ def embed_operation(texts: Sequence[str], prompt_name: str | None, truncate: boo
     return Operation(
         "Embed",
         texts,
-        [_utf8_bytes(f"texts[{i}]", text) for i, text in enumerate(texts)],
+        [utf8_bytes(f"texts[{i}]", text) for i, text in enumerate(texts)],
         lambda part: embed_request(part, prompt_name, truncate),
         join,
         lambda limits: limits.row_bytes,
@@ -209,7 +209,7 @@ def score_operation(pairs: Sequence[tuple[str, str]], truncate: bool) -> Operati
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise TypeError(f"pairs[{i}]: expected (query, passage), two str, not {pair!r:.80}")
     sizes = [
-        _utf8_bytes(f"pairs[{i}].query", query) + _utf8_bytes(f"pairs[{i}].passage", passage)
+        utf8_bytes(f"pairs[{i}].query", query) + utf8_bytes(f"pairs[{i}].passage", passage)
         for i, (query, passage) in enumerate(pairs)
     ]
     return Operation(
@@ -245,8 +245,8 @@ def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate:
             return ""
         return f"ranks {sorted(found)!s:.80}, and {wanted} of {given} documents were to be ranked"
 
-    around = _utf8_bytes("query", query)
-    sizes = [_utf8_bytes(f"documents[{i}]", text) for i, text in enumerate(documents)]
+    around = utf8_bytes("query", query)
+    sizes = [utf8_bytes(f"documents[{i}]", text) for i, text in enumerate(documents)]
     return Operation(
         "Rerank",
         documents,
@@ -292,7 +292,7 @@ def checked_texts(name: str, texts: Sequence[str]) -> list[str]:
     return found
 
 
-def _utf8_bytes(name: str, text: str) -> int:
+def utf8_bytes(name: str, text: str) -> int:
     """The size of a text. InvalidRequestError for half a character, as wrongly decoded files have them."""
     try:
         return len(text.encode())

@@ -1,7 +1,9 @@
 """A stream that outlives its connection: what was sent and not answered, and what is to be sent again."""
 
 import itertools
+import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.api.errors import ServerError, error_of_item
-from ml_inference_server.api.operations import Pauses, checked_texts, embed_request, matrix
+from ml_inference_server.api.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ServerError,
+    error_of_item,
+    malformed_answer,
+)
+from ml_inference_server.api.operations import Pauses, checked_texts, embed_request, matrix, matrix_problem, utf8_bytes
 from ml_inference_server.proto import inference_pb2 as pb
 
 
@@ -38,37 +46,73 @@ class StreamAnswer:
 
 @dataclass(slots=True)
 class _Item:
+    """failures: how often a server refused it, or answered others and ended when this one was waiting longest."""
+
     key: Any
     request: pb.EmbedRequest
-    tries: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """As `Client.stream` names them."""
+
+    prompt_name: str | None
+    truncate: bool
+    max_in_flight: int
+    max_attempts: int
+    timeout_s: float
 
 
 class StreamState:
     """What of a stream is not answered yet. No thread and no channel; whoever drives it has the lock."""
 
-    def __init__(self, prompt_name: str | None, truncate: bool, max_attempts: int) -> None:
-        self._prompt_name, self._truncate, self._most = prompt_name, truncate, max_attempts
+    def __init__(self, options: StreamOptions) -> None:
+        self._options = options
         self._items: dict[int, _Item] = {}
         self._unsent: dict[int, float] = {}  # id -> when it is due, on time.monotonic's clock
+        self._sent: set[int] = set()  # on the connection that is open
+        self._has_answered = False  # that connection
+        self._refused: deque[StreamAnswer] = deque()
         self._ids = itertools.count(1)
-        self._failures = 0
         self._pauses = Pauses()
+        self._waiting_since = 0.0
         self.is_complete = False  # no further item will be added
 
-    def add(self, key: Any, texts: Sequence[str]) -> None:
-        number = next(self._ids)
-        self._items[number] = _Item(
-            key, embed_request(checked_texts("texts", texts), self._prompt_name, self._truncate)
-        )
-        self._unsent[number] = 0.0
+    @property
+    def has_room(self) -> bool:
+        return self.in_hand < self._options.max_in_flight
 
     @property
     def in_hand(self) -> int:
-        return len(self._items)
+        """Items that were read and whose answers the caller does not have."""
+        return len(self._items) + len(self._refused)
 
     @property
     def is_done(self) -> bool:
-        return self.is_complete and not self._items
+        return self.is_complete and not self.in_hand
+
+    @property
+    def needs_connection(self) -> bool:
+        return bool(self._items)
+
+    def add(self, key: Any, texts: Sequence[str]) -> None:
+        texts = checked_texts("texts", texts)
+        if not self._items:
+            self.begin_to_wait()
+        try:
+            for i, text in enumerate(texts):
+                utf8_bytes(f"texts[{i}]", text)
+        except InvalidRequestError as error:
+            self._refused.append(StreamAnswer(key, None, error))
+            return
+        number = next(self._ids)
+        self._items[number] = _Item(key, embed_request(texts, self._options.prompt_name, self._options.truncate))
+        self._unsent[number] = 0.0
+
+    def next_refused(self) -> StreamAnswer | None:
+        """The answer to an item that will not be sent, or not again."""
+        return self._refused.popleft() if self._refused else None
 
     def next_message(self) -> pb.EmbedStreamRequest | None:
         """What is to be sent now; None if nothing is due."""
@@ -76,41 +120,90 @@ class StreamState:
         for number, due_at in self._unsent.items():
             if due_at <= now:
                 del self._unsent[number]
-                self._items[number].tries += 1
+                self._sent.add(number)
                 return pb.EmbedStreamRequest(id=number, request=self._items[number].request)
         return None
 
     @property
-    def wait_s(self) -> float | None:
+    def next_due_s(self) -> float | None:
         """Until something is due again; None if nothing waits for its time."""
         return max(0.0, min(self._unsent.values()) - time.monotonic()) if self._unsent else None
 
-    def answered(self, response: pb.EmbedStreamResponse) -> tuple[StreamAnswer | None, ServerError | None]:
-        """(the item's answer, or None where it is sent again later or is not known; the item's error)."""
-        item = self._items.get(response.id)
-        if item is None:
-            return None, None
-        self._failures, self._pauses = 0, Pauses()
+    def begin_to_wait(self) -> None:
+        """The time for the next answer begins: what the caller does between two answers does not count."""
+        self._waiting_since = time.monotonic()
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next answer may take; None while nothing was asked."""
+        if not self._items and not self.is_complete:
+            return None
+        return max(0.0, self._waiting_since + self._options.timeout_s - time.monotonic())
+
+    def overdue(self) -> DeadlineExceededError:
+        problem = f"no answer came for {self._options.timeout_s:g} s to any of {len(self._items)} items"
+        return DeadlineExceededError(problem, code="DEADLINE_EXCEEDED")
+
+    def answered(self, response: pb.EmbedStreamResponse) -> StreamAnswer | None:
+        """The item's answer; None where it is sent again later, or where nobody asked."""
+        if response.id not in self._sent:
+            return None
+        self._sent.discard(response.id)
+        self._has_answered, self._pauses = True, Pauses()
+        self.begin_to_wait()
+        item = self._items[response.id]
         if response.WhichOneof("outcome") == "error":
             error = error_of_item(response.error)
-            if error.can_be_repeated and item.tries < self._most:
-                self._unsent[response.id] = time.monotonic() + (error.retry_after_s or 0.0)
-                return None, error
+            item.failures += 1
+            if item.failures < self._options.max_attempts and self._is_worth_waiting_for(error):
+                wait_s = (error.retry_after_s or 0.0) * random.uniform(1, 1.2)  # noqa: S311 - no secret
+                self._unsent[response.id] = time.monotonic() + wait_s
+                return None
             del self._items[response.id]
-            return StreamAnswer(item.key, None, error), error
+            return StreamAnswer(item.key, None, error)
         del self._items[response.id]
         reply = response.response
-        return StreamAnswer(item.key, matrix(reply), truncated=reply.truncated), None
+        if problem := matrix_problem(reply, len(item.request.texts)):
+            return StreamAnswer(item.key, None, malformed_answer(problem))
+        return StreamAnswer(item.key, matrix(reply), truncated=reply.truncated)
+
+    def _is_worth_waiting_for(self, error: ServerError) -> bool:
+        """On a stream a server names a time for all that it may do later."""
+        return error.can_be_repeated and 0 < (error.retry_after_s or 0.0) < self._options.timeout_s
 
     def broke(self, error: ServerError) -> float:
-        """The stream ended: what was not answered is to be sent again. How long to wait first; or raises."""
-        self._failures += 1
-        if not error.can_be_repeated or self._failures >= self._most:
+        """The connection ended: what was not answered is to be sent again. How long to wait first; or raises."""
+        oldest = next((number for number in self._items if number in self._sent), None)
+        self._unsent = {number: self._unsent.get(number, 0.0) for number in self._items}  # the oldest first
+        self._sent, had_answered, self._has_answered = set(), self._has_answered, False
+        if not self._items:  # it was idle; the next item opens another one
+            return 0.0
+        if self._options.max_attempts == 1 or not (error.is_lost_connection or error.can_be_repeated):
             raise error
-        self._unsent = dict.fromkeys(self._items, 0.0)
-        for item in self._items.values():
-            item.tries = min(item.tries, self._most - 1)
-        return self._pauses.after(error)
+        pause_s = self._pauses.after(error)
+        if pause_s >= (self.patience_s or 0.0):
+            raise error
+        if oldest is not None and had_answered:  # servers that answer others and end before this one: because of it?
+            self._items[oldest].failures += 1
+            if self._items[oldest].failures >= self._options.max_attempts:
+                self._refuse(oldest, error)
+        return pause_s
+
+    def refuse_larger_than(self, message_bytes: int, error: ServerError) -> bool:
+        """Whether there are such items: a server ends the whole stream at a message above its limit."""
+        large = [number for number, item in self._items.items() if item.request.ByteSize() + _ID_BYTES > message_bytes]
+        for number in large:
+            self._refuse(number, error)
+        return bool(large)
+
+    def _refuse(self, number: int, error: ServerError) -> None:
+        self._refused.append(StreamAnswer(self._items.pop(number).key, None, error))
+        self._unsent.pop(number, None)
+        self._sent.discard(number)
+
+
+# Round the request of a message: the id, two tags and a length.
+_ID_BYTES = 20
 
 
 def key_and_texts(number: int, item: Any) -> tuple[Any, Sequence[str]]:

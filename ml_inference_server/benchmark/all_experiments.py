@@ -31,7 +31,7 @@ from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Ou
 from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
-from ml_inference_server.utils.config import BASE_CONFIG, load_settings
+from ml_inference_server.utils.config import BASE_CONFIG
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
     EXIT_HUNG_UP,
@@ -54,7 +54,7 @@ QUICK = {"benchmark_requests": 24, "warmup_iterations": 4, "in_process_s": 0.5}
 def quick(path: Path) -> list[str]:
     """Overrides for a first look: the corners of the file's own grid, with few requests."""
     try:
-        experiment = load_settings(path).experiment
+        experiment = Experiment(path).settings().experiment
     except ConfigError:  # told when its turn comes
         return []
     sizes, levels, rates = experiment.batch_sizes, experiment.concurrency_levels, experiment.arrival.rates

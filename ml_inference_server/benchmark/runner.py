@@ -31,7 +31,7 @@ from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBAC
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, StartError
 from ml_inference_server.utils.installation import checkout, require, results_folder
-from ml_inference_server.utils.layers import EXPERIMENTS_DIR, QUICKSTART, experiment_file
+from ml_inference_server.utils.layers import EXPERIMENTS_DIR, QUICKSTART, Given, experiment_file
 
 # The first start may fetch the model over a slow line.
 START_TIMEOUT_S = 600.0
@@ -46,13 +46,24 @@ class Experiment:
     output: str | None = None
     json_output: str | None = None
     output_dir: Path = results_folder() / "experiments"
-    port: int = 0
-    http_port: int = 0
+    port: int | None = None
+    http_port: int | None = None
     start_timeout_s: float = START_TIMEOUT_S
     server_command: Sequence[str] = COMMAND
 
     def settings(self, variant: str = "") -> Settings:
-        return load_settings(self.file, overrides=self.overrides, variant=variant)
+        """Those of the server that is measured: on free ports of this machine, unless somebody names others."""
+        free = [Given(key, 0, "a free port of the runner") for key in ("server.port", "metrics.port")]
+        flags = [
+            *(Given(key, LOOPBACK, "the runner") for key in ("server.host", "metrics.host")),
+            *([] if self.port is None else [Given("server.port", self.port, f"--port {self.port}")]),
+            *(
+                []
+                if self.http_port is None
+                else [Given("metrics.port", self.http_port, f"--http-port {self.http_port}")]
+            ),
+        ]
+        return load_settings(self.file, overrides=[*self.overrides, *flags], variant=variant, programs=free)
 
     def command(self) -> list[str]:
         """What repeats this run, from the folder that this process was started in."""
@@ -65,17 +76,27 @@ class Experiment:
         return result_files(self.output, self.json_output, default)
 
     def settings_arguments(self, variant: str) -> list[str]:
-        """What gives another program of ours the settings of this experiment."""
+        """What gives another program of ours, in the same environment, the settings of this experiment."""
+        settings = self.settings(variant)
+        address = [
+            f"{name}={value}"
+            for name, value in (
+                ("server.host", settings.server.host),
+                ("server.port", settings.server.port),
+                ("metrics.host", settings.metrics.host),
+                ("metrics.port", settings.metrics.port),
+            )
+        ]
         arguments = ["--experiment", str(self.file.resolve())]
         arguments += ["--variant", variant] if variant else []
-        return arguments + [argument for override in self.overrides for argument in ("--set", override)]
+        return arguments + [argument for override in (*self.overrides, *address) for argument in ("--set", override)]
 
     def server_options(self, variant: str, log: Path) -> ServerOptions:
         server = self.settings(variant).server
-        arguments = [*self.settings_arguments(variant), "--host", LOOPBACK]
-        arguments += ["--port", str(self.port), "--http-port", str(self.http_port)]
         drain_timeout_s = (server.drain_timeout_ms + server.drain_delay_ms) / 1e3
-        return ServerOptions(arguments, log, self.start_timeout_s, drain_timeout_s, self.server_command)
+        return ServerOptions(
+            self.settings_arguments(variant), log, self.start_timeout_s, drain_timeout_s, self.server_command
+        )
 
 
 @dataclass(frozen=True)
@@ -258,8 +279,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"where the table goes; default: {results_folder() / 'experiments' / '<name>_results.md'}",
     )
     parser.add_argument("--json", metavar="OUT.json", help="where everything goes; default: beside the table")
-    parser.add_argument("--port", type=int, default=0, help="gRPC port of the server; default 0: a free one")
-    parser.add_argument("--http-port", type=int, default=0, help="port of its dashboard; default 0: a free one")
+    parser.add_argument("--port", type=int, help="gRPC port of the server; default: a free one")
+    parser.add_argument("--http-port", type=int, help="port of its dashboard; default: a free one")
     parser.add_argument(
         "--start-timeout-s",
         type=float,

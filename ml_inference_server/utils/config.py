@@ -1,7 +1,7 @@
 """The settings: one tree, one place where a default stands, one loader over the layers of `layers.py`.
 
-Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < environment variables <
-`--set key.path=value` < flags.
+Precedence: defaults < `experiments/base_config.yaml` < experiment file < its variant < what the program itself wants
+(the runner: free ports) < environment variables < `--set key.path=value` < flags.
 All of them are merged before anything is checked; an error names the one that brought the value.
 """
 
@@ -237,19 +237,21 @@ def load_settings(
     legacy: Path | None = None,
     overrides: Sequence[str | Given] = (),
     variant: str = "",
+    programs: Sequence[Given] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Settings:
     """The effective settings. ConfigError lists every problem with who brings the value, dotted path and remedy.
 
     `legacy` is a single file that stands alone; otherwise `experiment` overrides the base configuration.
-    overrides: in order, `a.b=value` as of --set, or values that need no reading.
+    overrides: in order, `a.b=value` as of --set, or values that need no reading. programs: what the program that asks
+    wants in place of the files, and the environment and overrides may change.
     """
     files = [legacy] if legacy is not None else [BASE_CONFIG, *filter(None, [experiment])]
     layers = [Layer(str(path), read_yaml(path)) for path in files]
     if variant:
         layers.append(_variant_layer(_merged(layers), str(files[-1]), variant))
     read = (parse_override(override) if isinstance(override, str) else override for override in overrides)
-    for given in [*given_by(environment), *read]:
+    for given in [*programs, *given_by(environment), *read]:
         layers.append(Layer(given.source, nested(given.key, given.value)))
     try:
         return Settings.model_validate(_merged(layers))

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -27,15 +27,17 @@ class Both:
             return await asyncio.to_thread(getattr(self.client, method), *args, **options)
         return await getattr(self.client, method)(*args, **options)
 
-    async def stream(self, items: Any, **options: Any) -> AsyncIterator[StreamAnswer]:
+    async def stream(self, items: Any, **options: Any) -> AsyncGenerator[StreamAnswer, None]:
         answers = self.client.stream(items, **options)
         if not self.is_sync:
-            async for answer in answers:
-                yield answer
+            async with contextlib.aclosing(answers):
+                async for answer in answers:
+                    yield answer
             return
         nothing = object()
-        while (answer := await asyncio.to_thread(next, answers, nothing)) is not nothing:
-            yield answer
+        with contextlib.closing(answers):
+            while (answer := await asyncio.to_thread(next, answers, nothing)) is not nothing:
+                yield answer
 
     async def close(self) -> None:
         if self.is_sync:

@@ -43,6 +43,19 @@ def balanced(row: dict[str, Any]) -> bool:
     return bool(row["started"] == row["ok"] + sum(row["errors"].values()) + row["unfinished"])
 
 
+def test_a_single_run_takes_from_the_environment_what_no_flag_says(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of one text at a time is what it does where nobody asks for more."""
+    monkeypatch.setenv("MLIS_EXPERIMENT__BATCH_SIZES", "[1, 2]")
+    monkeypatch.setenv("MLIS_EXPERIMENT__CONCURRENCY_LEVELS", "[3]")
+    with scripted() as server:
+        code, document = run(server, pairs, "--concurrency", "2", "--requests", "4", "--warmup", "1",
+                             "--set", "server.port=8080")  # fmt: skip
+    assert code == 0
+    assert [(row["batch_size"], row["concurrency"]) for row in document["runs"]] == [(1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("workload", ["queries", "passages", "pairs"])
 def test_a_single_run(pairs: Path, workload: str, capsys: pytest.CaptureFixture[str]) -> None:
     with scripted() as server:

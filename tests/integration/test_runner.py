@@ -25,6 +25,7 @@ from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.runner import Experiment, run_experiment
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import ServerOptions, ServerProcess
+from ml_inference_server.main import parse, settings_from
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.layers import EXPERIMENTS_DIR
@@ -123,11 +124,71 @@ def test_bad_input_starts_no_server(tmp_path: Path, capsys: pytest.CaptureFixtur
         ([str(tmp_path / "none.yaml")], "none.yaml: no such file"),
         ([good, "--set", "model.devise=cpu"], "did you mean model.device?"),
         ([good, "--set", "experiment.dataset=/nowhere.tsv"], "/nowhere.tsv: no such file"),
+        ([good, "--port", "70000"], "--port 70000: server.port: "),
+        (
+            [good, "--port", "8080", "--set", "metrics.port=8080"],
+            "--port 8080 and --set metrics.port=8080: ",
+        ),
     ):
         assert runner.main([*arguments, *output]) == 2
         error = capsys.readouterr().err
         assert told in error
         assert "starting the server" not in error
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "ports"),
+    [
+        ({}, {}, (0, 0)),
+        ({}, {"overrides": ["server.port=8080"]}, (8080, 0)),
+        ({}, {"overrides": ["metrics.port=50051"]}, (0, 50051)),
+        ({"MLIS_SERVER__PORT": "8080"}, {}, (8080, 0)),
+        ({"MLIS_SERVER__PORT": "8080"}, {"overrides": ["server.port=6000"]}, (6000, 0)),
+        ({"MLIS_METRICS__PORT": "1"}, {"overrides": ["server.port=1"], "port": 6000, "http_port": 6001}, (6000, 6001)),
+    ],
+)
+def test_the_server_takes_free_ports_unless_somebody_names_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    options: dict[str, Any],
+    ports: tuple[int, int],
+) -> None:
+    """The file's own are for a server that stays. What the children read is what the runner read."""
+    for name, value in {**environment, "MLIS_SERVER__HOST": "0.0.0.0"}.items():
+        monkeypatch.setenv(name, value)
+    more = "server: {port: 7000}\nmetrics: {port: 7001}\nvariants: {v: {server.port: 7002}}\n"
+    experiment = Experiment(file=write_experiment(tmp_path, more=more), **options)
+    settings = experiment.settings("v")
+    assert (settings.server.port, settings.metrics.port) == ports
+    assert (settings.server.host, settings.metrics.host) == ("127.0.0.1", "127.0.0.1")
+    assert settings_from(parse(experiment.settings_arguments("v"))) == settings
+
+
+def test_a_setting_from_the_environment_reaches_server_and_result_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLIS_BATCHING__MAX_BATCH_SIZE", "3")
+    monkeypatch.setenv("MLIS_EXPERIMENT__BATCH_SIZES", "[1, 2, 3]")
+    arguments = ["--set", "experiment.batch_sizes=[2]", "--set", "experiment.quality.enabled=false"]
+    code = runner.main([str(write_experiment(tmp_path)), "--output", str(tmp_path / "out.md"), *arguments])
+    assert code == 0
+    document = read(tmp_path / "out.json")
+    assert [row["batch_size"] for row in document["runs"]] == [2], "--set lies above the environment"
+    ran = document["servers"][0]["info"]["settings"]
+    assert ran == {**document["client"]["settings"], "variant": ""}
+    assert ran["batching"]["max_batch_size"] == 3
+    assert document["command"].startswith(
+        "env MLIS_BATCHING__MAX_BATCH_SIZE=3 'MLIS_EXPERIMENT__BATCH_SIZES=[1, 2, 3]'"
+    )
+    log = (tmp_path / "out_server.log").read_text()
+    assert "from the environment: MLIS_BATCHING__MAX_BATCH_SIZE=3, MLIS_EXPERIMENT__BATCH_SIZES=[1, 2, 3]" in log
+
+
+def test_a_first_look_obeys_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLIS_SERVER__PORT", "8080")
+    monkeypatch.setenv("MLIS_EXPERIMENT__BATCH_SIZES", "[5, 6, 7]")
+    assert "experiment.batch_sizes=[5, 7]" in all_experiments.quick(write_experiment(tmp_path))
 
 
 def test_a_server_killed_in_the_middle(

@@ -117,6 +117,16 @@ def test_the_environment_lies_above_files_and_below_flags(tmp_path: Path) -> Non
     assert load_settings(legacy=file, environment=environment).batching.max_batch_size == 4
 
 
+def test_what_a_program_wants_lies_between_the_files_and_the_environment(tmp_path: Path) -> None:
+    file = write(tmp_path, "server: {port: 1}\nvariants: {v: {server.port: 2}}\n")
+    free = [Given("server.port", 0, "the runner")]
+    assert load_settings(file, variant="v", programs=free, environment={}).server.port == 0
+    assert load_settings(file, programs=free, environment={"MLIS_SERVER__PORT": "3"}).server.port == 3
+    assert load_settings(file, programs=free, overrides=["server.port=4"]).server.port == 4
+    with pytest.raises(ConfigError, match="^the runner: server.port: "):
+        load_settings(programs=[Given("server.port", -1, "the runner")])
+
+
 def test_what_is_no_setting_in_the_environment_is_left_alone() -> None:
     """Kubernetes sets these for services called mlis and mlis-server; compose files set empty ones."""
     environment = {
@@ -151,6 +161,13 @@ def test_what_is_no_setting_in_the_environment_is_left_alone() -> None:
             "MLIS_MODEL__NAME=a #b: in YAML a comment begins at the #: put",
         ),
         ("MLIS_MODEL__", "x", "MLIS_MODEL__=x: unknown key model."),
+        ("MLIS_SERVR__PORT", "1", "MLIS_SERVR__PORT=1: unknown key servr; did you mean server?"),
+        (
+            "MLIS_EXPERIMENT__ARRIVAL__RATS",
+            "[1]",
+            "MLIS_EXPERIMENT__ARRIVAL__RATS=[1]: unknown key experiment.arrival.rats; did you mean experiment.arrival.ra",
+        ),
+        ("MLIS_SERVER__PORT__X", "1", "MLIS_SERVER__PORT__X=1: server.port: input should be a valid integer"),
     ],
 )
 def test_an_error_names_the_variable(name: str, value: str, message: str) -> None:
