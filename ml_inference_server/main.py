@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if sys.platform != "win32":
     import uvloop
@@ -24,6 +25,9 @@ from ml_inference_server.utils.process import (
     end_process,
     run_to_exit_code,
 )
+
+if TYPE_CHECKING:
+    from ml_inference_server.server.serve import Started
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +105,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return load_settings(args.experiment, legacy=args.config, overrides=[*args.overrides, *flags], variant=args.variant)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve until a signal ends it; StartError where it cannot start."""
+def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
+    """Serve until a signal ends it; StartError where it cannot start. started: gets the server once it serves."""
     set_up_logging(args.log_level, args.log_format)
     settings = settings_from(args)
     if from_environment := given_by(os.environ):
@@ -117,11 +121,13 @@ def run(args: argparse.Namespace) -> int:
     from ml_inference_server.server.serve import serve
 
     with asyncio.Runner(loop_factory=_EventLoop) as runner:
-        return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent))
+        return runner.run(
+            serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent, started=started)
+        )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_to_exit_code(lambda: run(parse(argv)))
+def main(argv: Sequence[str] | None = None, started: "Started | None" = None) -> int:
+    return run_to_exit_code(lambda: run(parse(argv), started))
 
 
 if __name__ == "__main__":

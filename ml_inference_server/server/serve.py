@@ -64,7 +64,17 @@ class StopSignals:
         self.asked.set()
 
 
-async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with_parent: bool = False) -> int:
+Started = Callable[[Server], None]
+"""Called once with the server that serves, before anybody hears of it."""
+
+
+async def serve(
+    settings: Settings,
+    *,
+    ready_file: Path | None = None,
+    exit_with_parent: bool = False,
+    started: Started | None = None,
+) -> int:
     """Serve until a signal asks for the stop; the process's exit code. Raises StartError if it cannot start.
 
     ready_file: holds the ports and the process id while it serves. exit_with_parent: stop when the parent has ended.
@@ -75,7 +85,7 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
     if parent is not None:
         parent.add_done_callback(lambda _: signals.asked.set())
     ready = asyncio.Event()
-    running = asyncio.create_task(_serve(settings, signals, ready, ready_file))
+    running = asyncio.create_task(_serve(settings, signals, ready, ready_file, started))
     try:
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
         if ready.is_set() or running.done():
@@ -91,9 +101,17 @@ async def serve(settings: Settings, *, ready_file: Path | None = None, exit_with
             parent.cancel()
 
 
-async def _serve(settings: Settings, signals: StopSignals, ready: asyncio.Event, ready_file: Path | None) -> int:
+async def _serve(
+    settings: Settings,
+    signals: StopSignals,
+    ready: asyncio.Event,
+    ready_file: Path | None,
+    started: Started | None,
+) -> int:
     async with serving(settings) as server:
         ready.set()
+        if started is not None:
+            started(server)
         # What is here now stays: full collections need not visit it again, which took 30 ms of silence each.
         gc.collect()
         gc.freeze()

@@ -35,16 +35,11 @@ START_TIMEOUT_S = 300.0
 SERVER = """
 import signal, sys
 from ml_inference_server import main
-from ml_inference_server.server import lifecycle
-made = []
-def keep(*args, make=lifecycle.Metrics, **kwargs):
-    made.append(make(*args, **kwargs))
-    return made[-1]
-def switch(*_):
-    made[0].enabled = not made[0].enabled
-lifecycle.Metrics = keep
-signal.signal(signal.SIGUSR1, switch)
-sys.exit(main.main(sys.argv[1:]))
+def started(server):
+    def switch(*_):
+        server.metrics.enabled = not server.metrics.enabled
+    signal.signal(signal.SIGUSR1, switch)
+sys.exit(main.main(sys.argv[1:], started))
 """
 WORDS = ("what", "is", "a", "cell", "and", "why", "does", "it", "have", "a", "membrane", "that", "lets", "water")
 
