@@ -165,7 +165,7 @@ def test_what_is_no_setting_in_the_environment_is_left_alone() -> None:
         (
             "MLIS_EXPERIMENT__ARRIVAL__RATS",
             "[1]",
-            "MLIS_EXPERIMENT__ARRIVAL__RATS=[1]: unknown key experiment.arrival.rats; did you mean experiment.arrival.ra",
+            "MLIS_EXPERIMENT__ARRIVAL__RATS=[1]: unknown key experiment.arrival.rats; did you mean experiment",
         ),
         ("MLIS_SERVER__PORT__X", "1", "MLIS_SERVER__PORT__X=1: server.port: input should be a valid integer"),
     ],
