@@ -10,7 +10,7 @@ from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
 from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.result.cell import planned_rows
-from ml_inference_server.benchmark.result.document import ServerInfo
+from ml_inference_server.benchmark.result.document import ServerFacts
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultFiles,
@@ -173,7 +173,7 @@ async def _run_locked(
     address = _address(arguments, settings)
     async with Target(*address) as target:
         await stop.race(target.wait_until_serving(arguments.connect_timeout_s))
-        info = ServerInfo.model_validate(await stop.race(target.server_info()))
+        info = ServerFacts.model_validate(await stop.race(target.server_info()))
     if info.variant in settings.variants:
         settings = _settings(arguments, overrides, info.variant)
     load = settings.experiment

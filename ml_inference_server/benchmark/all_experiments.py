@@ -16,8 +16,7 @@ from ml_inference_server.benchmark.load.dataset import Dataset
 from ml_inference_server.benchmark.report import advice, report, tables
 from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.report.report import Doubt
-from ml_inference_server.benchmark.result.document import Document, Entry, Git, Machine, Verdict, read
-from ml_inference_server.benchmark.result.document import Summary as SummaryDocument
+from ml_inference_server.benchmark.result.document import Document, Entry, Git, Machine, Summary, Verdict, read
 from ml_inference_server.benchmark.result.files import (
     ResultFiles,
     ResultsNotWritten,
@@ -140,12 +139,12 @@ def entries(experiment: Experiment, outcome: Outcome) -> list[Entry]:
     return found + refused
 
 
-class Summary:
+class SummaryWriter:
     """The comparison while it grows; saved after each experiment, so that an interruption loses one at most."""
 
     def __init__(self, files: ResultFiles, command: Sequence[str], is_quick: bool) -> None:
         self.files = files
-        self.document = SummaryDocument(
+        self.document = Summary(
             command=command_to_repeat(command),
             quick=is_quick,
             started_at=now(),
@@ -215,7 +214,7 @@ class Summary:
             replace_file(path, content)
 
 
-async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summary) -> list[Outcome]:
+async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: SummaryWriter) -> list[Outcome]:
     """One outcome for each experiment that was begun; a failing one does not keep the next from running."""
     outcomes: list[Outcome] = []
     datasets: dict[str, Dataset] = {}
@@ -305,7 +304,7 @@ def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         ]
         files = result_files(None, None, arguments.output_dir / "summary.md")
         with locked(files):
-            summary = Summary(files, command, arguments.quick)
+            summary = SummaryWriter(files, command, arguments.quick)
             left = summary.begin(experiments, resume=arguments.resume)
             outcomes = await run_all(left, stop, summary)
             print(f"\n{advice.table(summary.document)}\n", flush=True)

@@ -19,10 +19,10 @@ from ml_inference_server.benchmark.measure.reference import measure_quality
 from ml_inference_server.benchmark.measure.suite import Bench, refuse_oversized, run_suite
 from ml_inference_server.benchmark.report import plots, report, tables
 from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result.document import Document, Load, Server, ServerInfo, to_json
+from ml_inference_server.benchmark.result.document import Document, Load, MeasuredServer, ServerFacts, to_json
 from ml_inference_server.benchmark.result.files import Result, ResultFiles, ResultsNotWritten, now, rescue
 from ml_inference_server.benchmark.result.files import write_results as write
-from ml_inference_server.benchmark.target.counters import Sidecar
+from ml_inference_server.benchmark.target.counters import ServerCounters
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.utils.errors import EXIT_INTERRUPTED, StartError
 from ml_inference_server.utils.experiment import ExperimentSettings
@@ -46,13 +46,13 @@ async def measure(
 
     http: the server's HTTP port, 0 where it is not known. ConfigError before any load if a row cannot be run as asked.
     """
-    async with Target(*address) as target, Sidecar(*http) as sidecar:
-        info = ServerInfo.model_validate(await stop.race(target.server_info()))
+    async with Target(*address) as target, ServerCounters(*http) as sidecar:
+        info = ServerFacts.model_validate(await stop.race(target.server_info()))
         refuse_oversized(load.batch_sizes, info)
         is_first = result.server(info.variant) is None
         if is_first:
             as_asked = Load.model_validate(load.model_dump())
-            result.add_server(Server(variant=info.variant, info=info, load=as_asked))
+            result.add_server(MeasuredServer(variant=info.variant, info=info, load=as_asked))
         workload = dataset.workload(load.workload, load.seed)
         bench = Bench(target, address, sidecar, info, load, workload, stop, progress, result)
         progress.sidecar = sidecar

@@ -36,7 +36,7 @@ class Extra:
 
 
 @dataclass(frozen=True)
-class Machine:
+class ThisMachine:
     """What this machine can run. cuda, mps: None where torch is missing, which would know."""
 
     processor: str
@@ -55,7 +55,7 @@ class Diagnosis:
     system: str
     checkout: str | None
     extras: dict[str, Extra]
-    machine: Machine
+    machine: ThisMachine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def diagnosis() -> Diagnosis:
         versions = {each.name: version for each in packages if (version := version_of(each)) is not None}
         found[name] = Extra(_PURPOSES[name], versions, lacking(packages), pip_install(name))
     cuda, mps = _accelerators()
-    machine = Machine(cpu_name(), instruction_set(), available_cpus(), has_native_bf16(), cuda, mps, compiler())
+    machine = ThisMachine(cpu_name(), instruction_set(), available_cpus(), has_native_bf16(), cuda, mps, compiler())
     root = checkout()
     return Diagnosis(
         __version__,

@@ -10,7 +10,7 @@ MAX_BODY_BYTES = 4096
 _Name = Annotated[str, Field(max_length=200)]
 
 
-class Progress(BaseModel):
+class ReportedProgress(BaseModel):
     """Row `row` of `rows`, `done` of it over; eta_s: seconds until the whole benchmark ends, if it knows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -24,7 +24,7 @@ class Progress(BaseModel):
     finished: bool
 
     @model_validator(mode="after")
-    def _check(self) -> "Progress":
+    def _check(self) -> "ReportedProgress":
         if self.row > self.rows:
             raise ValueError(f"row {self.row} of {self.rows}")
         return self
@@ -34,13 +34,13 @@ class BenchmarkProgress:
     """The latest announcement. `now_s` is an argument."""
 
     def __init__(self) -> None:
-        self._latest: Progress | None = None
+        self._latest: ReportedProgress | None = None
         self._told_s = 0.0
 
     def update(self, body: bytes, now_s: float) -> None:
         """Take a JSON body in; ValueError says in one line what is wrong with it."""
         try:
-            progress = Progress.model_validate_json(body)
+            progress = ReportedProgress.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])

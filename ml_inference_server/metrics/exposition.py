@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.exposition import choose_encoder
 
-from ml_inference_server.metrics.table import TABLE, Row
+from ml_inference_server.metrics.table import TABLE, MetricRow
 
 
 class Histogram:
@@ -72,7 +72,7 @@ class Series:
         return "".join(lines).encode(), content_type
 
 
-def _names(row: Row, values: tuple[str, ...]) -> list[str]:
+def _names(row: MetricRow, values: tuple[str, ...]) -> list[str]:
     """What stands before the value in each of the row's lines; a histogram's sum and count come last.
 
     Label values are the fixed words of the table, so nothing has to be escaped.

@@ -85,7 +85,7 @@ _LENGTHS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One metric. `name` ends with `unit`, counters with `_total` behind it; `buckets`: upper bounds."""
 
     name: str
@@ -101,9 +101,9 @@ class Row:
 
 
 TABLE = (
-    Row("mlis_requests_total", "counter", "requests", ("method", "code"), "Requests that ended, by gRPC status."),
-    Row("mlis_in_flight_requests", "gauge", "requests", ("method",), "Requests that began and have not ended."),
-    Row(
+    MetricRow("mlis_requests_total", "counter", "requests", ("method", "code"), "Requests that ended, by gRPC status."),
+    MetricRow("mlis_in_flight_requests", "gauge", "requests", ("method",), "Requests that began and have not ended."),
+    MetricRow(
         "mlis_request_duration_seconds",
         "histogram",
         "seconds",
@@ -111,8 +111,8 @@ TABLE = (
         "From the received message to its encoded answer; outcome is ok for status OK, else error.",
         _SECONDS,
     ),
-    Row("mlis_request_errors_total", "counter", "errors", ("reason",), "Requests that failed, by reason."),
-    Row(
+    MetricRow("mlis_request_errors_total", "counter", "errors", ("reason",), "Requests that failed, by reason."),
+    MetricRow(
         "mlis_request_stage_seconds",
         "histogram",
         "seconds",
@@ -120,18 +120,20 @@ TABLE = (
         "Time that an answered request spent in each stage; the stages follow each other without a gap.",
         _SECONDS,
     ),
-    Row("mlis_texts_total", "counter", "texts", ("method",), "Texts in answered Embed and EmbedStream requests."),
-    Row("mlis_pairs_total", "counter", "pairs", ("method",), "Pairs scored in answered Score and Rerank requests."),
-    Row(
+    MetricRow("mlis_texts_total", "counter", "texts", ("method",), "Texts in answered Embed and EmbedStream requests."),
+    MetricRow(
+        "mlis_pairs_total", "counter", "pairs", ("method",), "Pairs scored in answered Score and Rerank requests."
+    ),
+    MetricRow(
         "mlis_truncated_texts_total",
         "counter",
         "texts",
         (),
         "Texts of answered requests that were cut at the model's limit.",
     ),
-    Row("mlis_tokenized_texts_total", "counter", "texts", (), "Texts turned into tokens."),
-    Row("mlis_tokenized_tokens_total", "counter", "tokens", (), "Tokens that the tokenizer made."),
-    Row(
+    MetricRow("mlis_tokenized_texts_total", "counter", "texts", (), "Texts turned into tokens."),
+    MetricRow("mlis_tokenized_tokens_total", "counter", "tokens", (), "Tokens that the tokenizer made."),
+    MetricRow(
         "mlis_tokenize_duration_seconds",
         "histogram",
         "seconds",
@@ -139,41 +141,49 @@ TABLE = (
         "Turning one request's texts into tokens.",
         _SECONDS,
     ),
-    Row("mlis_queue_wait_seconds", "histogram", "seconds", (), "A text's wait from queue to batch.", _SECONDS),
-    Row("mlis_queue_texts", "gauge", "texts", (), "Texts that wait for a batch."),
-    Row("mlis_queue_tokens", "gauge", "tokens", (), "Tokens of the texts that wait for a batch."),
-    Row(
+    MetricRow("mlis_queue_wait_seconds", "histogram", "seconds", (), "A text's wait from queue to batch.", _SECONDS),
+    MetricRow("mlis_queue_texts", "gauge", "texts", (), "Texts that wait for a batch."),
+    MetricRow("mlis_queue_tokens", "gauge", "tokens", (), "Tokens of the texts that wait for a batch."),
+    MetricRow(
         "mlis_batches_total",
         "counter",
         "batches",
         ("closed_by", "outcome"),
         "Batches that the model ended, by what closed them; outcome error: the model raised.",
     ),
-    Row("mlis_in_flight_batches", "gauge", "batches", (), "Batches that the model works on."),
-    Row("mlis_batch_texts", "histogram", "texts", (), "Texts in an answered batch.", _TEXTS),
-    Row("mlis_batch_tokens", "histogram", "tokens", (), "Tokens in an answered batch, padding included.", _TOKENS),
-    Row("mlis_text_tokens", "histogram", "tokens", (), "Length of a text in an answered batch.", _LENGTHS),
-    Row("mlis_batch_compute_seconds", "histogram", "seconds", (), "The model's time for an answered batch.", _SECONDS),
-    Row("mlis_tokens_total", "counter", "tokens", (), "Tokens of texts in answered batches, padding not included."),
-    Row("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
-    Row(
+    MetricRow("mlis_in_flight_batches", "gauge", "batches", (), "Batches that the model works on."),
+    MetricRow("mlis_batch_texts", "histogram", "texts", (), "Texts in an answered batch.", _TEXTS),
+    MetricRow(
+        "mlis_batch_tokens", "histogram", "tokens", (), "Tokens in an answered batch, padding included.", _TOKENS
+    ),
+    MetricRow("mlis_text_tokens", "histogram", "tokens", (), "Length of a text in an answered batch.", _LENGTHS),
+    MetricRow(
+        "mlis_batch_compute_seconds", "histogram", "seconds", (), "The model's time for an answered batch.", _SECONDS
+    ),
+    MetricRow(
+        "mlis_tokens_total", "counter", "tokens", (), "Tokens of texts in answered batches, padding not included."
+    ),
+    MetricRow("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
+    MetricRow(
         "mlis_event_loop_lag_seconds", "histogram", "seconds", (), "How late the event loop ran what was due.", _SECONDS
     ),
-    Row(
+    MetricRow(
         "mlis_batch_slots", "gauge", "slots", (), "Batches that the model can work on at a time; 0 before it is loaded."
     ),
-    Row(
+    MetricRow(
         "mlis_engine_restarts_total",
         "counter",
         "restarts",
         (),
         "Processes of the model that ended and were replaced (model.process_per_stream).",
     ),
-    Row("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
-    Row("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
+    MetricRow("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
+    MetricRow("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
     # The last two carry the names that every Prometheus client library gives them.
-    Row("process_cpu_seconds_total", "counter", "seconds", (), "CPU time of the server's processes, user and system."),
-    Row("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of the server's processes."),
+    MetricRow(
+        "process_cpu_seconds_total", "counter", "seconds", (), "CPU time of the server's processes, user and system."
+    ),
+    MetricRow("process_resident_memory_bytes", "gauge", "bytes", (), "Resident memory of the server's processes."),
 )
 
 

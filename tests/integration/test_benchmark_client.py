@@ -10,8 +10,8 @@ import pytest
 
 from ml_inference_server import client
 from ml_inference_server.benchmark.load import channel, records
-from ml_inference_server.benchmark.load.channel import Reply
-from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, ServerGone
+from ml_inference_server.benchmark.load.channel import TimedReply
+from ml_inference_server.benchmark.load.loops import ClosedLoop, FinishedRequest, ServerGone
 from tests.integration.benchmark_kit import Scripted, python, scripted, write_pairs
 
 
@@ -302,13 +302,13 @@ def test_what_the_server_says_of_itself_reaches_the_title(pairs: Path, tmp_path:
 async def test_every_worker_keeps_sending_while_some_requests_fail() -> None:
     in_flight = most = 0
 
-    async def send(index: int, due_s: float | None) -> Call:
+    async def send(index: int, due_s: float | None) -> FinishedRequest:
         nonlocal in_flight, most
         in_flight += 1
         most = max(most, in_flight)
         await asyncio.sleep(0)
         in_flight -= 1
-        return Call(0.0, 0.0, 0.0, Reply("INTERNAL" if index % 10 == 0 else "OK", ""))
+        return FinishedRequest(0.0, 0.0, 0.0, TimedReply("INTERNAL" if index % 10 == 0 else "OK", ""))
 
     async def alive() -> bool:
         raise AssertionError("INTERNAL is an answer: nobody needs to ask whether the server lives")
@@ -323,9 +323,9 @@ async def test_workers_that_fail_together_ask_once_and_go_on() -> None:
     probes = 0
     together = asyncio.Barrier(4)
 
-    async def send(index: int, due_s: float | None) -> Call:
+    async def send(index: int, due_s: float | None) -> FinishedRequest:
         await together.wait()
-        return Call(0.0, 0.0, 0.0, Reply("UNAVAILABLE" if index < 4 else "OK", ""))
+        return FinishedRequest(0.0, 0.0, 0.0, TimedReply("UNAVAILABLE" if index < 4 else "OK", ""))
 
     async def alive() -> bool:
         nonlocal probes
@@ -340,10 +340,10 @@ async def test_workers_that_fail_together_ask_once_and_go_on() -> None:
 
 
 async def test_a_dead_server_ends_the_loop_with_balanced_books() -> None:
-    async def send(index: int, due_s: float | None) -> Call:
+    async def send(index: int, due_s: float | None) -> FinishedRequest:
         if index:
             await asyncio.Event().wait()
-        return Call(0.0, 0.0, 0.0, Reply("DEADLINE_EXCEEDED", ""))
+        return FinishedRequest(0.0, 0.0, 0.0, TimedReply("DEADLINE_EXCEEDED", ""))
 
     async def dead() -> bool:
         return False

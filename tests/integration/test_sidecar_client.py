@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from ml_inference_server.benchmark.measure.progress import Progress
-from ml_inference_server.benchmark.target.counters import Sidecar, difference
+from ml_inference_server.benchmark.target.counters import ServerCounters, difference
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ async def test_progress_is_told_once_a_second_at_most_and_once_at_the_end(
 ) -> None:
     port, bodies = told
     progress = Progress("trial", rows=2, total=2.0)
-    async with Sidecar("127.0.0.1", port) as sidecar:
+    async with ServerCounters("127.0.0.1", port) as sidecar:
         progress.sidecar = sidecar
         progress.begin("batch 1, concurrency 1", 1.0)
         for step in range(1000):
@@ -52,7 +52,7 @@ async def test_progress_is_told_once_a_second_at_most_and_once_at_the_end(
 
 @pytest.mark.parametrize("port", [0, 9], ids=["not known", "nobody there"])
 async def test_a_server_without_a_metrics_port_is_measured_all_the_same(port: int) -> None:
-    async with Sidecar("127.0.0.1", port) as sidecar:
+    async with ServerCounters("127.0.0.1", port) as sidecar:
         sidecar.announce({"name": "trial"})
         await sidecar.finish({"name": "trial"})
         assert await sidecar.counters() is None
@@ -60,5 +60,5 @@ async def test_a_server_without_a_metrics_port_is_measured_all_the_same(port: in
 
 
 async def test_a_foreign_answer_is_no_counter(told: tuple[int, list[dict[str, Any]]]) -> None:
-    async with Sidecar("127.0.0.1", told[0]) as sidecar:
+    async with ServerCounters("127.0.0.1", told[0]) as sidecar:
         assert await sidecar.counters() is None, "404"

@@ -7,10 +7,10 @@ from ml_inference_server.benchmark.result.document import (
     Document,
     Gate,
     InProcess,
+    MeasuredServer,
     Quality,
     Run,
-    Server,
-    ServerInfo,
+    ServerFacts,
 )
 from ml_inference_server.utils.experiment import ExperimentSettings
 
@@ -36,7 +36,7 @@ def repeats(*speeds: float, **changes: Any) -> list[Run]:
     return [make_run(repeat=n, pairs_per_s=speed, **changes) for n, speed in enumerate(speeds, 1)]
 
 
-def make_info(resolved: dict[str, Any] | None = None, **changes: Any) -> ServerInfo:
+def make_info(resolved: dict[str, Any] | None = None, **changes: Any) -> ServerFacts:
     info = {
         "server_version": "0", "experiment": "trial", "variant": "", "title": "MiniLM bf16 on cpu", "fallbacks": [],
         "settings": {}, "max_texts": 1024, "instance_id": "i", "pid": 1,
@@ -48,12 +48,12 @@ def make_info(resolved: dict[str, Any] | None = None, **changes: Any) -> ServerI
             "weights_sha256": "ab" * 32, "random_weights": False,
         } | (resolved or {}),
     }  # fmt: skip
-    return ServerInfo.model_validate(info | changes)
+    return ServerFacts.model_validate(info | changes)
 
 
-def make_server(**changes: Any) -> Server:
+def make_server(**changes: Any) -> MeasuredServer:
     load = ExperimentSettings().model_dump()
-    return Server.model_validate({"variant": "", "info": make_info(), "load": load} | changes)
+    return MeasuredServer.model_validate({"variant": "", "info": make_info(), "load": load} | changes)
 
 
 def make_document(runs: Sequence[Run], **changes: Any) -> Document:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ml_inference_server.benchmark.load import dataset as module
-from ml_inference_server.benchmark.load.dataset import Dataset, Row, Workload, load_dataset, read_file
+from ml_inference_server.benchmark.load.dataset import Dataset, PairRow, Workload, load_dataset, read_file
 from ml_inference_server.benchmark.load.hub import HubUnreachable, fetch_ms_marco
 from ml_inference_server.utils.errors import ConfigError
 
@@ -34,8 +34,8 @@ def test_four_columns_hash_like_the_file(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     loaded = load(path)
     assert loaded.rows == (
-        Row("1", "10", "first query", "first passage"),
-        Row("1", "11", "first query", "second, größer"),
+        PairRow("1", "10", "first query", "first passage"),
+        PairRow("1", "11", "first query", "second, größer"),
     )
     assert loaded.sha256 == hashlib.sha256(text.encode()).hexdigest()
     facts = loaded.facts()
@@ -69,7 +69,7 @@ def test_every_json_layout(tmp_path: Path, text: str) -> None:
     path = tmp_path / "dev.json"
     path.write_text(text)
     rows = load(path).rows
-    assert set(rows) == {Row("7", "7-0", "why is the sky blue", "light")}
+    assert set(rows) == {PairRow("7", "7-0", "why is the sky blue", "light")}
 
 
 @pytest.mark.parametrize(

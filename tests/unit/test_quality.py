@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from ml_inference_server.benchmark.load.dataset import Row
+from ml_inference_server.benchmark.load.dataset import PairRow
 from ml_inference_server.benchmark.measure.quality import Answers, Slice, gate, judge, load_slice, rankings
 from ml_inference_server.benchmark.result.document import Difference, Gate
 from ml_inference_server.utils.experiment import QualitySettings
@@ -19,7 +19,7 @@ QUERIES, CANDIDATES = 12, 30
 def labelled() -> Slice:
     random = np.random.default_rng(0)
     rows = tuple(
-        Row(f"q{q}", f"p{q}-{p}", f"query {q}", f"passage {p} for {q}")
+        PairRow(f"q{q}", f"p{q}-{p}", f"query {q}", f"passage {p} for {q}")
         for q in range(QUERIES)
         for p in range(CANDIDATES)
     )

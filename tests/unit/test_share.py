@@ -34,7 +34,7 @@ def test_a_backend_above_its_bare_engine(rate: float, marked: bool) -> None:
 
 @pytest.mark.parametrize(("rate", "marked"), [(50.0, False), (99.0, True), (130.0, True)])
 def test_a_server_above_its_ceiling_or_the_roofline(rate: float, marked: bool) -> None:
-    load = speed.Load("queries", 1, 32, texts_per_s=[rate], server_cpu_ms=[1.0], client_cpu_ms=[1.0])
+    load = speed.SpeedLoad("queries", 1, 32, texts_per_s=[rate], server_cpu_ms=[1.0], client_cpu_ms=[1.0])
     ceiling = InProcess(title="t", texts_per_s=100.0, lowest=99.0, highest=101.0, roofline_texts_per_s=90.0)
     text = speed.report("t", [load], {"queries": [ceiling], "passages": []}, {str(load): rate / 100}, {})
     assert f"| {cell(rate / 100)} | - | {cell(rate / 90)} |" in text

@@ -44,14 +44,14 @@ class ServerUnreachable(StartError):
     exit_code = EXIT_FAILED_RUN
 
 
-class Reply(NamedTuple):
+class TimedReply(NamedTuple):
     """How one request ended; `code` is OK, a gRPC status name, INVALID_RESPONSE or CLIENT_ERROR."""
 
     code: str
     message: str
 
 
-OK = Reply("OK", "")
+OK = TimedReply("OK", "")
 
 
 class RequestFailed(Exception):
@@ -148,22 +148,22 @@ class Target:
         return await self._stub.Score(request, timeout=timeout_s)
 
 
-def check_embeddings(response: Any, texts: int) -> Reply:
+def check_embeddings(response: Any, texts: int) -> TimedReply:
     """Whether an EmbedResponse holds `texts` finite rows; the values themselves are not judged here."""
     if response.count != texts:
-        return Reply("INVALID_RESPONSE", f"{response.count} rows for {texts} texts")
+        return TimedReply("INVALID_RESPONSE", f"{response.count} rows for {texts} texts")
     expected_bytes = texts * response.dimension * 4
     if response.dimension == 0 or len(response.embeddings) != expected_bytes:
-        return Reply("INVALID_RESPONSE", f"{len(response.embeddings)} bytes where {expected_bytes} were expected")
+        return TimedReply("INVALID_RESPONSE", f"{len(response.embeddings)} bytes where {expected_bytes} were expected")
     if not np.isfinite(np.frombuffer(response.embeddings, dtype="<f4")).all():
-        return Reply("INVALID_RESPONSE", "an embedding is not finite")
+        return TimedReply("INVALID_RESPONSE", "an embedding is not finite")
     return OK
 
 
-def check_scores(response: Any, pairs: int) -> Reply:
+def check_scores(response: Any, pairs: int) -> TimedReply:
     """Whether a ScoreResponse holds `pairs` finite scores."""
     if len(response.scores) != pairs:
-        return Reply("INVALID_RESPONSE", f"{len(response.scores)} scores for {pairs} pairs")
+        return TimedReply("INVALID_RESPONSE", f"{len(response.scores)} scores for {pairs} pairs")
     if not np.isfinite(np.fromiter(response.scores, dtype=np.float32, count=pairs)).all():
-        return Reply("INVALID_RESPONSE", "a score is not finite")
+        return TimedReply("INVALID_RESPONSE", "a score is not finite")
     return OK

@@ -21,7 +21,7 @@ LAYOUTS = "qid<TAB>pid<TAB>query<TAB>passage or qid<TAB>query"
 Kind = Literal["queries", "passages", "pairs"]
 
 
-class Row(NamedTuple):
+class PairRow(NamedTuple):
     """One labelled line; `pid` and `passage` are empty in a file of queries."""
 
     qid: str
@@ -35,7 +35,7 @@ class Dataset:
     """`sha256` is that of the rows as tab-separated lines: what sha256sum says of a TSV file that was read whole."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[PairRow, ...]
     sha256: str
     note: str = ""
 
@@ -144,7 +144,7 @@ def _decoded(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             ) from None
 
 
-def _dataset(name: str, rows: Iterator[Row], note: str = "") -> Dataset:
+def _dataset(name: str, rows: Iterator[PairRow], note: str = "") -> Dataset:
     kept = tuple(itertools.islice(rows, MAX_ROWS))
     if not kept:
         raise ConfigError(f"dataset {name}: no text in it; expected {LAYOUTS}, or MS MARCO JSON")
@@ -156,7 +156,7 @@ def _dataset(name: str, rows: Iterator[Row], note: str = "") -> Dataset:
     return Dataset(name, kept, digest.hexdigest(), note)
 
 
-def _tsv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+def _tsv_rows(path: Path, lines: Iterable[str]) -> Iterator[PairRow]:
     columns = 0
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
@@ -170,7 +170,7 @@ def _tsv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
         if not all(cell.strip() for cell in cells):
             empty = next(i for i, cell in enumerate(cells, 1) if not cell.strip())
             raise ConfigError(f"{path}:{number}: column {empty} is empty, expected {LAYOUTS}")
-        yield Row(*cells) if columns == 4 else Row(cells[0], "", cells[1], "")
+        yield PairRow(*cells) if columns == 4 else PairRow(cells[0], "", cells[1], "")
 
 
 def _json_records(path: Path, head: str, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -200,7 +200,7 @@ def _parse(path: Path, text: str, line: int) -> Any:
         raise ConfigError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}") from None
 
 
-def _record_rows(records: Iterable[tuple[int, Any]], where: str) -> Iterator[Row]:
+def _record_rows(records: Iterable[tuple[int, Any]], where: str) -> Iterator[PairRow]:
     """MS MARCO records; passages as a list of {passage_text: ...} or as {passage_text: [...]}."""
     for number, record in records:
         place = f"{where}{number}"
@@ -219,7 +219,7 @@ def _record_rows(records: Iterable[tuple[int, Any]], where: str) -> Iterator[Row
         for position, text in enumerate(texts):
             # The official files hold a few blank texts; the server would rightly refuse them.
             if query.strip() and text.strip():
-                yield Row(qid, f"{qid}-{position}", _valid(query, place), _valid(text, place))
+                yield PairRow(qid, f"{qid}-{position}", _valid(query, place), _valid(text, place))
 
 
 def _valid(text: str, place: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.load.dataset import Workload
-from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, OpenLoop, sender
+from ml_inference_server.benchmark.load.loops import ClosedLoop, FinishedRequest, OpenLoop, sender
 from ml_inference_server.benchmark.load.records import Records, as_records
 from ml_inference_server.benchmark.load.stream import EmbedStream
 
@@ -55,7 +55,7 @@ class Left:
 class Driver:
     """Sends one share from this process. `left()` is right at every moment, also after a cancellation."""
 
-    def __init__(self, target: Target, share: Share, on_call: Callable[[Call], None]) -> None:
+    def __init__(self, target: Target, share: Share, on_call: Callable[[FinishedRequest], None]) -> None:
         self._share = share
         self._stream = EmbedStream(target) if share.streaming else None
         send = sender(target, share.workload, share.batch_size, share.timeout_s, stream=self._stream)

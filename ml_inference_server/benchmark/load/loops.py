@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from ml_inference_server.benchmark.load.channel import OK, Reply, RequestFailed, Target, check_embeddings, check_scores
+from ml_inference_server.benchmark.load.channel import (
+    OK,
+    RequestFailed,
+    Target,
+    TimedReply,
+    check_embeddings,
+    check_scores,
+)
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.load.records import UNFINISHED, Records, as_records, record
 from ml_inference_server.benchmark.load.stream import EmbedStream
@@ -21,7 +28,7 @@ _SUSPICIOUS = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
 NO_TIMING = (0, 0, 0, 0)
 
 
-class Call(NamedTuple):
+class FinishedRequest(NamedTuple):
     """One finished request, on the perf_counter clock.
 
     due_s: when it was to be sent; in a closed loop, when it was. timing_us: tokenize, queue, compute and total of the
@@ -31,7 +38,7 @@ class Call(NamedTuple):
     due_s: float
     sent_s: float
     done_s: float
-    reply: Reply
+    reply: TimedReply
     timing_us: tuple[int, int, int, int] = NO_TIMING
 
 
@@ -44,7 +51,7 @@ class Ledger:
     """started == len(calls) + unfinished, at every moment."""
 
     started: int = 0
-    calls: list[Call] = field(default_factory=list)
+    calls: list[FinishedRequest] = field(default_factory=list)
     began_s: float = 0.0
     open_due_s: dict[int, float] = field(default_factory=dict)
 
@@ -52,7 +59,7 @@ class Ledger:
         self.started += 1
         self.open_due_s[index] = due_s
 
-    def end(self, index: int, call: Call) -> None:
+    def end(self, index: int, call: FinishedRequest) -> None:
         del self.open_due_s[index]
         self.calls.append(call)
 
@@ -91,7 +98,7 @@ class Ledger:
 
 
 # Sends request number `index`, due at `due_s` (None: now), and never raises but for its own cancellation.
-Send = Callable[[int, float | None], Awaitable[Call]]
+Send = Callable[[int, float | None], Awaitable[FinishedRequest]]
 
 
 def sender(
@@ -106,7 +113,7 @@ def sender(
     """How one request is sent, clocked and verified. With a `stream` it travels there, else as a unary call."""
     embeds = workload.kind != "pairs"
 
-    async def send(index: int, due_s: float | None) -> Call:
+    async def send(index: int, due_s: float | None) -> FinishedRequest:
         batch = workload.batch(index, batch_size, from_end=warmup)
         timing = NO_TIMING
         sent_s = time.perf_counter()
@@ -121,15 +128,15 @@ def sender(
             timing = (t.tokenize_us, t.queue_us, t.compute_us, t.total_us)
         except grpc.aio.AioRpcError as error:
             done_s = time.perf_counter()
-            reply = Reply(error.code().name, str(error.details() or "")[:300])
+            reply = TimedReply(error.code().name, str(error.details() or "")[:300])
         except RequestFailed as error:
             done_s = time.perf_counter()
-            reply = Reply(error.code, error.message[:300])
+            reply = TimedReply(error.code, error.message[:300])
         except Exception as error:
             # A bug on this side must not thin out the load: it is counted like any other failure.
             done_s = time.perf_counter()
-            reply = Reply("CLIENT_ERROR", f"{type(error).__name__}: {error}"[:300])
-        return Call(sent_s if due_s is None else due_s, sent_s, done_s, reply, timing)
+            reply = TimedReply("CLIENT_ERROR", f"{type(error).__name__}: {error}"[:300])
+        return FinishedRequest(sent_s if due_s is None else due_s, sent_s, done_s, reply, timing)
 
     return send
 
@@ -137,7 +144,9 @@ def sender(
 class _Loop:
     """`ledger` is valid at every moment, so a run that is cut short by a cancellation can still be reported."""
 
-    def __init__(self, send: Send, is_alive: Callable[[], Awaitable[bool]], on_call: Callable[[Call], None]) -> None:
+    def __init__(
+        self, send: Send, is_alive: Callable[[], Awaitable[bool]], on_call: Callable[[FinishedRequest], None]
+    ) -> None:
         self.ledger = Ledger()
         self._send = send
         self._is_alive = is_alive

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ml_inference_server.benchmark.result.cell import Cell, cells_of, load_of
 from ml_inference_server.benchmark.result.document import Run, Status
-from ml_inference_server.benchmark.target.counters import Sidecar
+from ml_inference_server.benchmark.target.counters import ServerCounters
 from ml_inference_server.utils.experiment import ExperimentSettings
 
 # How many probes a search takes, roughly.
@@ -48,7 +48,7 @@ class Progress:
         self._row_start = 0.0
         self._row_work = 0.0
         self._stream = sys.stderr
-        self.sidecar: Sidecar | None = None
+        self.sidecar: ServerCounters | None = None
         self._bar = tqdm(
             total=self._total,
             desc="starting",

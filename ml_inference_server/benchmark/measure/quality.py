@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.benchmark.load.channel import OK, Target, check_embeddings, check_scores
-from ml_inference_server.benchmark.load.dataset import Row, read_file
+from ml_inference_server.benchmark.load.dataset import PairRow, read_file
 from ml_inference_server.benchmark.result.document import Difference, Gate, PerQuery, QualityFigures, SliceFacts
 from ml_inference_server.benchmark.result.stats import paired_bootstrap
 from ml_inference_server.utils import sample
@@ -35,7 +35,7 @@ class Slice:
     """Labelled pairs, each query's candidates to be ranked; only queries that have judgements."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[PairRow, ...]
     qrels: Qrels
     sha256: str
 

@@ -8,7 +8,7 @@ import numpy as np
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.measure.progress import Progress
 from ml_inference_server.benchmark.measure.quality import Answers, QualityUnknown, Slice, ask, gate, judge
-from ml_inference_server.benchmark.result.document import Gate, Quality, QualityNotMeasured, Reference, ServerInfo
+from ml_inference_server.benchmark.result.document import Gate, Quality, QualityNotMeasured, ReferenceFacts, ServerFacts
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.cache import cached, find
@@ -21,7 +21,7 @@ _DRAIN_S = 10.0
 
 async def measure_quality(
     target: Target,
-    info: ServerInfo,
+    info: ServerFacts,
     load: ExperimentSettings,
     labelled: Slice,
     log: Path,
@@ -49,7 +49,7 @@ async def measure_quality(
 
 
 async def _reference(
-    info: ServerInfo,
+    info: ServerFacts,
     load: ExperimentSettings,
     labelled: Slice,
     ours: Answers,
@@ -57,7 +57,7 @@ async def _reference(
     start_timeout_s: float,
     stop: Stop,
     progress: Progress,
-) -> tuple[Answers, Reference]:
+) -> tuple[Answers, ReferenceFacts]:
     """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
     ran = info.resolved
     key = {
@@ -70,11 +70,11 @@ async def _reference(
     other = load.quality.reference
     entry = None if other else find("benchmark_reference", key)
     if entry is not None:
-        return _load(entry), Reference(title="FP32 of the same weights", weights_sha256=ran.weights_sha256)
+        return _load(entry), ReferenceFacts(title="FP32 of the same weights", weights_sha256=ran.weights_sha256)
     is_plain = (ran.backend, ran.device, ran.dtype, ran.compiled) == ("pytorch", "cpu", "float32", False)
     if not other and is_plain:
         _keep(key, ours)
-        return ours, Reference(title="this server itself, which is FP32", weights_sha256=ran.weights_sha256)
+        return ours, ReferenceFacts(title="this server itself, which is FP32", weights_sha256=ran.weights_sha256)
     progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
     settings = {
         "model.name": other or ran.model,
@@ -89,7 +89,7 @@ async def _reference(
     async with ServerProcess(ServerOptions(arguments, log, start_timeout_s, _DRAIN_S), stop) as server:
         ports = await stop.race(server.start())
         async with Target(LOOPBACK, ports["grpc_port"]) as target:
-            theirs = ServerInfo.model_validate(await stop.race(target.server_info()))
+            theirs = ServerFacts.model_validate(await stop.race(target.server_info()))
             if not other and theirs.resolved.model_sha256 != ran.model_sha256:
                 raise QualityUnknown("the model of this machine is not that of the server, so there is no FP32")
             cross_encoder = ran.task == "cross_encoder"
@@ -97,7 +97,7 @@ async def _reference(
             fp32 = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))
     if not other:
         _keep(key, fp32)
-    return fp32, Reference(title=theirs.title, weights_sha256=theirs.resolved.weights_sha256)
+    return fp32, ReferenceFacts(title=theirs.title, weights_sha256=theirs.resolved.weights_sha256)
 
 
 def _keep(key: dict[str, Any], answers: Answers) -> None:

@@ -11,7 +11,7 @@ from ml_inference_server.benchmark.load.channel import ServerUnreachable, Target
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.load.driver import Driver, Left, Share, processes_for, split
 from ml_inference_server.benchmark.load.fleet import ClientProcessFailed, Fleet
-from ml_inference_server.benchmark.load.loops import Call, ClosedLoop, Ledger, ServerGone, sender
+from ml_inference_server.benchmark.load.loops import ClosedLoop, FinishedRequest, Ledger, ServerGone, sender
 from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.load.stream import EmbedStream
 from ml_inference_server.benchmark.measure.progress import Progress, row_work
@@ -25,14 +25,14 @@ from ml_inference_server.benchmark.result.document import (
     MachineConditions,
     Purpose,
     Run,
-    ServerInfo,
+    ServerFacts,
     Status,
     Warmup,
 )
-from ml_inference_server.benchmark.result.figures import Verdict
+from ml_inference_server.benchmark.result.figures import RowVerdict
 from ml_inference_server.benchmark.result.files import Result
 from ml_inference_server.benchmark.target.conditions import Conditions
-from ml_inference_server.benchmark.target.counters import Sidecar, difference
+from ml_inference_server.benchmark.target.counters import ServerCounters, difference
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings
@@ -57,8 +57,8 @@ class Bench:
 
     target: Target
     address: tuple[str, int]
-    sidecar: Sidecar
-    info: ServerInfo
+    sidecar: ServerCounters
+    info: ServerFacts
     load: ExperimentSettings
     workload: Workload
     stop: Stop
@@ -66,7 +66,7 @@ class Bench:
     result: Result
 
 
-def refuse_oversized(batch_sizes: Sequence[int], info: ServerInfo) -> None:
+def refuse_oversized(batch_sizes: Sequence[int], info: ServerFacts) -> None:
     """ConfigError if the server would refuse a row for its size alone."""
     largest = max(batch_sizes)
     if largest > info.max_texts:
@@ -127,7 +127,7 @@ class _Row:
     def __init__(self, bench: Bench, cell: Cell, repeat: int, slo: Purpose | None, seed: int) -> None:
         self._bench, self._cell, self._repeat, self._slo = bench, cell, repeat, slo
         self._seed = seed or bench.load.seed
-        self._void: Verdict | None = None
+        self._void: RowVerdict | None = None
         self._lost = False
         self._source: Driver | Fleet | None = None
         self._warmup: list[Ledger] = []
@@ -137,7 +137,7 @@ class _Row:
         self._planned = 0
 
     def void(self, status: Status, cause: Cause, reason: str, *, lost: bool = False) -> None:
-        self._void, self._lost = Verdict(status, cause, reason), lost
+        self._void, self._lost = RowVerdict(status, cause, reason), lost
 
     def left(self) -> Left:
         return Left() if self._source is None else self._source.left()
@@ -225,7 +225,7 @@ class _Row:
             return
         done = 0
 
-        def count(_call: Call) -> None:
+        def count(_call: FinishedRequest) -> None:
             nonlocal done
             done += 1
             advance(done)
@@ -273,13 +273,13 @@ class _Row:
             raw=bench.result.next_raw(),
         )
 
-    def _verdict(self, found: Figures) -> Verdict:
+    def _verdict(self, found: Figures) -> RowVerdict:
         started, records = self.left().started, self.left().records
         if started != found.ok + sum(found.errors.values()) + found.unfinished:
             reason = f"the client's own books do not balance: {started} requests were started"
-            return Verdict(Status.INVALID, Cause.CLIENT_MISCOUNTED, reason)
+            return RowVerdict(Status.INVALID, Cause.CLIENT_MISCOUNTED, reason)
         if self._cell.is_open and (late := figures.lag_reason(records)):
-            return Verdict(Status.INVALID, Cause.CLIENT_LATE, late)
+            return RowVerdict(Status.INVALID, Cause.CLIENT_LATE, late)
         return figures.verdict(found, self._planned or None)
 
 
@@ -295,7 +295,7 @@ async def _require_same(bench: Bench) -> None:
     said = await bench.target.server_info()
     if said["instance_id"] != bench.info.instance_id:  # it may still be loading, and then tells no more
         raise ServerChanged("the server was restarted, so the answers came from two different processes")
-    info = ServerInfo.model_validate(said)
+    info = ServerFacts.model_validate(said)
     changed = [name for name in _LASTING if getattr(info, name) != getattr(bench.info, name)]
     if changed:
         raise ServerChanged(f"the server no longer says the same of itself: {', '.join(changed)} changed meanwhile")

@@ -25,7 +25,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RowComparison:
     changes: Sequence[Change]
     regressions: Sequence[str]
     notes: Sequence[str]
@@ -36,7 +36,7 @@ def compare(
     after: Document,
     raw: tuple[Mapping[str, Records], Mapping[str, Records]],
     max_regression: float,
-) -> Comparison:
+) -> RowComparison:
     """ConfigError if the results have no load in common.
 
     A row has regressed when its speed lost, or its median latency gained, more than `max_regression` (0.05 is 5 %),
@@ -60,7 +60,7 @@ def compare(
     # The search knows a rate to within its precision only.
     regressions += [said for said, ratio in rates if ratio < min(1 - max_regression, 1 / PRECISION)]
     regressions += _quality(before, after)
-    return Comparison(changes, regressions, [*(said for said, _ in rates), *unlike(before, after)])
+    return RowComparison(changes, regressions, [*(said for said, _ in rates), *unlike(before, after)])
 
 
 def _rates(before: Document, after: Document) -> list[tuple[str, float]]:
@@ -154,7 +154,7 @@ def _titles(document: Document) -> str:
     return " | ".join(dict.fromkeys(server.info.title for server in document.servers))
 
 
-def text(found: Comparison, max_regression: float) -> str:
+def text(found: RowComparison, max_regression: float) -> str:
     """For a terminal and a CI log."""
     header = ["row", "throughput", "p50", "p95", "verdict"]
     lines = [

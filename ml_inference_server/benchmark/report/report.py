@@ -14,10 +14,10 @@ from ml_inference_server.benchmark.result.document import (
     InProcessFailed,
     Load,
     Machine,
+    MeasuredServer,
     Probe,
     Quality,
     Run,
-    Server,
     Status,
 )
 from ml_inference_server.benchmark.result.figures import KEPT_UP_SHARE
@@ -120,7 +120,7 @@ def _invalid(run: Run) -> str:
     return f"the row {aggregate.described([run])}{repeat} is {run.status.upper()}: {plain(run.reason)}{after}"
 
 
-def _about_server(server: Server, document: Document) -> list[str]:
+def _about_server(server: MeasuredServer, document: Document) -> list[str]:
     info, found = server.info, []
     who = f"{server.variant}: " if server.variant else ""
     found += [f"{who}not as requested: {plain(fallback)}" for fallback in info.fallbacks]
@@ -202,7 +202,7 @@ def _all_offered(row: Row) -> str:
     return said if row.answered_per_s >= KEPT_UP_SHARE * rate else f"{said}: its schedule was drawn sparser than that"
 
 
-def _tax(server: Server, rows: Sequence[Row]) -> list[str]:
+def _tax(server: MeasuredServer, rows: Sequence[Row]) -> list[str]:
     """How the server's best row of the same requests stands to the same backend without a server."""
     inside = server.in_process
     if not inside:
@@ -346,7 +346,7 @@ def _load(load: Load) -> str:
     )
 
 
-def _server_facts(server: Server) -> list[str]:
+def _server_facts(server: MeasuredServer) -> list[str]:
     info, who = server.info, f" ({plain(server.variant)})" if server.variant else ""
     asked, ran = info.requested, info.resolved
     device = f"{ran.backend} on {ran.device}" + (f" ({ran.device_name})" if ran.device_name else "")

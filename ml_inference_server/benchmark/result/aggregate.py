@@ -10,11 +10,11 @@ from ml_inference_server.benchmark.result.cell import load_of
 from ml_inference_server.benchmark.result.document import (
     Document,
     InProcess,
+    MeasuredServer,
     Quality,
     QualityNotMeasured,
     Run,
     SameLoad,
-    Server,
     Status,
 )
 from ml_inference_server.benchmark.result.figures import KEPT_UP_SHARE
@@ -137,7 +137,7 @@ def items_per_s(run: Run) -> float:
     return (run.texts_per_s if run.pairs_per_s is None else run.pairs_per_s) if run.ok else 0.0
 
 
-def rows_of(all_runs: Sequence[Run], servers: Sequence[Server], raw: Mapping[str, Records]) -> list[Row]:
+def rows_of(all_runs: Sequence[Run], servers: Sequence[MeasuredServer], raw: Mapping[str, Records]) -> list[Row]:
     """All rows but the probes of a search, in the order in which they were first measured."""
     grouped: dict[tuple[str, SameLoad], list[Run]] = {}
     for run in all_runs:

@@ -255,7 +255,7 @@ class Resolved(Verbatim):
     compiled: bool = False
 
 
-class ServerInfo(Verbatim):
+class ServerFacts(Verbatim):
     """What a server says of itself."""
 
     server_version: str
@@ -313,7 +313,7 @@ class Difference(Part):
     high: float
 
 
-class Reference(Part):
+class ReferenceFacts(Part):
     """What the answers were compared with."""
 
     title: str
@@ -349,7 +349,7 @@ class QualityFigures(Part):
 
 
 class Quality(QualityFigures):
-    reference: Reference | None = None
+    reference: ReferenceFacts | None = None
     gate: Gate
 
 
@@ -398,11 +398,11 @@ AnyInProcess = Annotated[
 _TAGS = {"Quality", "QualityNotMeasured", "InProcess", "InProcessFailed"}
 
 
-class Server(Part):
+class MeasuredServer(Part):
     """One server that was measured. died: how it ended by itself, "" if it did not."""
 
     variant: str
-    info: ServerInfo
+    info: ServerFacts
     load: Load
     quality: AnyQuality | None = None
     in_process: AnyInProcess | None = None
@@ -494,7 +494,7 @@ class Document(Part):
     machine: Machine
     versions: dict[str, str]
     git: Git
-    servers: list[Server]
+    servers: list[MeasuredServer]
     not_started: list[NotStarted]
     slo: list[HighestRate]
     runs: list[Run]
@@ -519,7 +519,7 @@ class Entry(Part):
     commit: str | None
     fingerprint: str | None
     dataset: str | None
-    server: Server | None
+    server: MeasuredServer | None
     warnings: list[str]
     runs: list[Run]
 

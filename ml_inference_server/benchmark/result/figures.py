@@ -126,7 +126,7 @@ def batch_figures(counters: dict[str, float] | None) -> Batches | None:
     )
 
 
-class Verdict(NamedTuple):
+class RowVerdict(NamedTuple):
     """What a row is worth; cause and reason say why it is not valid."""
 
     status: Status
@@ -134,7 +134,7 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def verdict(found: Figures, planned: int | None) -> Verdict:
+def verdict(found: Figures, planned: int | None) -> RowVerdict:
     """Of a row that was not cut short. planned: how many requests it was to send; None: by time."""
     failed = sum(found.errors.values())
     started = found.ok + failed + found.unfinished
@@ -143,7 +143,7 @@ def verdict(found: Figures, planned: int | None) -> Verdict:
     if failed or missing:
         unfinished = f", {missing} were not finished" if missing else ""
         reason = f"{failed} of {total} requests failed{unfinished}"
-        return Verdict(Status.FAILURES, Cause.REQUESTS_FAILED, reason)
+        return RowVerdict(Status.FAILURES, Cause.REQUESTS_FAILED, reason)
     if not found.ok:
-        return Verdict(Status.FAILURES, Cause.NOTHING_ANSWERED, "no request was answered")
-    return Verdict(Status.VALID)
+        return RowVerdict(Status.FAILURES, Cause.NOTHING_ANSWERED, "no request was answered")
+    return RowVerdict(Status.VALID)

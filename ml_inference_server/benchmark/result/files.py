@@ -24,10 +24,10 @@ from ml_inference_server.benchmark.result.document import (
     Git,
     HighestRate,
     Machine,
+    MeasuredServer,
     NotStarted,
     Purpose,
     Run,
-    Server,
     Status,
     to_json,
 )
@@ -207,10 +207,10 @@ class Result:
         probe = {"slo": Purpose.PROBE}
         self.set(runs=[r.model_copy(update=probe) if r.raw in names else r for r in self.document.runs])
 
-    def server(self, variant: str) -> Server | None:
+    def server(self, variant: str) -> MeasuredServer | None:
         return next((server for server in self.document.servers if server.variant == variant), None)
 
-    def add_server(self, server: Server) -> None:
+    def add_server(self, server: MeasuredServer) -> None:
         self.set(servers=[*self.document.servers, server])
 
     def about_server(self, variant: str, **found: Any) -> None:

@@ -45,7 +45,7 @@ WORDS = ("what", "is", "a", "cell", "and", "why", "does", "it", "have", "a", "me
 
 
 @dataclass
-class Server:
+class StudyServer:
     """A server process."""
 
     process: subprocess.Popen[bytes]
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def start(folder: Path, overrides: Sequence[str]) -> Server:
+def start(folder: Path, overrides: Sequence[str]) -> StudyServer:
     ready_file = folder / "ready.json"
     settings = [*(overrides or ["model.backend=fake"]), "metrics.enabled=false"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
@@ -95,10 +95,10 @@ def start(folder: Path, overrides: Sequence[str]) -> Server:
             raise SystemExit(f"the server did not start (exit code {process.wait()})")
         time.sleep(0.05)
     told = json.loads(ready_file.read_text(encoding="utf-8"))
-    return Server(process, told["grpc_port"], told["http_port"])
+    return StudyServer(process, told["grpc_port"], told["http_port"])
 
 
-async def switch(server: Server, recording: bool) -> None:
+async def switch(server: StudyServer, recording: bool) -> None:
     """The server itself says whether it records."""
     if server.recording != recording:
         server.process.send_signal(signal.SIGUSR1)
@@ -108,7 +108,7 @@ async def switch(server: Server, recording: bool) -> None:
                 server.recording = (await answer.json())["recording"]
 
 
-async def watch(server: Server, opened: asyncio.Event) -> None:
+async def watch(server: StudyServer, opened: asyncio.Event) -> None:
     """What an open page and a Prometheus that scrapes each second do, until it is cancelled.
 
     `opened` is set once the page is there, with its hour of history, and the first scrape is done.
@@ -129,7 +129,7 @@ async def watch(server: Server, opened: asyncio.Event) -> None:
                 pass
 
 
-async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> Turn:
+async def turn(server: StudyServer, seconds: float, concurrency: int, texts: int) -> Turn:
     """Closed loop: as soon as a request is answered, the next one is sent."""
     request = pb.EmbedRequest(texts=[" ".join(WORDS[: 4 + i % 10]) for i in range(texts)])
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -150,7 +150,7 @@ async def turn(server: Server, seconds: float, concurrency: int, texts: int) -> 
     return Turn(answered / took_s, (after.user + after.system - cpu.user - cpu.system) / answered)
 
 
-async def measure(server: Server, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
+async def measure(server: StudyServer, arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
     """(turn with metrics and page, turn without) for each round; a first round warms up and is left out."""
     rounds = []
     for number in range(arguments.rounds + 1):

@@ -27,7 +27,7 @@ from ml_inference_server.benchmark.report.plots import Panel, of_panels
 from ml_inference_server.benchmark.result.figures import figures, lag_reason
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.session import run_to_exit_code
-from ml_inference_server.benchmark.target.counters import Sidecar, difference
+from ml_inference_server.benchmark.target.counters import ServerCounters, difference
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import load_settings
@@ -76,7 +76,7 @@ class Sweep:
 class ScalingBench:
     """A running server and the texts for it."""
 
-    def __init__(self, target: Target, sidecar: Sidecar, url: str, dataset: Dataset, seconds: float) -> None:
+    def __init__(self, target: Target, sidecar: ServerCounters, url: str, dataset: Dataset, seconds: float) -> None:
         self._target, self._sidecar, self._url, self._seconds = target, sidecar, url, seconds
         self.queries, self.passages = dataset.workload("queries", 0), dataset.workload("passages", 0)
         self.rss_bytes: list[int] = []
@@ -144,7 +144,10 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
         )
         async with ServerProcess(options, stop) as server:
             ports = await stop.race(server.start())
-            async with Target(LOOPBACK, ports["grpc_port"]) as target, Sidecar(LOOPBACK, ports["http_port"]) as sidecar:
+            async with (
+                Target(LOOPBACK, ports["grpc_port"]) as target,
+                ServerCounters(LOOPBACK, ports["http_port"]) as sidecar,
+            ):
                 info = await target.server_info()
                 url = f"http://{LOOPBACK}:{ports['http_port']}/metrics"
                 bench = ScalingBench(target, sidecar, url, dataset, args.seconds)

@@ -55,7 +55,7 @@ _MAX_OPEN_S = 60.0
 
 
 @dataclass
-class Load:
+class SpeedLoad:
     """One closed-loop workload and what its repeats gave: texts/s, and per text the CPU time of both sides."""
 
     kind: Kind
@@ -82,7 +82,7 @@ class SpeedBench:
         self._dataset = dataset
         self._seconds = seconds
 
-    async def closed(self, load: Load) -> None:
+    async def closed(self, load: SpeedLoad) -> None:
         """One repeat of `load`, after a warm-up of its own."""
         await self._drive(load, concurrency=load.concurrency, duration_s=_WARMUP_S)
         cpu_s = process_cpu_s(self._pid)
@@ -99,7 +99,7 @@ class SpeedBench:
 
     async def idle_p50_ms(self) -> float:
         """Median latency of single queries, one at a time."""
-        left = await self._drive(Load("queries", 1, 1), concurrency=1, duration_s=self._seconds)
+        left = await self._drive(SpeedLoad("queries", 1, 1), concurrency=1, duration_s=self._seconds)
         return float(np.median(_latencies_ms(left)))
 
     async def open_ms(self, rate_per_s: float) -> Any:
@@ -110,9 +110,9 @@ class SpeedBench:
         enough_s = 1.1 * samples_needed(99) / rate_per_s
         duration_s = min(max(2 * self._seconds, enough_s), _MAX_OPEN_S)
         due_s = arrivals_s("poisson", rate_per_s, duration_s=duration_s, seed=0, repeat=0).tolist()
-        return _latencies_ms(await self._drive(Load("queries", 1, 0), due_s=due_s))
+        return _latencies_ms(await self._drive(SpeedLoad("queries", 1, 0), due_s=due_s))
 
-    async def _drive(self, load: Load, **how: Any) -> Left:
+    async def _drive(self, load: SpeedLoad, **how: Any) -> Left:
         workload = self._dataset.workload(load.kind, 0)
         driver = Driver(
             self._target, Share(workload, load.batch_size, _TIMEOUT_S, streaming=False, **how), lambda _: None
@@ -137,7 +137,7 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     experiment = ["--experiment", str(args.experiment), *given]
     settings = load_settings(args.experiment, overrides=args.overrides)
     dataset = await load_dataset(args.dataset)
-    loads = [Load("queries", 1, 32), Load("passages", 1, 32), Load("passages", 32, 8)]
+    loads = [SpeedLoad("queries", 1, 32), SpeedLoad("passages", 1, 32), SpeedLoad("passages", 32, 8)]
     # The texts of a call are all different, so the work is the same however many a call holds.
     texts = {kind: list(requests_of(dataset.workload(kind, 0), 1, None)) for kind in _KINDS}
     ceilings: dict[Kind, list[InProcess]] = {kind: [] for kind in _KINDS}
@@ -201,13 +201,13 @@ async def _run(args: argparse.Namespace, stop: Stop) -> int:
     return EXIT_FAILED_RUN if any(load.errors for load in loads) else EXIT_OK
 
 
-def _share(load: Load, ceilings: Sequence[InProcess]) -> float:
+def _share(load: SpeedLoad, ceilings: Sequence[InProcess]) -> float:
     return statistics.median(load.texts_per_s) / statistics.median(each.texts_per_s for each in ceilings)
 
 
 def report(
     title: str,
-    loads: Sequence[Load],
+    loads: Sequence[SpeedLoad],
     ceilings: Mapping[Kind, Sequence[InProcess]],
     shares: dict[str, float],
     stored: dict[str, Any],

@@ -21,7 +21,7 @@ COUNTERS = (
 )
 
 
-class Sidecar:
+class ServerCounters:
     """`port` 0: not known, and then every question goes without an answer."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -31,7 +31,7 @@ class Sidecar:
         self._announced_s = 0.0
         self._telling: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Sidecar":
+    async def __aenter__(self) -> "ServerCounters":
         self._session = aiohttp.ClientSession(timeout=_TIMEOUT, trust_env=False)
         return self
 
