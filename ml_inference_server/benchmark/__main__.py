@@ -22,7 +22,7 @@ EXIT_REGRESSION = 1
 
 
 def load(path: Path) -> tuple[Document, dict[str, Records]]:
-    """A result with its raw records, every figure made anew from them. ConfigError if one of the files is damaged."""
+    """A result with its raw records, every figure made again from them. ConfigError if one of the files is damaged."""
     document = read(path)
     if isinstance(document, Summary):
         raise ConfigError(f"{path}: a summary of experiments, where the result of one is needed")

@@ -156,9 +156,9 @@ class EngineProcess:
         self.alive = True
         try:
             self._here.setblocking(False)
-            reader, self._writer = await asyncio.open_connection(sock=self._here)
+            self.reader, self._writer = await asyncio.open_connection(sock=self._here)
             self._answer = asyncio.get_running_loop().create_future()
-            self._reading = asyncio.create_task(self._read(reader))
+            self._reading = asyncio.create_task(self._read(self.reader))
             kind, payload = await self._answer
         except BaseException:
             self.kill()

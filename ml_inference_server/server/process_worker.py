@@ -30,7 +30,7 @@ class ProcessWorker:
         self._hang_timeout_s = hang_timeout_s
         self._faults = faults
         self._resolution: Resolution | None = None
-        self._engines: set[EngineProcess] = set()
+        self.engines: set[EngineProcess] = set()
         # The last one to end a batch has the weights in its cache.
         self._idle: asyncio.LifoQueue[EngineProcess] = asyncio.LifoQueue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,19 +64,19 @@ class ProcessWorker:
             engine.kill()
         if not engine.alive:
             raise EngineDied(f"the process of the engine ended ({engine.end})")
-        self._engines.add(engine)
+        self.engines.add(engine)
         self._idle.put_nowait(engine)
         return described
 
     def _replace(self, dead: EngineProcess) -> None:
         """Called once for each process that has ended."""
-        if dead in self._engines and not self._closed:
+        if dead in self.engines and not self._closed:
             log.error("a process of the engine ended (%s): starting a new one", dead.end)
             self.restarts += 1
             task = asyncio.create_task(self._launch_until_it_runs())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        self._engines.discard(dead)
+        self.engines.discard(dead)
 
     async def _launch_until_it_runs(self) -> None:
         for tries in itertools.count():
@@ -104,7 +104,7 @@ class ProcessWorker:
 
     @property
     def pids(self) -> Sequence[int]:
-        return [engine.pid for engine in self._engines if engine.alive]
+        return [engine.pid for engine in self.engines if engine.alive]
 
     @property
     def trouble(self) -> str:
@@ -115,5 +115,5 @@ class ProcessWorker:
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        for engine in list(self._engines):
+        for engine in list(self.engines):
             engine.kill()

@@ -1,4 +1,4 @@
-"""Files that are dear to make and safe to lose: one folder for each user, entries whole or not there at all.
+"""Files that are expensive to make and safe to lose: one folder for each user, entries whole or not there at all.
 
 Where that folder cannot be written, a temporary one stands in for it until the program ends. Whoever makes it hands it
 to the processes that it starts and removes it, `remove_temporary`, as the last thing it does.

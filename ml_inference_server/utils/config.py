@@ -92,7 +92,7 @@ class ModelSettings(Section):
     process_per_stream: bool = Field(
         False,
         description="Run each stream in a process of its own: Python's lock does not come between model and requests, "
-        "and a batch that crashes or hangs costs that process, which is started anew. Each holds the model once.",
+        "and a batch that crashes or hangs costs that process, which is started again. Each holds the model once.",
     )
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class ServerSettings(Section):
         ge=100,
         le=86_400_000,
         description="A batch that runs longer turns health to NOT_SERVING; with `model.process_per_stream` its process "
-        "is ended and started anew.",
+        "is ended and started again.",
     )
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 

@@ -1,4 +1,4 @@
-"""Files that our programs write anew: whole or not at all, and never in the place of something that is no file."""
+"""Files that our programs replace: whole or not at all, and never in the place of something that is no file."""
 
 import contextlib
 import errno

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 import numpy as np
 import psutil
@@ -41,7 +40,7 @@ async def started(**model: object) -> AsyncIterator[tuple[Described, ProcessWork
         yield described, worker
     finally:
         worker.close()
-        await until(lambda: not worker.pids and not worker._engines)  # noqa: SLF001
+        await until(lambda: not worker.pids and not worker.engines)
 
 
 def encode(described: Described, texts: Sequence[str]) -> TokenBatch:
@@ -153,9 +152,8 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_l
 
 async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
     async with started() as (described, worker):
-        (engine,) = worker._engines  # noqa: SLF001
-        writer: Any = engine._writer  # noqa: SLF001
-        writer.transport.get_protocol().data_received(b"\xff" + bytes(8))  # a kind that is none, no payload
+        (engine,) = worker.engines
+        engine.reader.feed_data(b"\xff" + bytes(8))  # a kind that is none, no payload
         await until(lambda: worker.restarts == 1)
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
 

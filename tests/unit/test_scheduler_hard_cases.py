@@ -12,7 +12,7 @@ import pytest
 from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
-from ml_inference_server.server.batching import Limits
+from ml_inference_server.server.batching import BatchQueue, Limits
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.scheduler import DynamicBatcher
@@ -458,10 +458,10 @@ async def test_a_bug_in_the_policy_answers_everybody_and_the_batcher_goes_on() -
     await turns()
     broken = rig.call(2)
     await turns()
-    broken_queue = rig.batcher._queue  # noqa: SLF001
-    broken_queue._by_length.clear()  # noqa: SLF001
-    rig.worker.gate.set()
-    outcomes = await asyncio.gather(running, broken, return_exceptions=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchQueue, "next_batch", lambda queue, *_: [][0])  # an IndexError
+        rig.worker.gate.set()
+        outcomes = await asyncio.gather(running, broken, return_exceptions=True)
     assert outcomes[0] == [1.0]
     assert "internal error" in str(outcomes[1])
     assert await rig.call(3) == [3.0]

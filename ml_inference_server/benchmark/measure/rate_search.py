@@ -94,7 +94,7 @@ async def search(bench: Bench, batch_size: int, units: float) -> bool:
 
 
 async def _confirm(bench: Bench, batch_size: int, rate: float, found: HighestRate, requests: int) -> bool:
-    """Measure the found rate anew under other schedules; a rate that fails is lowered until one holds."""
+    """Measure the found rate again under other schedules; a rate that fails is lowered until one holds."""
     p99_ms = bench.load.slo.p99_ms or 0.0
     attempt = 0
     while rate and attempt < _MOST_PROBES:

@@ -4,7 +4,7 @@
 
 Two processes of one program differ by some percent, so one process does both: a signal switches its recording on and
 off. Short turns in an order that alternates, so that whatever else the machine does meets both alike; the server is
-started anew for each block. With --control nothing is ever recorded: what it then shows is the noise.
+started again for each block. With --control nothing is ever recorded: what it then shows is the noise.
 """
 
 import argparse

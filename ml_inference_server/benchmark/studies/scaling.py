@@ -115,7 +115,7 @@ class ScalingBench:
 
 
 def texts_of(passages: Workload, tokens: int) -> Workload:
-    """Texts of about `tokens` tokens each: the words of all passages, cut anew."""
+    """Texts of about `tokens` tokens each: the words of all passages, cut again."""
     words = " ".join(passages.items).split()
     size = max(1, round((tokens - 2) / _TOKENS_A_WORD))
     texts = dict.fromkeys(" ".join(words[i : i + size]) for i in range(0, len(words) - size + 1, size))
