@@ -1,5 +1,6 @@
 """Exports that go wrong: recovery, or one sentence that helps."""
 
+import importlib
 import multiprocessing
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     LongformerModel,
 )
 
+from ml_inference_server import backends
 from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.model.export import export
 from ml_inference_server.utils.config import ModelSettings
@@ -44,7 +46,9 @@ def test_a_missing_package_is_named_with_its_remedy(
 ) -> None:
     if package == "nncf":
         monkeypatch.setenv("MLIS_CACHE_DIR", str(filled_cache))
-    monkeypatch.delitem(sys.modules, f"ml_inference_server.backends.{backend}", raising=False)
+    module = importlib.import_module(f"ml_inference_server.backends.{backend}")
+    monkeypatch.setattr(backends, backend, module)  # another import would leave its own module there
+    monkeypatch.delitem(sys.modules, module.__name__)
     monkeypatch.setitem(sys.modules, package, None)  # what Python itself does for "must not be imported"
     message = refused(tiny, backend, **keys)
     assert f"needs the package {package}: pip install" in message

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ml_inference_server.benchmark.report.plots import Bar, of_bars
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 from ml_inference_server.utils.installation import results_folder
+from ml_inference_server.utils.process import run_to_exit_code
 
 
 class PeerServer(BaseModel):
@@ -47,7 +48,9 @@ class Peers(BaseModel):
 
 def bars(peers: Peers) -> dict[str, list[Bar]]:
     """For each workload the servers, as multiples of the baseline's median."""
-    (base,) = (server for server in peers.servers if server.name == peers.baseline)
+    base = next((server for server in peers.servers if server.name == peers.baseline), None)
+    if base is None:
+        raise ConfigError(f"baseline: no server is called {peers.baseline!r}")
     found: dict[str, list[Bar]] = {}
     for workload, rounds in base.texts_per_s.items():
         unit = statistics.median(rounds)
@@ -79,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_exit_code(main))
