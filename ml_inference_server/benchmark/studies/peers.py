@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers = Peers.model_validate(json.loads(options.file.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         raise ConfigError(f"{options.file}: {error}") from error
-    title = f"Throughput as a multiple of {peers.baseline}'s\n{peers.load}; {peers.machine}; {peers.date}"
+    title = f"Throughput as a multiple of {peers.baseline}\n{peers.load}\n{peers.machine}; {peers.date}"
     output = options.output or options.file.with_suffix(".svg")
     output.write_bytes(of_bars(bars(peers), title))
     print(output)
