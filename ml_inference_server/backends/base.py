@@ -63,9 +63,9 @@ class TokenBatch:
             none = np.zeros(max(text.length for text in texts), np.int32)
             types = [none[: text.length] if text.type_ids is None else text.type_ids for text in texts]
         return cls(
-            np.concatenate([text.ids for text in texts]),
+            np.concatenate([text.ids for text in texts], dtype=np.int32),
             _starts([text.length for text in texts]),
-            None if types is None else np.concatenate(types),
+            None if types is None else np.concatenate(types, dtype=np.int32),
             np.array([text.variant for text in texts], np.int64) if any(text.variant for text in texts) else None,
         )
 

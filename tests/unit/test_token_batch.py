@@ -1,11 +1,14 @@
 """Batches as they travel from the tokenizer to the engines: ragged, and padded only where an engine asks for it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ml_inference_server.backends.base import Company, Encoded, TokenBatch, run_in_company
+from ml_inference_server.server.engine_process import pack_batch, unpack_batch
 
 
 def text(*ids: int, types: list[int] | None = None, variant: int = 0) -> Encoded:
@@ -34,6 +37,17 @@ def test_padding_is_told_from_a_token_that_has_its_id() -> None:
     assert padded.input_ids.tolist() == [[1, 0, 1], [0, 1, 1]]
     assert padded.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert padded.token_type_ids is None
+
+
+def test_numbers_of_another_width_become_those_that_a_frame_carries() -> None:
+    """The process of an engine reads a frame as int32: wider numbers would be other tokens there, without an error."""
+    ids: Any = np.array([5, 6], np.int64)
+    wide = Encoded(ids, ids - 5)
+    for batch in (TokenBatch.of([wide]), TokenBatch.of([wide, text(7)])):
+        got = unpack_batch(pack_batch(batch))
+        assert got.ids[:2].tolist() == [5, 6]
+        assert got.type_ids is not None
+        assert got.type_ids[:2].tolist() == [0, 1]
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=6))
