@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from ml_inference_server.backends import create_backend
-from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
+from ml_inference_server.backends.base import Backend, Encoded, TokenBatch, packed_size
 from ml_inference_server.backends.compiled import native, packed
 from ml_inference_server.backends.files.model_files import find_model
+from ml_inference_server.backends.model.loading import load_model
 from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.cache import cache_root
@@ -64,6 +65,14 @@ def test_every_mix_of_lengths_gets_the_padded_models_answers_from_one_graph(tiny
     with torch.compiler.set_stance("fail_on_recompile"):
         for lengths in MIXES:
             np.testing.assert_allclose(rows_of(compiled, lengths), rows_of(plain, lengths), atol=2e-6)
+
+
+@needs_compiler
+def test_means_are_computed_without_any_array_of_texts_by_longest(tiny: Path) -> None:
+    """One long text beside many short ones would cost as much again in padding that nothing reads."""
+    module = packed.PackedModule(load_model(settings(tiny, "pytorch")))
+    texts = [Encoded(np.ones(n, np.int32)) for n in [200, *[2] * 30]]
+    assert max(each.numel() for each in module.inputs(TokenBatch.of(texts))) == packed_size(260)
 
 
 @needs_compiler

@@ -16,7 +16,7 @@ from torch._inductor import config as inductor_config
 
 from ml_inference_server.backends.base import Encoded, TokenBatch, packed_sizes
 from ml_inference_server.backends.compiled.native import compiler, no_compiler
-from ml_inference_server.backends.compiled.packed import Inputs, PackedModule, check_fit, pack
+from ml_inference_server.backends.compiled.packed import Inputs, PackedModule, check_fit
 from ml_inference_server.backends.model.loading import LoadedModel
 from ml_inference_server.utils.cache import working_folder
 from ml_inference_server.utils.cpu import cpu_flags
@@ -88,7 +88,7 @@ class CompiledModel:
 
     def pack(self, batch: TokenBatch) -> Inputs:
         """The inputs of `run`."""
-        return pack(batch, self._module.positions)
+        return self._module.inputs(batch)
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         """The bare graph: (texts, dimension), with one text more where the batch had only one."""

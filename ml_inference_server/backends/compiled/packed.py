@@ -47,12 +47,11 @@ class Positions:
         return places
 
 
-def pack(batch: TokenBatch, positions: Positions) -> Inputs:
-    """The inputs of `PackedModule`.
+def pack(batch: TokenBatch, positions: Positions, *, pads: bool) -> Inputs:
+    """(ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1)), all int64.
 
-    (ids (1, tokens), positions (1, tokens), segment ids (1, tokens), starts (texts + 1), gather (texts, longest),
-    mask (texts, longest)), all int64; `gather` says where in the row a padded place is found (anywhere for padding).
-    The row is filled up to `packed_size` with tokens that belong to no text.
+    The row is filled up to `packed_size` with tokens that belong to no text. With `pads` two more follow, of
+    (texts, longest): where in the row each place of a padded batch is found (anywhere for padding), and its mask.
     """
     ids, starts, types = batch.ids, batch.starts, batch.type_ids
     if len(batch) == 1:
@@ -60,23 +59,23 @@ def pack(batch: TokenBatch, positions: Positions) -> Inputs:
         more = np.zeros(2, np.int32)
         ids, starts = np.append(ids, more), np.append(starts, starts[-1] + 2)
         types = None if types is None else np.append(types, more)
-    lengths = np.diff(starts)
-    # For the same reason there is room for two tokens.
-    places = np.arange(max(2, int(lengths.max())))
-    kept = places < lengths[:, None]
-    gather = np.where(kept, starts[:-1, None] + places, 0)
     row = np.zeros((3, packed_size(len(ids))), np.int64)
     row[0, : len(ids)] = ids
     row[1] = positions.first
     row[1, : len(ids)] = positions.of(row[0, : len(ids)], starts)
     if types is not None:
         row[2, : len(ids)] = types
-    mask = kept.astype(np.int64)
-    return tuple(torch.from_numpy(each) for each in (row[:1], row[1:2], row[2:], starts, gather, mask))
+    inputs = [row[:1], row[1:2], row[2:], starts]
+    if pads:
+        lengths = np.diff(starts)
+        places = np.arange(max(2, int(lengths.max())))  # two, for the same reason as above
+        kept = places < lengths[:, None]
+        inputs += [np.where(kept, starts[:-1, None] + places, 0), kept.astype(np.int64)]
+    return tuple(torch.from_numpy(each) for each in inputs)
 
 
 class PackedModule(torch.nn.Module):
-    """`LoadedModel.module` on packed tokens: forward(*pack(batch)) -> (texts, dimension), as the padded one gives.
+    """`LoadedModel.module` on packed tokens: forward(*inputs(batch)) -> (texts, dimension), as the padded one gives.
 
     Takes the loaded model over: afterwards it can only be run packed. ModelError if its architecture cannot be.
     """
@@ -89,7 +88,7 @@ class PackedModule(torch.nn.Module):
         uses_amx = load_operators() and encoder.dtype == torch.bfloat16 and dim % 32 == 0
         uses_own_layers = uses_amx and _use_own_layers(encoder)
         self.attention = "AMX layers" if uses_own_layers else "AMX attention" if uses_amx else "attention text by text"
-        self.positions = _positions(encoder)
+        self._positions = _positions(encoder)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
         encoder.config._attn_implementation = _ATTENTION  # noqa: SLF001
@@ -105,14 +104,18 @@ class PackedModule(torch.nn.Module):
             self._classifier: Any = loaded.base
             setattr(loaded.base, str(loaded.base.base_model_prefix), self._hidden)
 
+    def inputs(self, batch: TokenBatch) -> Inputs:
+        """What `forward` takes."""
+        return pack(batch, self._positions, pads=self._hidden.pads)
+
     def forward(
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
         segments: torch.Tensor,
         starts: torch.Tensor,
-        gather: torch.Tensor,
-        mask: torch.Tensor,
+        gather: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         packed: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "starts": starts, "gather": gather}
         if self._takes_segments:
@@ -201,7 +204,7 @@ class PackedMean(torch.nn.Module):
 class _Unpacked(torch.nn.Module):
     """Runs the base model on packed tokens and gives its hidden states padded, (texts, longest, width).
 
-    Without `pads` it gives them as they are, (tokens, width).
+    Without `pads` it gives them as they are, (tokens, width), and needs no `gather`.
     """
 
     def __init__(self, base: Any) -> None:
@@ -214,7 +217,7 @@ class _Unpacked(torch.nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         starts: torch.Tensor,
-        gather: torch.Tensor,
+        gather: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
