@@ -57,9 +57,10 @@ def pack_batch(batch: TokenBatch) -> bytes:
     return b"".join(parts)
 
 
-def unpack_batch(payload: bytes) -> TokenBatch:
-    """What `pack_batch` packed; its arrays are views of `payload`."""
+def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
+    """What `pack_batch` packed; its arrays may be written to, as those of a batch that did not travel."""
     texts, has_types, has_variants = _RUN.unpack_from(payload)
+    payload = bytearray(payload)
     ends = itertools.accumulate([_RUN.size, 8 * (texts + 1), 8 * texts * has_variants])
     starts_at, variants_at, ids_at = ends
     starts = np.frombuffer(payload, np.int64, texts + 1, starts_at)

@@ -65,6 +65,8 @@ def test_a_batch_travels_unchanged(segments: list[list[int] | None], variants: l
     types = [kind for each, length in zip(segments, (3, 2), strict=True) for kind in each or [0] * length]
     assert (None if got.type_ids is None else got.type_ids.tolist()) == (types if any(segments) else None)
     assert (None if got.variants is None else got.variants.tolist()) == (variants if any(variants) else None)
+    arrays = [each for each in (got.ids, got.starts, got.type_ids, got.variants) if each is not None]
+    assert all(each.flags.writeable for each in arrays)  # torch warns of others, on the server's standard error
 
 
 async def test_each_stream_is_a_process_and_all_answer_right() -> None:
