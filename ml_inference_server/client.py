@@ -7,8 +7,10 @@ from typing import Any
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
+from ml_inference_server.benchmark.measure.one_server import Measurement, measure
 from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
+from ml_inference_server.benchmark.report.finish import finish
 from ml_inference_server.benchmark.result.cell import planned_rows
 from ml_inference_server.benchmark.result.document import ServerFacts
 from ml_inference_server.benchmark.result.files import (
@@ -21,8 +23,7 @@ from ml_inference_server.benchmark.result.files import (
     result_files,
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
-from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
-from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
+from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 from ml_inference_server.utils.installation import require, results_folder
@@ -189,14 +190,10 @@ async def _run_locked(
         await measure(
             address,
             (address[0], http_port),
-            load,
-            dataset,
-            labelled,
+            Measurement(load, dataset, labelled, range(1, load.repeats + 1), START_TIMEOUT_S),
             result,
-            repeats=range(1, load.repeats + 1),
-            start_timeout_s=START_TIMEOUT_S,
-            stop=stop,
-            progress=progress,
+            stop,
+            progress,
         )
     except Interrupted as interrupted:
         if not result.document.runs:
@@ -211,7 +208,7 @@ async def _run_locked(
 
 def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     """`command` is what repeats the measurement; it stands in the result."""
-    return run_to_exit_code(lambda stop: _run(arguments, command, stop))
+    return run_stoppable(lambda stop: _run(arguments, command, stop))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,8 +27,7 @@ from ml_inference_server.benchmark.result.files import (
     result_files,
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
-from ml_inference_server.benchmark.session import run_to_exit_code
-from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
 from ml_inference_server.utils.config import BASE_CONFIG
 from ml_inference_server.utils.errors import (
@@ -314,4 +313,4 @@ def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             return stop.exit_code
         return EXIT_OK if all(o.exit_code in (EXIT_OK, EXIT_MODEL) for o in outcomes) else EXIT_FAILED_RUN
 
-    return run_to_exit_code(every_one)
+    return run_stoppable(every_one)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ml_inference_server.benchmark.load.dataset import Dataset, load_dataset
+from ml_inference_server.benchmark.measure.one_server import Measurement, measure
 from ml_inference_server.benchmark.measure.progress import Progress, work
 from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.report.contenders import BASELINE
+from ml_inference_server.benchmark.report.finish import finish
 from ml_inference_server.benchmark.result.cell import planned_rows
 from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed
 from ml_inference_server.benchmark.result.files import (
@@ -24,9 +26,8 @@ from ml_inference_server.benchmark.result.files import (
     new_document,
     result_files,
 )
-from ml_inference_server.benchmark.session import finish, measure, run_to_exit_code
 from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
-from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop
+from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, StartError
@@ -211,14 +212,10 @@ class _Visits:
                 await measure(
                     (LOOPBACK, ports["grpc_port"]),
                     (LOOPBACK, ports["http_port"]),
-                    load,
-                    self._dataset,
-                    self._labelled[variant],
+                    Measurement(load, self._dataset, self._labelled[variant], repeats, experiment.start_timeout_s),
                     self._result,
-                    repeats=repeats,
-                    start_timeout_s=experiment.start_timeout_s,
-                    stop=stop,
-                    progress=progress,
+                    stop,
+                    progress,
                 )
                 if result.document.runs and result.document.runs[-1].lost:
                     result.about_server(variant, died=await server.death())
@@ -321,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"This was a first look on few rows. The whole baseline takes some minutes: {_whole_baseline()}")
         return outcome.exit_code
 
-    return run_to_exit_code(run)
+    return run_stoppable(run)
 
 
 if __name__ == "__main__":

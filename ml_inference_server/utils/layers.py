@@ -103,10 +103,19 @@ def given_by(environment: Mapping[str, str]) -> list[Given]:
     """
     found = []
     for name, raw in sorted(environment.items()):
-        if name.startswith("MLIS_") and "__" in name and raw.strip():
+        if _is_setting(name) and raw.strip():
             key = name.removeprefix("MLIS_").lower().replace("__", ".")
             found.append(Given(key, _read_value(raw, f"{name}={raw:.200}"), f"{name}={raw:.200}"))
     return found
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a child whose settings are all on its command line."""
+    return {name: value for name, value in environment.items() if not _is_setting(name)}
+
+
+def _is_setting(variable: str) -> bool:
+    return variable.startswith("MLIS_") and "__" in variable
 
 
 def command_to_repeat(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:

@@ -27,6 +27,24 @@ def damage(folder: Path) -> Path:
     return folder
 
 
+def test_the_yardstick_is_fp32_whatever_the_environment_says(
+    tiny: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes the measured server INT8 must not make its reference INT8 too: the loss would be none."""
+    monkeypatch.setenv("MLIS_MODEL__QUANTIZED", "true")
+    monkeypatch.setenv("MLIS_MODEL__QUANTIZATION", "int8")
+    experiment = tmp_path / "int8.yaml"
+    experiment.write_text(
+        f"name: int8\nmodel: {{name: {tiny}, backend: pytorch, device: cpu, min_parity: 0}}\n"
+        "experiment: {batch_sizes: [1], concurrency_levels: [1], benchmark_requests: 4, warmup_iterations: 2,"
+        " repeats: 1, dataset: sample, in_process_s: 0}\n"
+    )
+    runner.main([str(experiment), "--output", str(tmp_path / "out.md")])
+    (server,) = json.loads((tmp_path / "out.json").read_text())["servers"]
+    assert server["info"]["resolved"]["dtype"] == "int8"
+    assert "pytorch fp32 on cpu" in server["quality"]["reference"]["title"]
+
+
 def test_damaged_weights_are_struck_through_and_never_the_best(tiny: Path, tmp_path: Path, own_cache: Path) -> None:
     damaged = damage(shutil.copytree(tiny, tmp_path / "damaged"))
     experiment = tmp_path / "damaged.yaml"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ml_inference_server.benchmark import session
 from ml_inference_server.benchmark.load.records import as_records, read, record
 from ml_inference_server.benchmark.load.schedule import arrivals_s
+from ml_inference_server.benchmark.report import finish as finish_module
 from ml_inference_server.benchmark.report import report, tables
 from ml_inference_server.benchmark.result import aggregate
 from ml_inference_server.benchmark.result import document as document_file
@@ -455,9 +455,9 @@ def test_results_that_find_no_room_are_written_elsewhere(
     def full(contents: object) -> None:
         raise ResultsNotWritten("the results cannot be written: No space left on device: r.json")
 
-    monkeypatch.setattr(session, "write", full)
+    monkeypatch.setattr(finish_module, "write_results", full)
     with pytest.raises(ResultsNotWritten, match=rf"No space left on device.*they are in {room}"):
-        session.finish(result)
+        finish_module.finish(result)
     (folder,) = room.iterdir()
     assert {path.name for path in folder.iterdir()} >= {"r.md", "r.json", "r.npz"}
     assert "Best throughput" in capsys.readouterr().out, "the table is shown before anything is written"

@@ -1,5 +1,6 @@
 """FP32 answers of a model to the labelled texts: asked once of a server that is started for it, then cached."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +20,84 @@ _FILE = "answers.npz"
 _DRAIN_S = 10.0
 
 
-async def measure_quality(
-    target: Target,
-    info: ServerFacts,
-    load: ExperimentSettings,
-    labelled: Slice,
-    log: Path,
-    start_timeout_s: float,
-    stop: Stop,
-    progress: Progress,
-) -> Quality | QualityNotMeasured | None:
-    """The `quality` entry of a server: figures, gate, and what FP32 was; None where quality means nothing.
+@dataclass(frozen=True)
+class QualityCheck:
+    """Quality through one server, against FP32 of the same weights.
 
-    A quality that cannot be found out is no pass: the gate says why. Interrupted when the stop comes first.
+    log, start_timeout_s: of a server in FP32, where one has to be started.
     """
-    if info.resolved.random_weights or not info.resolved.weights_sha256:
-        return None
-    cross_encoder = info.resolved.task == "cross_encoder"
-    timeout_s = load.request_timeout_ms / 1e3
-    progress.begin("quality, on labelled texts", 0.0, counts=False)
-    try:
-        ours = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))
-        fp32, reference = await _reference(info, load, labelled, ours, log, start_timeout_s, stop, progress)
-    except (QualityUnknown, StartError) as unknown:
-        gate_closed = Gate(passed=False, reasons=[f"not measured: {unknown}"])
-        return QualityNotMeasured(slice=labelled.facts(), gate=gate_closed)
-    found = judge(labelled, ours, fp32)
-    return Quality(**dict(found), reference=reference, gate=gate(found, load.quality))
 
+    info: ServerFacts
+    load: ExperimentSettings
+    labelled: Slice
+    log: Path
+    start_timeout_s: float
+    stop: Stop
+    progress: Progress
 
-async def _reference(
-    info: ServerFacts,
-    load: ExperimentSettings,
-    labelled: Slice,
-    ours: Answers,
-    log: Path,
-    start_timeout_s: float,
-    stop: Stop,
-    progress: Progress,
-) -> tuple[Answers, ReferenceFacts]:
-    """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
-    ran = info.resolved
-    key = {
-        # A server of before tells only the hash of its weights.
-        "model": ran.model_sha256 or ran.weights_sha256,
-        "task": ran.task,
-        "max_tokens": ran.max_tokens,
-        "slice": labelled.sha256,
-    }
-    other = load.quality.reference
-    entry = None if other else find("benchmark_reference", key)
-    if entry is not None:
-        return _load(entry), ReferenceFacts(title="FP32 of the same weights", weights_sha256=ran.weights_sha256)
-    is_plain = (ran.backend, ran.device, ran.dtype, ran.compiled) == ("pytorch", "cpu", "float32", False)
-    if not other and is_plain:
-        _keep(key, ours)
-        return ours, ReferenceFacts(title="this server itself, which is FP32", weights_sha256=ran.weights_sha256)
-    progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
-    settings = {
-        "model.name": other or ran.model,
-        "model.task": ran.task,
-        "model.backend": "pytorch",
-        "model.device": "cpu",
-        "model.max_tokens": ran.max_tokens,
-    }
-    arguments = ["--host", LOOPBACK, "--port", "0", "--http-port", "0"]
-    for name, value in settings.items():
-        arguments += ["--set", f"{name}={value}"]
-    async with ServerProcess(ServerOptions(arguments, log, start_timeout_s, _DRAIN_S), stop) as server:
-        ports = await stop.race(server.start())
-        async with Target(LOOPBACK, ports["grpc_port"]) as target:
-            theirs = ServerFacts.model_validate(await stop.race(target.server_info()))
-            if not other and theirs.resolved.model_sha256 != ran.model_sha256:
-                raise QualityUnknown("the model of this machine is not that of the server, so there is no FP32")
-            cross_encoder = ran.task == "cross_encoder"
-            timeout_s = load.request_timeout_ms / 1e3
-            fp32 = await stop.race(ask(target, labelled, cross_encoder, timeout_s, progress.at))
-    if not other:
-        _keep(key, fp32)
-    return fp32, ReferenceFacts(title=theirs.title, weights_sha256=theirs.resolved.weights_sha256)
+    async def run(self, target: Target) -> Quality | QualityNotMeasured | None:
+        """The `quality` entry of a server: figures, gate, and what FP32 was; None where quality means nothing.
+
+        A quality that cannot be found out is no pass: the gate says why. Interrupted when the stop comes first.
+        """
+        if self.info.resolved.random_weights or not self.info.resolved.weights_sha256:
+            return None
+        cross_encoder = self.info.resolved.task == "cross_encoder"
+        timeout_s = self.load.request_timeout_ms / 1e3
+        self.progress.begin("quality, on labelled texts", 0.0, counts=False)
+        try:
+            ours = await self.stop.race(ask(target, self.labelled, cross_encoder, timeout_s, self.progress.at))
+            fp32, reference = await self._reference(ours)
+        except (QualityUnknown, StartError) as unknown:
+            gate_closed = Gate(passed=False, reasons=[f"not measured: {unknown}"])
+            return QualityNotMeasured(slice=self.labelled.facts(), gate=gate_closed)
+        found = judge(self.labelled, ours, fp32)
+        return Quality(**dict(found), reference=reference, gate=gate(found, self.load.quality))
+
+    async def _reference(self, ours: Answers) -> tuple[Answers, ReferenceFacts]:
+        """(answers, what gave them). StartError or QualityUnknown where FP32 cannot be had."""
+        ran = self.info.resolved
+        key = {
+            # A server of before tells only the hash of its weights.
+            "model": ran.model_sha256 or ran.weights_sha256,
+            "task": ran.task,
+            "max_tokens": ran.max_tokens,
+            "slice": self.labelled.sha256,
+        }
+        other = self.load.quality.reference
+        entry = None if other else find("benchmark_reference", key)
+        if entry is not None:
+            return _load(entry), ReferenceFacts(title="FP32 of the same weights", weights_sha256=ran.weights_sha256)
+        is_plain = (ran.backend, ran.device, ran.dtype, ran.compiled) == ("pytorch", "cpu", "float32", False)
+        if not other and is_plain:
+            _keep(key, ours)
+            return ours, ReferenceFacts(title="this server itself, which is FP32", weights_sha256=ran.weights_sha256)
+        self.progress.say("starting a server in FP32 for the yardstick (once for these weights and texts)")
+        settings = {
+            "model.name": other or ran.model,
+            "model.task": ran.task,
+            "model.backend": "pytorch",
+            "model.device": "cpu",
+            "model.max_tokens": ran.max_tokens,
+        }
+        arguments = ["--host", LOOPBACK, "--port", "0", "--http-port", "0"]
+        for name, value in settings.items():
+            arguments += ["--set", f"{name}={value}"]
+        options = ServerOptions(arguments, self.log, self.start_timeout_s, _DRAIN_S, takes_environment=False)
+        async with ServerProcess(options, self.stop) as server:
+            ports = await self.stop.race(server.start())
+            async with Target(LOOPBACK, ports["grpc_port"]) as target:
+                theirs = ServerFacts.model_validate(await self.stop.race(target.server_info()))
+                if not other and theirs.resolved.model_sha256 != ran.model_sha256:
+                    raise QualityUnknown("the model of this machine is not that of the server, so there is no FP32")
+                if theirs.resolved.dtype != "float32":
+                    raise QualityUnknown(f"the yardstick is to run in FP32, and it ran as {theirs.title}")
+                cross_encoder = ran.task == "cross_encoder"
+                timeout_s = self.load.request_timeout_ms / 1e3
+                fp32 = await self.stop.race(ask(target, self.labelled, cross_encoder, timeout_s, self.progress.at))
+        if not other:
+            _keep(key, fp32)
+        return fp32, ReferenceFacts(title=theirs.title, weights_sha256=theirs.resolved.weights_sha256)
 
 
 def _keep(key: dict[str, Any], answers: Answers) -> None:

@@ -26,9 +26,8 @@ from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.report.plots import Panel, of_panels
 from ml_inference_server.benchmark.result.figures import figures, lag_reason
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
-from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.target.counters import ServerCounters, difference
-from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK
@@ -250,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="the plots (default: %(default)s)",
     )
-    return run_to_exit_code(lambda stop: _run(parser.parse_args(argv), stop))
+    return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
 
 
 if __name__ == "__main__":

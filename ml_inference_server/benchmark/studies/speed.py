@@ -31,10 +31,9 @@ from ml_inference_server.benchmark.result.document import InProcess, InProcessFa
 from ml_inference_server.benchmark.result.figures import figures
 from ml_inference_server.benchmark.result.stats import samples_needed
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
-from ml_inference_server.benchmark.session import run_to_exit_code
 from ml_inference_server.benchmark.target.conditions import process_cpu_s
 from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
-from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.machine import git_facts, machine_facts
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import load_settings
@@ -270,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=STORE, metavar="FILE", help="where the shares are kept")
     parser.add_argument("--update", action="store_true", help="store this run's shares")
     args = parser.parse_args(argv)
-    return run_to_exit_code(lambda stop: _run(args, stop))
+    return run_stoppable(lambda stop: _run(args, stop))
 
 
 if __name__ == "__main__":

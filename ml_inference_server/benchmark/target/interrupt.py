@@ -2,11 +2,13 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+import sys
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from ml_inference_server.utils.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
-from ml_inference_server.utils.process import hangup_signal, leave_dead_streams
+from ml_inference_server.benchmark.load.loops import event_loop
+from ml_inference_server.utils.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED, StartError
+from ml_inference_server.utils.process import begin_process, hangup_signal, leave_dead_streams
 
 T = TypeVar("T")
 
@@ -60,3 +62,25 @@ class Stop:
             stopped.cancel()
             task.cancel()
             await asyncio.gather(task, stopped, return_exceptions=True)
+
+
+def run_stoppable(work: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
+    """Run `work` with the signals under control; every expected failure is one line on stderr and its exit code."""
+
+    async def listening() -> int:
+        stop = Stop()
+        stop.listen()
+        return await work(stop)
+
+    try:
+        begin_process()
+        with asyncio.Runner(loop_factory=event_loop) as runner:
+            return runner.run(listening())
+    except StartError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as interrupted:
+        print("Interrupted before anything was measured.", file=sys.stderr)
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED

@@ -15,6 +15,7 @@ from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.utils.errors import EXIT_INTERNAL, EXIT_MODEL, StartError
 from ml_inference_server.utils.installation import child_environment
+from ml_inference_server.utils.layers import without_settings
 
 COMMAND = (sys.executable, "-m", "ml_inference_server.main")
 # The port is known from a file as soon as there is one; health over gRPC then says whether it may be used.
@@ -34,13 +35,17 @@ class ServerNotStarted(StartError):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server is started. `arguments` are the server's own."""
+    """How a server is started. `arguments` are the server's own.
+
+    takes_environment: settings that environment variables bring are in force, as in the server that is measured.
+    """
 
     arguments: Sequence[str]
     log: Path
     start_timeout_s: float
     drain_timeout_s: float
     command: Sequence[str] = COMMAND
+    takes_environment: bool = True
 
 
 class ServerProcess:
@@ -73,6 +78,9 @@ class ServerProcess:
 
         ServerNotStarted as soon as it ends, or when it takes too long.
         """
+        environment = child_environment()
+        if not self._options.takes_environment:
+            environment = without_settings(environment)
         with tempfile.TemporaryDirectory(prefix="ml_inference_server-") as folder:
             ready = Path(folder) / "ready.json"
             with self._options.log.open("ab") as log:
@@ -84,7 +92,7 @@ class ServerProcess:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=child_environment(),
+                    env=environment,
                     start_new_session=True,  # Ctrl-C in the terminal reaches the runner only
                 )
             died = asyncio.create_task(self._process.wait())
