@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
@@ -29,21 +29,22 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ml_inference_server.backends import BACKENDS, create_backend
-from ml_inference_server.backends.base import Backend, Encoded, TokenBatch
+from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.files.model_errors import start_errors
 from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
 from ml_inference_server.backends.startup.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
-from ml_inference_server.utils.errors import ConfigError, StartError
+from ml_inference_server.utils.errors import ConfigError, ModelError, StartError
 from ml_inference_server.utils.ranking import mean_ndcg_at, read_qrels
 from ml_inference_server.utils.share import MARK, NOTE, cell
 
 MODES = ("random", "grouped", "direct")
 
 
-class BareBackend(Backend, Protocol):
-    """A backend whose engine can be called as it is."""
+@runtime_checkable
+class BareEngine(Protocol):
+    """What a backend has besides, if its engine can be called as it is."""
 
     def bare_call(self, batch: TokenBatch) -> object: ...
 
@@ -75,7 +76,9 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
     try:
         started = time.perf_counter()
         with start_errors(settings):
-            backend = cast(BareBackend, create_backend(settings))
+            backend = create_backend(settings)
+            if not isinstance(backend, BareEngine):
+                raise ModelError(f"backend {settings.backend} has no bare_call, against which it is measured")
             backend.load_model()
             backend.warmup(lambda done, total: None)
         connection.send({"load_s": time.perf_counter() - started})
