@@ -13,6 +13,7 @@ from transformers import (
 
 from ml_inference_server.backends.model.export import export
 from ml_inference_server.utils.cache import remove_temporary
+from tests.parity.exported_kit import write
 from tests.parity.tiny_model import SHAPE, save, settings
 
 
@@ -57,3 +58,24 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def graph_file(filled_cache: Path) -> Path:
     return next(filled_cache.glob("onnx/*/model.onnx"))
+
+
+@pytest.fixture(scope="module")
+def export_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Graphs and references that the tests of a module share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLIS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(export_cache: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model for ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("exported") / "folder"
+    write(tiny, folder)
+    return folder
+
+
+@pytest.fixture
+def changeable(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "changeable")
