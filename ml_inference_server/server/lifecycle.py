@@ -121,7 +121,7 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
         server_info=state.as_dict,
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
-        api=HttpApi(state, calls),
+        api=HttpApi(state, calls, metrics),
     )
     port = await sidecar.start()
     log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)

@@ -3,18 +3,18 @@
 What describes the server and its model is written as the fields of the messages in proto/foreign/grpc_service.proto.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ml_inference_server import __version__
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
+from ml_inference_server.server.infer_parameters import InferParameters
 from ml_inference_server.server.observation import Reply
-from ml_inference_server.server.options import EmbedOptions, Overflow, ScoreOptions
+from ml_inference_server.server.options import EmbedOptions, ScoreOptions
 from ml_inference_server.server.ready_model import ReadyModel
 from ml_inference_server.server.service import Answer
 from ml_inference_server.server.state import ServerState
@@ -40,11 +40,6 @@ EXTENSIONS = ("statistics", "model_configuration")
 _VERSION = "1"
 _COUNTS = (TOTAL_TOKENS, USED_TOKENS)
 _NUMBER_BYTES = 4
-# Parameters that clients send with a request, and that change nothing here.
-_IGNORED = ("binary_data_output", "content_type", "headers")
-_IGNORED_PREFIX = "triton_"
-
-T = TypeVar("T", str, int, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,13 +161,13 @@ class OpenInference:
     ) -> Reply[InferenceAnswer]:
         """max_answer_bytes: what the transport can send; a request for more is refused before it is computed."""
         model = self._model(request.model_name, request.model_version)
-        asked = _Parameters(request.parameters)
+        asked = InferParameters(request.parameters)
         queries, texts = read_texts(
             request.inputs,
             needs_query=model.info.task == "cross_encoder",
             max_texts=self._state.settings.server.max_texts,
         )
-        call = _within(call, asked.whole("timeout"))
+        call = asked.within_timeout(call)
         values = EMBEDDING if queries is None else SCORE
         names = select_outputs(request.outputs, (values, *_COUNTS))
         if queries is None:
@@ -185,12 +180,12 @@ class OpenInference:
                 expect_space_id=asked.text("expect_space_id") or "",
                 model=request.model_name,
             )
-            asked.check_all_known()
-            numbers = options.dimensions or model.info.dimension
+            asked.check_known_to_texts()
+            numbers = min(options.dimensions or model.info.dimension, model.info.dimension)
             _check_size(len(texts), _NUMBER_BYTES * (numbers + len(_COUNTS)), max_answer_bytes)
             answer = await model.service.embed(texts, call, options)
         else:
-            asked.check_all_known("overflow", "timeout")
+            asked.check_known_to_pairs()
             pairs = list(zip(queries, texts, strict=True))
             answer = await model.service.score(
                 pairs, call, ScoreOptions(overflow=asked.overflow(), model=request.model_name)
@@ -247,58 +242,6 @@ def _configured(name: str, datatype: str, dims: tuple[int, ...]) -> dict[str, An
     return {"name": name, "data_type": kind, "dims": list(dims)}
 
 
-class _Parameters:
-    """What stands beside the tensors of a request; InvalidRequest names what is of the wrong type, or not known."""
-
-    _KNOWN = ("dimensions", "expect_space_id", "input_type", "normalize", "overflow", "prompt_name", "timeout")
-
-    def __init__(self, given: Mapping[str, object]) -> None:
-        self._given = {
-            name: value
-            for name, value in given.items()
-            if name not in _IGNORED and not name.startswith(_IGNORED_PREFIX)
-        }
-
-    def text(self, name: str) -> str | None:
-        return self._of_type(name, str, "a string")
-
-    def whole(self, name: str) -> int | None:
-        return self._of_type(name, int, "an integer")
-
-    def flag(self, name: str) -> bool | None:
-        return self._of_type(name, bool, "true or false")
-
-    def overflow(self) -> Overflow:
-        asked = self.text("overflow")
-        try:
-            return Overflow.CUT if asked is None else Overflow(asked)
-        except ValueError:
-            raise _wrong("overflow", f"expected {', '.join(Overflow)}") from None
-
-    def check_all_known(self, *known: str) -> None:
-        """A misspelt one would change nothing without a word."""
-        known = known or self._KNOWN
-        if not self._given.keys() <= set(known):
-            raise _wrong("parameters", f"one of them is not known here; known to these inputs: {', '.join(known)}")
-
-    def _of_type(self, name: str, kind: type[T], said: str) -> T | None:
-        value = self._given.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise _wrong(name, f"expected {said}")
-        return value
-
-
-def _within(call: Call, timeout_us: int | None) -> Call:
-    """Triton's parameter `timeout`, in microseconds; 0 is none."""
-    if timeout_us is not None and timeout_us < 0:
-        raise _wrong("timeout", "expected microseconds, 0 or more")
-    if not timeout_us:
-        return call
-    return dataclasses.replace(call, deadline=min(call.deadline, call.received_at + timeout_us / 1e6))
-
-
 def _check_size(rows: int, row_bytes: int, most_bytes: int | None) -> None:
     if most_bytes is not None and rows * row_bytes > most_bytes:
         split = f"send at most {most_bytes // row_bytes} at once, or " if most_bytes >= row_bytes else ""
@@ -317,7 +260,3 @@ def _told(answer: Answer) -> dict[str, str | int]:
     if answer.warnings:
         told["warnings"] = " ".join(answer.warnings)
     return told
-
-
-def _wrong(name: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: {message}", violations=[(name, message)])

@@ -77,6 +77,9 @@ ALLOWED: dict[str, set[str]] = {
         "server.status",
         "utils",
         "server.field_names",
+        "server.open_inference",
+        "server.tensors",
+        "metrics",
     },
     "server.lifecycle": {
         "server.health",

@@ -2,8 +2,9 @@
 
 from aiohttp import web
 
+from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.http import cohere, openai, tei
+from ml_inference_server.server.http import cohere, open_inference, openai, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
@@ -15,14 +16,16 @@ _FORMS: dict[str, Dialect] = {
     "/embeddings": openai.DIALECT,
     **{f"/v{version}/{name}": cohere.DIALECT for version in (1, 2) for name in ("embed", "rerank")},
     **dict.fromkeys(tei.PATHS, TEI),
+    **dict.fromkeys(("/v2", "/v2/"), open_inference.DIALECT),
 }
 
 
 class HttpApi:
-    def __init__(self, state: ServerState, calls: Calls) -> None:
+    def __init__(self, state: ServerState, calls: Calls, metrics: Metrics) -> None:
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
+        open_inference.add_routes(self._endpoints, state, metrics)
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Put the routes beside those that `router` has."""
