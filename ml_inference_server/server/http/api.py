@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.http import cohere, openai, tei
+from ml_inference_server.server.http import cohere, openai, openapi, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
@@ -17,12 +17,16 @@ _FORMS: dict[str, Dialect] = {
     **dict.fromkeys(tei.PATHS, TEI),
 }
 
+# As the sidecar's own routes write an error.
+_OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
+
 
 class HttpApi:
     def __init__(self, state: ServerState, calls: Calls) -> None:
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
+        openapi.add_routes(self._endpoints, _OWN)
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Put the routes beside those that `router` has."""
