@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sentence_transformers.util.quantization import quantize_embeddings
 
 from ml_inference_server.backends.base import BackendInfo, TextTokenizer
 from ml_inference_server.backends.fake import FakeBackend
@@ -146,8 +147,6 @@ def test_int8_with_its_scale_is_within_half_a_step(values: np.ndarray) -> None:
 
 @given(VECTORS)
 def test_binary_is_what_sentence_transformers_packs(values: np.ndarray) -> None:
-    from sentence_transformers.util.quantization import quantize_embeddings
-
     binary, ubinary = quantize_embeddings(values, "binary"), quantize_embeddings(values, "ubinary")
     np.testing.assert_array_equal(encode_rows(values, Encoding.BINARY).rows, binary)
     np.testing.assert_array_equal(encode_rows(values, Encoding.UBINARY).rows, ubinary)
