@@ -266,8 +266,6 @@ async def test_the_server_is_described(http: HttpClient) -> None:
     assert told["extensions"] == ["statistics", "model_configuration", "binary_tensor_data"]
     assert (await http.get("/v2/health/live")).json == {"live": True}
     assert (await http.get("/v2/health/ready")).json == {"ready": True, "live": True}
-    index = await http.send("/v2/repository/index", b"")
-    assert index.json == [{"name": SERVED, "version": "1", "state": "READY"}]
     await http.post(INFER, body(tensor("TEXT", ["a", "b"])))
     (stats,) = (await http.get("/v2/models/stats")).json["model_stats"]
     assert (stats["inference_count"], stats["inference_stats"]["success"]["count"]) == (2, 1)

@@ -15,7 +15,7 @@ from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, written
 from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.dialect import Dialect, Refusal
-from ml_inference_server.server.http.endpoint import Endpoints, Schema, validated
+from ml_inference_server.server.http.endpoint import Endpoints, Schema, example, validated
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.open_inference import EXTENSIONS, Inference, InferenceAnswer, OpenInference
 from ml_inference_server.server.state import ServerState
@@ -54,6 +54,8 @@ class InferOutput(Schema):
 
 
 class InferRequest(Schema):
+    model_config = example(inputs=[{"name": "TEXT", "shape": [1], "datatype": "BYTES", "data": ["what is a cell"]}])
+
     id: str | None = Field(None, description="Comes back in the answer.")
     parameters: dict[str, Any] | None = Field(
         None,
@@ -93,9 +95,6 @@ class OpenInferenceRoutes:
     def statistics(self, request: web.Request) -> web.Response:
         return _json(self._open_inference.statistics(*_asked(request)))
 
-    def index(self, _: web.Request) -> web.Response:
-        return _json(self._open_inference.index(only_ready=False)["models"])
-
     async def infer(self, body: bytes, request: web.Request, call: Call) -> Reply[HttpAnswer]:
         end = _json_length(request.headers.get(_JSON_LENGTH), len(body))
         asked = validated(InferRequest, parse_json(body[:end]))
@@ -121,12 +120,11 @@ def add_routes(endpoints: Endpoints, state: ServerState, metrics: Metrics) -> No
     model = "/v2/models/{model:.+}"
     # A name may hold slashes, so that the longer paths come first.
     paths = (f"{model}/versions/{{version}}", model)
-    questions: list[tuple[str, str, Callable[[web.Request], web.Response], str]] = [
-        ("GET", "/v2", routes.server, "What the server is"),
-        ("GET", "/v2/health/live", routes.live, "200 while the process answers"),
-        ("GET", "/v2/health/ready", routes.ready, "200 while the server is ready, else 503"),
-        ("GET", "/v2/models/stats", routes.statistics, "What the model did since the start"),
-        ("POST", "/v2/repository/index", routes.index, "The one model there is"),
+    questions: list[tuple[str, Callable[[web.Request], web.Response], str]] = [
+        ("/v2", routes.server, "What the server is"),
+        ("/v2/health/live", routes.live, "200 while the process answers"),
+        ("/v2/health/ready", routes.ready, "200 while the server is ready, else 503"),
+        ("/v2/models/stats", routes.statistics, "What the model did since the start"),
     ]
     for path in paths:
         endpoints.raw_work(
@@ -139,13 +137,13 @@ def add_routes(endpoints: Endpoints, state: ServerState, metrics: Metrics) -> No
             content_types=_CONTENT_TYPES,
         )
         questions += [
-            ("GET", f"{path}/ready", routes.model_ready, "200 while the model is ready, else 503"),
-            ("GET", f"{path}/config", routes.config, "The model as Triton configures one"),
-            ("GET", f"{path}/stats", routes.statistics, "What the model did since the start"),
+            (f"{path}/ready", routes.model_ready, "200 while the model is ready, else 503"),
+            (f"{path}/config", routes.config, "The model as Triton configures one"),
+            (f"{path}/stats", routes.statistics, "What the model did since the start"),
         ]
-    questions += [("GET", path, routes.model, "The model's inputs and outputs") for path in paths]
-    for method, path, run, summary in questions:
-        endpoints.question(method, path, DIALECT, run, summary)
+    questions += [(path, routes.model, "The model's inputs and outputs") for path in paths]
+    for path, run, summary in questions:
+        endpoints.question("GET", path, DIALECT, run, summary)
 
 
 def _asked(request: web.Request) -> tuple[str, str]:
