@@ -9,7 +9,7 @@ from ml_inference_server.metrics.tracing import RequestTrace
 class Call:
     """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
 
-    trace: the request's own span, where traces are sent.
+    trace: the request's own span, where traces are sent. fresh: the model must run; no answer out of the cache will do.
     """
 
     request_id: str
@@ -17,3 +17,4 @@ class Call:
     deadline: float
     traceparent: str = ""
     trace: RequestTrace | None = None
+    fresh: bool = False

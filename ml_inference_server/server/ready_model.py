@@ -11,6 +11,7 @@ from ml_inference_server.backends.base import BackendInfo, enable_faults
 from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.answer_cache import BYTES_PER_MB, AnswerCache
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
@@ -66,7 +67,14 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
         )
     rate = EngineRate()
     admission = Admission(settings.batching, rate)
-    batcher = DynamicBatcher(worker, batch_limits(settings.batching, info), rate, metrics)
+    batcher = DynamicBatcher(
+        worker,
+        batch_limits(settings.batching, info),
+        rate,
+        metrics,
+        share_equal_texts=settings.batching.share_equal_texts,
+        cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
+    )
     service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
 
