@@ -13,6 +13,7 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.answer_cache import BYTES_PER_MB, AnswerCache
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
@@ -75,7 +76,12 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
         share_equal_texts=settings.batching.share_equal_texts,
         cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
     )
-    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics)
+    names = ModelNames(
+        settings.model.name,
+        (info.model, *settings.server.model_aliases),
+        accept_any=settings.server.accept_any_model,
+    )
+    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics, names)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
 
 
