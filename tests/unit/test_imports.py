@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.ready_model",
         "server.similarity",
         "server.tensors",
-        "server.vocabulary",
+        "server.token_service",
     },
     "server.http": {
         "server.call",
@@ -76,6 +76,8 @@ ALLOWED: dict[str, set[str]] = {
         "server.similarity",
         "server.state",
         "server.status",
+        "server.answer_headers",
+        "server.token_service",
         "utils",
         "server.field_names",
         "server.open_inference",

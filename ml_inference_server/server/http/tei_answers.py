@@ -9,7 +9,6 @@ from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.scheduler import batch_limits
 from ml_inference_server.server.service import TOKENIZE_THREADS
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.utils.stages import Stamps
 
 # What a model of one output calls it, where its files give it no other name.
 LABEL = "LABEL_0"
@@ -94,26 +93,7 @@ def info(state: ServerState) -> dict[str, Any]:
     }
 
 
-def timing_headers(stamps: Stamps, device: str, characters: int, tokens: int) -> dict[str, str]:
-    """In whole milliseconds, as there. The stages are those of the whole request, where TEI tells means over texts."""
-    total = _ms(stamps.gathered_at - stamps.received_at)
-    return {
-        "x-compute-type": device,
-        "x-compute-time": total,
-        "x-compute-characters": str(characters),
-        "x-compute-tokens": str(tokens),
-        "x-total-time": total,
-        "x-tokenization-time": _ms(stamps.tokenized_at - stamps.admitted_at),
-        "x-queue-time": _ms(stamps.engine_started_at - stamps.tokenized_at),
-        "x-inference-time": _ms(stamps.engine_ended_at - stamps.engine_started_at),
-    }
-
-
 def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     """Sentences for people, which the bodies have no room for."""
     printable = "".join(c if " " <= c <= "~" else "?" for c in "; ".join(warnings))
     return {"x-warnings": printable[:_MOST_WARNING_BYTES]} if printable else {}
-
-
-def _ms(seconds: float) -> str:
-    return str(max(0, int(1e3 * seconds)))
