@@ -35,6 +35,9 @@ class TokenService:
         if prompt_name is not None and prompt_name not in self._tokenizer.prompts:
             message = unknown_prompt(self._tokenizer.prompts)
             raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        if prompt_name is None and self._tokenizer.needs_prompt_name:
+            message = f"this model needs one: it treats {' and '.join(self._tokenizer.prompts)} differently"
+            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         sizes = self._texts.sizes([embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)])
         tokens = self._texts.estimate_tokens(sizes, Overflow.CHUNK)
         return await self._run(
