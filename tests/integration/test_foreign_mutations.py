@@ -57,9 +57,12 @@ RIGHT: list[tuple[str, Message]] = [
     (f"/{TEI}.Predict/PredictPair", tei.PredictPairRequest(inputs=["one", "two"], truncate=True)),
     (f"/{TEI}.Predict/Predict", tei.PredictRequest(inputs="one")),
     (f"/{TEI}.Info/Info", tei.InfoRequest()),
+    (f"/{TEI}.Tokenize/Tokenize", tei.EncodeRequest(inputs="one two", add_special_tokens=True)),
+    (f"/{TEI}.Tokenize/Decode", tei.DecodeRequest(ids=[1, 2, 300, 70_000], skip_special_tokens=True)),
 ]
 RIGHT_IN_STREAMS: list[tuple[str, Message]] = [
     (f"/{TEI}.Embed/EmbedStream", tei.EmbedRequest(inputs="a text", truncate=True)),
+    (f"/{TEI}.Tokenize/TokenizeStream", tei.EncodeRequest(inputs="one two")),
     (f"/{TEI}.Predict/PredictPairStream", tei.PredictPairRequest(inputs=["one", "two"])),
     (f"/{TEI}.Rerank/RerankStream", tei.RerankStreamRequest(query="q", text="one", raw_scores=True)),
 ]
