@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "backends.base",
         "backends.startup.resolve",
         "backends.startup.start",
+        "backends.text.windows",
         "metrics",
         "utils",
     },
