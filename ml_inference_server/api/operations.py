@@ -34,7 +34,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 # Tags and lengths round each text of a message, and what else a message holds.
 _BYTES_PER_ITEM, _REST_BYTES = 16, 1024
-_RANK_BYTES = 16
+_RANK_BYTES, _LENGTHS_BYTES = 16, 12  # of a rank; of what is told of the length of a text
 _LONGEST_S = 1e8
 
 
@@ -198,7 +198,7 @@ def embed_operation(texts: Sequence[str], prompt_name: str | None, truncate: boo
         [utf8_bytes(f"texts[{i}]", text) for i, text in enumerate(texts)],
         lambda part: embed_request(part, prompt_name, truncate),
         join,
-        lambda limits: limits.row_bytes,
+        lambda limits: limits.row_bytes and limits.row_bytes + _LENGTHS_BYTES,
         matrix_problem,
     )
 
@@ -253,7 +253,7 @@ def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate:
         [sizes[0] + around, *sizes[1:]] if sizes else [],
         lambda part: pb.RerankRequest(query=query, documents=part, top_k=top_k, truncate=truncate),
         join,
-        lambda limits: _RANK_BYTES,
+        lambda limits: _RANK_BYTES + _LENGTHS_BYTES,
         problem,
     )
 

@@ -6,7 +6,24 @@ from typing import Literal
 
 from ml_inference_server.utils.stages import STAGE_NAMES
 
-METHODS = ("Embed", "EmbedStream", "Score", "Rerank", "other")
+METHODS = (
+    "Embed",
+    "EmbedStream",
+    "Score",
+    "Rerank",
+    # What other protocols call for, named after them.
+    "openai.embeddings",
+    "cohere.embed",
+    "cohere.rerank",
+    "tei.embed",
+    "tei.rerank",
+    "tei.similarity",
+    "tei.predict",
+    "tei.tokenize",
+    "tei.decode",
+    "kserve.infer",
+    "other",
+)
 CODES = (
     "OK",
     "CANCELLED",
@@ -37,6 +54,8 @@ REASONS = (
     "INVALID_FIELD",
     "MALFORMED_REQUEST",
     "WRONG_TASK",
+    "MODEL_NOT_FOUND",
+    "SPACE_MISMATCH",
     "QUEUE_FULL",
     "WAIT_TOO_LONG",
     "DEADLINE_EXCEEDED",

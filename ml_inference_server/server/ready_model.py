@@ -12,6 +12,7 @@ from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
@@ -67,7 +68,12 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
     rate = EngineRate()
     admission = Admission(settings.batching, rate)
     batcher = DynamicBatcher(worker, batch_limits(settings.batching, info), rate, metrics)
-    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics)
+    names = ModelNames(
+        settings.model.name,
+        (info.model, *settings.server.model_aliases),
+        accept_any=settings.server.accept_any_model,
+    )
+    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics, names)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
 
 

@@ -74,4 +74,6 @@ class ServerState:
             "pid": os.getpid(),
             "instance_id": self.instance_id,
             "auto_choice": described.auto_choice if described else "",
+            "space_ids": dict(self.model.service.space_ids) if self.model else {},
+            "models": list(self.model.service.names.all) if self.model else [],
         }

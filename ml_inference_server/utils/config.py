@@ -169,6 +169,12 @@ class ServerSettings(Section):
         description="A batch that runs longer turns health to NOT_SERVING; with `model.process_per_stream` its process "
         "is ended and started again.",
     )
+    model_aliases: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        [], max_length=64, description="Further names under which requests may ask for the model."
+    )
+    accept_any_model: bool = Field(
+        False, description="Answer whatever model a request names, for clients that cannot be told another."
+    )
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 
 

@@ -51,7 +51,7 @@ async def known_load(server: FakeServer) -> Counter[str]:
 
 
 async def test_counts_equal_the_ledger_and_percentiles_keep_their_error(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "ml_inference_server.server.rpc.observation")
+    caplog.set_level(logging.DEBUG, "ml_inference_server.server.observation")
     async with fake_server(server={"enable_test_faults": True}, model={"name": "fake:base_ms=1"}) as server:
         ledger = await known_load(server)
         figures = server.metrics.snapshot()

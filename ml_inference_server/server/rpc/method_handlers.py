@@ -1,34 +1,25 @@
-"""What every RPC has in common: decoding, request id, deadline, and the only way out with an error."""
+"""What every RPC has in common: decoding, its call, and the only way out with an error."""
 
 import asyncio
-import itertools
 import math
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.rpc.observation import Observation, Reply, expected
+from ml_inference_server.server.calls import Calls
+from ml_inference_server.server.observation import Observation, Reply, expected
 from ml_inference_server.server.rpc.status import grpc_code, status_text, trailing_metadata
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
 
 class MethodHandlers:
-    """Makes gRPC's handlers round the methods of a servicer. `prefix` makes request ids unique among processes."""
+    """Makes gRPC's handlers round the methods of a servicer."""
 
-    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str) -> None:
-        self._metrics = metrics
-        self._default_timeout_s = default_timeout_s
-        self._prefix = prefix
-        self._ids = itertools.count(1)
-        self.last_call_at = 0.0  # on the event loop's clock
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     def work(
         self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply[Message]]]
@@ -105,28 +96,21 @@ class MethodHandlers:
 
     def of_message(self, stream: Call) -> Call:
         """A message that has just come in on a stream, as a request of its own."""
-        now = asyncio.get_running_loop().time()
-        return replace(stream, received_at=now, deadline=min(stream.deadline, now + self._default_timeout_s))
+        return self._calls.of_message(stream)
 
     def observe(self, method: str, call: Call) -> Observation:
         """One request that is counted under `method`."""
-        return Observation(self._metrics, method, call)
+        return self._calls.observe(method, call)
 
     def _call(self, context: "grpc.aio.ServicerContext[Any, Any]", limit_s: float | None = None) -> Call:
         """Copied at entry: the context must not be touched once the call has ended."""
-        remaining_s = context.time_remaining()
-        limit_s = self._default_timeout_s if limit_s is None else limit_s
-        timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         metadata = dict(context.invocation_metadata() or ())
-        given, parent = metadata.get("x-request-id"), metadata.get("traceparent")
-        if not isinstance(given, str) or not _REQUEST_ID.fullmatch(given):
-            given = f"{self._prefix}-{next(self._ids)}"
-        now = self.last_call_at = asyncio.get_running_loop().time()
-        return Call(
-            given,
-            received_at=now,
-            deadline=now + timeout_s,
-            traceparent=parent if isinstance(parent, str) else "",
+        return self._calls.begin(
+            request_id=metadata.get("x-request-id"),
+            traceparent=metadata.get("traceparent"),
+            expect_space_id=metadata.get("x-expect-space-id"),
+            timeout_s=context.time_remaining(),
+            limit_s=limit_s,
         )
 
 

@@ -1,38 +1,18 @@
-"""Error to gRPC status: the one place where an error meets a number of gRPC."""
+"""An error as gRPC carries it: code, text, rich details and hints."""
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from ml_inference_server.utils.errors import (
-    BackendFailure,
-    DeadlinePassed,
-    InvalidRequest,
-    NonFiniteOutput,
-    Overloaded,
-    ServiceError,
-    Unavailable,
-    WrongTask,
-)
+from ml_inference_server.server.status import status_of
+from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
 DOMAIN = "ml_inference_server"
 MAX_MESSAGE_BYTES = 512
 
-# UNKNOWN never stands here and is never sent.
-STATUS: dict[type[ServiceError], grpc.StatusCode] = {
-    ServiceError: grpc.StatusCode.INTERNAL,
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    WrongTask: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    BackendFailure: grpc.StatusCode.INTERNAL,
-    NonFiniteOutput: grpc.StatusCode.INTERNAL,
-}
-
 
 def grpc_code(error: ServiceError) -> grpc.StatusCode:
-    return STATUS[type(error)]
+    return grpc.StatusCode[status_of(error).grpc]
 
 
 def status_text(error: ServiceError) -> str:
