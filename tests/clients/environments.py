@@ -60,9 +60,9 @@ class Environment:
         return self.folder / "node"
 
     def packages(self) -> dict[str, str]:
-        """Version by name of everything that is installed."""
+        """Version of everything that is installed, by its name with dashes."""
         listing = "import json; from importlib import metadata as m;"
-        listing += "print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+        listing += "print(json.dumps({d.name.lower().replace('_', '-'): d.version for d in m.distributions()}))"
         done = subprocess.run(
             [self.python, "-I", "-c", listing], capture_output=True, text=True, check=True, timeout=60
         )

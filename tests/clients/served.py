@@ -77,6 +77,10 @@ class Served:
             reply = stub.Embed(pb.EmbedRequest(texts=texts), timeout=60)
         return np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension)
 
+    def space_id(self) -> str:
+        with self._stub() as stub:
+            return str(stub.Embed(pb.EmbedRequest(texts=["a"]), timeout=60).space_id)
+
     def ranks(self) -> list[tuple[int, float]]:
         """Place in the documents and raw score, best first."""
         with self._stub() as stub:
