@@ -192,7 +192,11 @@ class Sidecar:
                 421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
             )
         if request.body_exists and not self._takes_body(request):
-            response = self._error(request, 413, "this request has no body")
+            nowhere = request.match_info.http_exception  # no such path, or not this method
+            status, message = (nowhere.status, nowhere.reason) if nowhere else (413, "this request takes no body")
+            response = self._error(request, status, message)
+            if nowhere is not None and (allow := nowhere.headers.get("Allow")):
+                response.headers["Allow"] = allow
             response.force_close()
             return response
         return await handler(request)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from ml_inference_server.utils.errors import ModelNotFound
 
+_OWNER = "sentence-transformers/"
+
 
 class ModelNames:
     """served: the name that answers carry. others: the Hugging Face name, the last part of a path, aliases."""
@@ -13,7 +15,9 @@ class ModelNames:
         names = [served, *others]
         self.all = tuple(dict.fromkeys(filter(None, (_shown(name) for name in names))))
         self.served = self.all[0]
-        self._known = {name.lower() for name in (*names, *self.all) if name}
+        # As in sentence-transformers, its own models need no owner before their name.
+        short = [name.removeprefix(_OWNER) for name in names]
+        self._known = {name.lower() for name in (*names, *short, *self.all) if name}
         self._accept_any = accept_any
 
     def split(self, asked: str) -> tuple[str, str]:

@@ -17,9 +17,9 @@ class Overflow(StrEnum):
 class EmbedOptions:
     """prompt_name: one of the model's own prompts. role: what the texts are for (see roles.py); at most one of the two.
 
-    dimensions: keep so many numbers of each vector; None: all. normalize: True scales vectors to length 1; False is
-    refused by a model that does so itself; None: as the model does. expect_space_id: refuse where the vectors would be
-    of another space; empty: any. model: the name that the caller believes to be served; empty: any.
+    dimensions: keep so many numbers of each vector; None: all. normalize: True scales vectors to length 1; False and
+    None leave them as the model gives them, as sentence-transformers does. expect_space_id: refuse where the vectors
+    would be of another space; empty: any. model: the name that the caller believes to be served; empty: any.
     """
 
     prompt_name: str | None = None

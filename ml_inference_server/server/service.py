@@ -219,8 +219,7 @@ class InferenceService:
         """How many numbers of each vector are kept. InvalidRequest for options that the model cannot fulfil."""
         own = self._info.dimension
         if options.normalize is False and self._info.normalized:
-            message = "this model scales its vectors to length 1 by itself: leave normalize out, or set it to true"
-            raise InvalidRequest(f"normalize: {message}", violations=[("normalize", message)])
+            warnings.append("normalize: false changes nothing: scaling vectors to length 1 is a part of this model")
         if options.dimensions is None:
             return own
         if not 1 <= options.dimensions <= own:
