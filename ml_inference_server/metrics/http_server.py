@@ -124,6 +124,7 @@ class Sidecar:
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             handler_cancellation=True,  # a caller who has left wants no answer
+            auto_decompress=False,  # a compressed body is refused, in the form of its route
         )
         await self._runner.setup()
         self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)

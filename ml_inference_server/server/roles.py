@@ -1,5 +1,6 @@
 """Roles: what a text is for, in the words of several protocols, and which of the model's prompts that means."""
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -47,3 +48,9 @@ def prompt_for(role: str, prompts: Mapping[str, str]) -> Chosen:
     has = ", ".join(filter(None, prompts))
     rest = f"its prompts are: {has}" if has else "it treats all texts alike"
     return Chosen(None, f"this model has no prompt for the role {role}, so the role changes nothing; {rest}")
+
+
+def unknown_prompt(prompts: Mapping[str, str]) -> str:
+    """TEI's words, out of which its clients read the names."""
+    known = ", ".join(json.dumps(name) for name in prompts if name)
+    return f"not found in the Sentence Transformers prompts. Available prompts: [{known}]"

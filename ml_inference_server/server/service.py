@@ -14,7 +14,7 @@ from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
-from ml_inference_server.server.roles import prompt_for
+from ml_inference_server.server.roles import prompt_for, unknown_prompt
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.similarity import similarity
 from ml_inference_server.server.space import spaces_of
@@ -203,9 +203,7 @@ class InferenceService:
             raise InvalidRequest(message, violations=[("prompt_name", message)])
         warnings: list[str] = []
         if name is not None and name not in prompts:
-            # TEI's words, which its clients look for.
-            known = ", ".join(f"`{each}`" for each in prompts if each) or "none"
-            message = f"not found in the Sentence Transformers prompts. Available prompts: [{known}]"
+            message = unknown_prompt(prompts)
             raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         if name is None and (role := options.role or role_of_name):
             name, warning = prompt_for(role, prompts)

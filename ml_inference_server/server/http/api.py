@@ -3,14 +3,18 @@
 from aiohttp import web
 
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.http import openai
+from ml_inference_server.server.http import cohere, openai, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
+from ml_inference_server.server.http.tei_answers import DIALECT as TEI
 from ml_inference_server.server.state import ServerState
 
-# The longest prefix of a path says whose form its errors have, those included that no route answers.
+# Whose form the errors of a path have, those included that no route answers; below it where it ends with a slash.
 _FORMS: dict[str, Dialect] = {
     "/v1/": openai.DIALECT,
+    "/embeddings": openai.DIALECT,
+    **{f"/v{version}/{name}": cohere.DIALECT for version in (1, 2) for name in ("embed", "rerank")},
+    **dict.fromkeys(tei.PATHS, TEI),
 }
 
 
@@ -18,6 +22,7 @@ class HttpApi:
     def __init__(self, state: ServerState, calls: Calls) -> None:
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
+        tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Put the routes beside those that `router` has."""
@@ -31,7 +36,11 @@ class HttpApi:
     def error(self, request: web.Request, status: int, message: str) -> web.Response | None:
         """An error that was found before or after a route did its work, in the form of its dialect; else None."""
         path = request.path
-        prefix = max((each for each in _FORMS if path.startswith(each)), key=len, default=None)
-        if prefix is None:
+        dialect = _FORMS.get(path) or next(
+            (_FORMS[each] for each in _FORMS if path.startswith(each) and each[-1] == "/"), None
+        )
+        if dialect is None and (request.method, path) == ("POST", "/"):
+            dialect = TEI
+        if dialect is None:
             return None
-        return answer_refusal(_FORMS[prefix], Refusal(status, "MALFORMED_REQUEST", message))
+        return answer_refusal(dialect, Refusal(status, "MALFORMED_REQUEST", message))

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,14 +33,28 @@ Run = Callable[[S, Call], Awaitable[Reply[HttpAnswer]]]
 
 
 @dataclass(frozen=True, slots=True)
+class HttpWork(Generic[S]):
+    """What a request may ask for. metric: under which it is counted."""
+
+    dialect: Dialect
+    metric: str
+    schema: type[S]
+    run: Run[S]
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """What is documented of a route. path: with {names}. schema: of its body; None where it has none."""
+    """What is documented of a route. path: with {names}. schema: of its body; None where it has none.
+
+    others: further schemas of which its body may be instead.
+    """
 
     method: str
     path: str
     dialect: Dialect
     summary: str
     schema: type[Schema] | None = None
+    others: tuple[type[Schema], ...] = ()
 
 
 class Endpoints:
@@ -63,6 +77,38 @@ class Endpoints:
             return _response(reply.message, call)
 
         self._add(Route("POST", path, dialect, summary, schema), handle)
+
+    def work_by_body(
+        self, path: str, works: Sequence[HttpWork[Any]], choose: Callable[[dict[str, Any]], HttpWork[Any]], summary: str
+    ) -> None:
+        """POST whose body says which of `works` it asks for; the first one answers for a body that does not say.
+
+        choose: raises InvalidRequest where the body says none.
+        """
+        first, *others = works
+
+        def chosen(body: bytes) -> tuple[HttpWork[Any], dict[str, Any] | InvalidRequest]:
+            try:
+                content = parse_json(body)
+                return choose(content), content
+            except InvalidRequest as error:
+                return first, error
+
+        async def handle(request: web.Request) -> web.Response:
+            call, body = await self._begin(request)
+            work, content = chosen(body)
+            try:
+                with self._calls.observe(work.metric, call) as observed:
+                    if isinstance(content, InvalidRequest):
+                        raise content
+                    reply = await work.run(validated(work.schema, content), observed.call)
+                    observed.reply = reply
+            except ServiceError as error:
+                return refused(work.dialect, error)
+            return _response(reply.message, call)
+
+        schemas = tuple(other.schema for other in others)
+        self._add(Route("POST", path, first.dialect, summary, first.schema, schemas), handle)
 
     def raw_work(
         self,
