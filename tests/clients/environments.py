@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements" / "python.txt"
 NODE_PACKAGE = HERE / "requirements" / "node" / "package.json"
 FOLDER = ROOT / ".venv-clients"
-BUILD_LIMIT_S = 400
+BUILD_LIMIT_S = 180  # of each of the three steps
 
 
 class ClientsMissing(Exception):
@@ -78,7 +80,7 @@ def environment() -> Environment:
     """The environment, built first if it is not there as the requirements are now; ClientsMissing if it cannot be."""
     made = Environment(FOLDER / "python")
     stamp = made.folder / "built-from.txt"
-    with _locked():
+    with locked():
         if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint()):
             shutil.rmtree(made.folder, ignore_errors=True)
             _build(made)
@@ -105,7 +107,13 @@ def _run(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env(), start_new_session=True
     )
-    limit = threading.Timer(BUILD_LIMIT_S, child.kill)
+
+    def end() -> None:
+        """With its own children, which would hold the pipe open."""
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+    limit = threading.Timer(BUILD_LIMIT_S, end)
     limit.start()
     try:
         assert child.stdout is not None
@@ -117,7 +125,7 @@ def _run(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
         code = child.wait()
     finally:
         limit.cancel()
-        child.kill()
+        end()
     if code < 0:
         raise ClientsMissing(f"installing {title} took longer than {BUILD_LIMIT_S} s; the last line was: {last}")
     if code:
@@ -125,7 +133,7 @@ def _run(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
     """One process at a time builds; the kernel drops the lock with its holder."""
     FOLDER.mkdir(exist_ok=True)
     with (FOLDER / ".lock").open("w") as lock:

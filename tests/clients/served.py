@@ -72,14 +72,15 @@ class Served:
         with grpc.insecure_channel(self.grpc) as channel:
             yield rpc.InferenceServiceStub(channel)
 
-    def embed(self, texts: list[str]) -> Vectors:
+    def answer(self, texts: list[str], **options: Any) -> pb.EmbedResponse:
+        """options: fields of the request."""
         with self._stub() as stub:
-            reply = stub.Embed(pb.EmbedRequest(texts=texts), timeout=60)
-        return np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension)
+            reply: pb.EmbedResponse = stub.Embed(pb.EmbedRequest(texts=texts, **options), timeout=60)
+        return reply
 
-    def space_id(self) -> str:
-        with self._stub() as stub:
-            return str(stub.Embed(pb.EmbedRequest(texts=["a"]), timeout=60).space_id)
+    def embed(self, texts: list[str], **options: Any) -> Vectors:
+        reply = self.answer(texts, **options)
+        return np.frombuffer(reply.embeddings, "<f4").reshape(reply.count, reply.dimension)
 
     def ranks(self) -> list[tuple[int, float]]:
         """Place in the documents and raw score, best first."""
