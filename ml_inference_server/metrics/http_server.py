@@ -62,6 +62,10 @@ class Api(Protocol):
 
     def takes_body(self, request: web.Request) -> bool: ...
 
+    def info(self) -> dict[str, Any]:
+        """Further keys of /info."""
+        ...
+
     def error(self, request: web.Request, status: int, message: str) -> web.Response | None:
         """The form that an error takes on this request's path; None where the path is none of the api's."""
         ...
@@ -230,7 +234,8 @@ class Sidecar:
         )
 
     async def _get_info(self, _: web.Request) -> web.Response:
-        return json_answer(200, self._server_info())
+        more = self._api.info() if self._api is not None else {}
+        return json_answer(200, self._server_info() | more)
 
     async def _get_health(self, _: web.Request) -> web.Response:
         alive, reason = self._liveness()

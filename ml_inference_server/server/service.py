@@ -26,6 +26,7 @@ from ml_inference_server.utils.stages import Stamps
 # Up to so much text is tokenised at once, in some 10 to 100 us; handing it to a thread and back takes longer than that,
 # and costs the event loop more. Longer requests go to a thread, so that no other has to wait for them.
 _INLINE_BYTES = 2048
+TOKENIZE_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class InferenceService:
         self._admission = admission
         self._batcher = batcher
         self._metrics = metrics
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._pool = ThreadPoolExecutor(TOKENIZE_THREADS, thread_name_prefix="tokenize")
         self._query_prompt = "query" if "query" in tokenizer.prompts else None
         self._document_prompt = next((name for name in DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
         self._spaces = None if self._is_cross_encoder else spaces_of(info, tokenizer)

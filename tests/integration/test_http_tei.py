@@ -184,6 +184,20 @@ async def test_health_is_an_empty_200_or_says_why_not(http: HttpClient) -> None:
     http.server.state.draining.clear()
 
 
+async def test_info_has_the_keys_of_tei_beside_the_servers_own(http: HttpClient, pairs: HttpClient) -> None:
+    info = (await http.get("/info")).json
+    assert info["instance_id"] == http.server.state.instance_id
+    assert info["model_id"] == info["served_model_name"] == http.server.model.service.names.served
+    assert (info["model_dtype"], info["max_input_length"], info["max_client_batch_size"]) == ("float32", 256, 1024)
+    assert (info["auto_truncate"], info["sha"], info["docker_label"]) == (True, None, None)
+    for name in ("max_concurrent_requests", "max_batch_tokens", "max_batch_requests", "tokenization_workers"):
+        assert isinstance(info[name], int)
+    assert list(info["model_type"]) == ["embedding"]
+    assert "model_metadata" not in info
+    kind = (await pairs.get("/info")).json["model_type"]
+    assert kind == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+
+
 async def test_a_full_queue_is_told_as_overload() -> None:
     async with http_client(batching={"max_queue_requests": 1}) as client:
         client.server.backend.hold()

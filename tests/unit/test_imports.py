@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.encodings",
         "server.observation",
         "server.options",
+        "server.scheduler",
         "server.service",
         "server.similarity",
         "server.state",

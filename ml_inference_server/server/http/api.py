@@ -1,12 +1,15 @@
 """All HTTP routes of the dialects, as the sidecar takes them."""
 
+from typing import Any
+
 from aiohttp import web
 
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.http import cohere, openai, tei
+from ml_inference_server.server.http import cohere, openai, openapi, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
+from ml_inference_server.server.http.tei_answers import info as tei_info
 from ml_inference_server.server.state import ServerState
 
 # Whose form the errors of a path have, those included that no route answers; below it where it ends with a slash.
@@ -17,16 +20,25 @@ _FORMS: dict[str, Dialect] = {
     **dict.fromkeys(tei.PATHS, TEI),
 }
 
+# As the sidecar's own routes write an error.
+_OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
+
 
 class HttpApi:
     def __init__(self, state: ServerState, calls: Calls) -> None:
+        self._state = state
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
+        openapi.add_routes(self._endpoints, _OWN)
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Put the routes beside those that `router` has."""
         self._endpoints.add_to(router)
+
+    def info(self) -> dict[str, Any]:
+        """What clients of the dialects look for in /info, beside what the server tells of itself."""
+        return tei_info(self._state)
 
     def takes_body(self, request: web.Request) -> bool:
         """Whether one of these routes takes this request with its body."""

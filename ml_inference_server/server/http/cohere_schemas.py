@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from ml_inference_server.server.http.endpoint import Schema
+from ml_inference_server.server.http.endpoint import Schema, example
 from ml_inference_server.server.http.text_fields import Texts, json_type
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -53,6 +53,8 @@ class CohereInput(Schema):
 
 
 class CohereEmbedRequest(_CohereRequest):
+    model_config = example(texts=["cells are the unit of life"], input_type="search_document")
+
     texts: Texts | None = None
     inputs: list[CohereInput] | None = Field(None, description="Instead of `texts`: each with one text as its content.")
     images: list[Any] | None = Field(None, description="Refused: this server embeds texts.")
@@ -75,6 +77,8 @@ class CohereSpans(Schema):
 
 
 class CohereRerankRequest(_CohereRequest):
+    model_config = example(query="what is a cell", documents=["a bank", "the unit of life"])
+
     query: str
     documents: Documents
     top_n: Count | None = Field(None, description="Left out: all.")

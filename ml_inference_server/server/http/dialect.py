@@ -19,7 +19,7 @@ class Refusal:
     field: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dialect:
     """body: a refusal as this dialect writes it. statuses: by reason, where they differ from server/status.py.
 

@@ -28,6 +28,11 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), strict=True)
 
 
+def example(**body: Any) -> ConfigDict:
+    """For a schema's `model_config`: a body that works, which the page of the API fills in."""
+    return ConfigDict(json_schema_extra={"example": body})
+
+
 S = TypeVar("S", bound=Schema)
 Run = Callable[[S, Call], Awaitable[Reply[HttpAnswer]]]
 

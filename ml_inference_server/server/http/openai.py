@@ -12,7 +12,8 @@ from ml_inference_server.server.call import Call
 from ml_inference_server.server.encodings import EncodedRows, Encoding, encode_rows
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, json_list, written
 from ml_inference_server.server.http.dialect import Dialect, Refusal
-from ml_inference_server.server.http.endpoint import Endpoints, Schema
+from ml_inference_server.server.http.endpoint import Endpoints, Schema, example
+from ml_inference_server.server.http.text_fields import OneOrMoreTexts
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.options import EmbedOptions, Overflow
 from ml_inference_server.server.service import Answer
@@ -48,13 +49,17 @@ def _no_token_ids(value: Any) -> Any:
 
 
 class EmbeddingsRequest(Schema):
-    """The fields behind `user` are ours: clients pass them in `extra_body`."""
+    """The fields behind user are this server's own: clients pass them in extra_body."""
 
-    input: Annotated[str | list[str], BeforeValidator(_no_token_ids)]
-    model: str = Field(max_length=1024)
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    user: str | None = None
+    model_config = example(input=["what is a cell"], model="all-MiniLM-L6-v2", input_type="query")
+
+    input: Annotated[OneOrMoreTexts, BeforeValidator(_no_token_ids)]
+    model: str = Field(
+        max_length=1024, description="A name that GET /v1/models lists, perhaps with a role: name:query."
+    )
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of the numbers, little endian.")
+    dimensions: int | None = Field(None, description="Keep so many numbers of each vector.")
+    user: str | None = Field(None, description="Changes nothing.")
     input_type: str | None = Field(None, description="What the texts are for: query or document.")
     task: str | None = Field(None, description="Another name of input_type.")
     prompt_name: str | None = Field(None, description="One of the model's own prompts.")
@@ -70,7 +75,7 @@ class OpenAi:
 
     async def embeddings(self, request: EmbeddingsRequest, call: Call) -> Reply[HttpAnswer]:
         service = self._state.require_model().service
-        texts = [request.input] if isinstance(request.input, str) else request.input
+        texts = request.input
         if request.input_type and request.task and request.input_type != request.task:
             message = "says another thing than input_type: send one of them"
             raise InvalidRequest(f"task: {message}", violations=[("task", message)])

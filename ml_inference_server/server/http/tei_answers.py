@@ -4,7 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_inference_server import __version__
 from ml_inference_server.server.http.dialect import Dialect, Refusal
+from ml_inference_server.server.scheduler import batch_limits
+from ml_inference_server.server.service import TOKENIZE_THREADS
+from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.stages import Stamps
 
 # What a model of one output calls it, where its files give it no other name.
@@ -60,6 +64,34 @@ def _worded(refusal: Refusal) -> str:
 
 
 DIALECT = Dialect("TEI", _error, _STATUSES, fields={"texts": "inputs", "pairs": "inputs", "documents": "texts"})
+
+
+def info(state: ServerState) -> dict[str, Any]:
+    """The keys of TEI's /info; none of them while there is no model."""
+    model = state.model
+    if model is None:
+        return {}
+    settings, found = state.settings, model.info
+    kind: dict[str, Any] = {"embedding": {"pooling": model.described.pooling or None}}
+    if found.task == "cross_encoder":
+        kind = {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}}
+    return {
+        "model_id": model.service.names.served,
+        "served_model_name": model.service.names.served,
+        "model_sha": found.model_sha256 or None,
+        "model_dtype": found.dtype,
+        "model_type": kind,
+        "max_concurrent_requests": settings.batching.max_queue_requests,
+        "max_input_length": found.max_tokens,
+        "max_batch_tokens": batch_limits(settings.batching, found).max_batch_tokens,
+        "max_batch_requests": settings.batching.max_batch_size,
+        "max_client_batch_size": settings.server.max_texts,
+        "auto_truncate": True,
+        "tokenization_workers": TOKENIZE_THREADS,
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }
 
 
 def timing_headers(stamps: Stamps, device: str, characters: int, tokens: int) -> dict[str, str]:

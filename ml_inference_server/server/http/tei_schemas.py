@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from ml_inference_server.server.http.endpoint import Schema
+from ml_inference_server.server.http.endpoint import Schema, example
 from ml_inference_server.server.http.text_fields import OneOrMoreTexts, Texts, json_type
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -19,6 +19,8 @@ class TeiCut(Schema):
 
 
 class TeiEmbedRequest(TeiCut):
+    model_config = example(inputs=["what is a cell"])
+
     inputs: OneOrMoreTexts
     prompt_name: str | None = None
     normalize: bool = True
@@ -26,6 +28,8 @@ class TeiEmbedRequest(TeiCut):
 
 
 class TeiRerankRequest(TeiCut):
+    model_config = example(query="what is a cell", texts=["a bank", "the unit of life"])
+
     query: str
     texts: Texts
     raw_scores: bool = False
@@ -42,6 +46,8 @@ class TeiSimilarityParameters(TeiCut):
 
 
 class TeiSimilarityRequest(Schema):
+    model_config = example(inputs={"source_sentence": "what is a cell", "sentences": ["a bank", "the unit of life"]})
+
     inputs: TeiSentences
     parameters: TeiSimilarityParameters | None = None
 
@@ -82,11 +88,15 @@ _PREDICT_SCHEMA = {"anyOf": [_TEXT, _SEQUENCE, {"type": "array", "items": _SEQUE
 
 
 class TeiPredictRequest(TeiCut):
+    model_config = example(inputs=["what is a cell", "the unit of life"])
+
     inputs: Annotated[PredictInputs, BeforeValidator(_predict_inputs), WithJsonSchema(_PREDICT_SCHEMA)]
     raw_scores: bool = False
 
 
 class TeiTokenizeRequest(Schema):
+    model_config = example(inputs=["what is a cell"])
+
     inputs: OneOrMoreTexts
     add_special_tokens: bool = True
     prompt_name: str | None = None
@@ -117,5 +127,7 @@ _IDS_SCHEMA = {"anyOf": [_IDS, {"type": "array", "items": _IDS}]}
 
 
 class TeiDecodeRequest(Schema):
+    model_config = example(ids=[[101, 2054, 102]])
+
     ids: Annotated[list[list[int]], BeforeValidator(_token_ids), WithJsonSchema(_IDS_SCHEMA)]
     skip_special_tokens: bool = True
