@@ -83,10 +83,10 @@ class Client:
         """(texts, dimension) float32, in the order of the texts; any number of them.
 
         prompt_name: one of the model's own prompts, "query" say; None: its default. input_type: query or document, or
-        another word of docs/http.md, in place of a prompt's name. truncate: cut what is longer than the model's limit;
-        False refuses it. overflow: what happens to it instead: cut, cut_left (its end is kept), refuse, chunk (the mean
-        of its windows). dimensions: keep so many numbers of each vector. expect_space_id: SpaceMismatchError where the
-        vectors would be of another space. on_reply: called for each message of the answer.
+        another word of docs/options.md, in place of a prompt's name. truncate: cut what is longer than the model's
+        limit; False refuses it. overflow: what happens to it instead: cut, cut_left (its end is kept), refuse, chunk
+        (the mean of its windows). dimensions: keep so many numbers of each vector. expect_space_id: SpaceMismatchError
+        where the vectors would be of another space. on_reply: called for each message of the answer.
         """
         arguments = EmbedArguments(
             prompt_name=prompt_name,
