@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_inference_server.metrics.exposition import Series
 from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_loop_lags, fold_requests, fold_tokenized
+from ml_inference_server.metrics.model_figures import ModelFigures, model_figures
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
 from ml_inference_server.metrics.table import METHODS
@@ -34,6 +35,7 @@ class Metrics:
         self.tracer: Tracer | None = None
         self._clock = clock
         self._start_s = clock()
+        self._last_batch_s: float | None = None
         self._window_s = window_s
         self._window = SlidingWindow(window_s, self._start_s)
         self._system = SystemSampler(self._start_s)
@@ -112,6 +114,7 @@ class Metrics:
             self._series.numbers["mlis_batches_total"][closed_by, "error"] += 1
             return
         self._open_slot()
+        self._last_batch_s = self._clock()
         self._batches += (texts, tokens, padded_tokens, compute_s, closed_by)
         self._waits_s += queue_s
         self._lengths += lengths
@@ -186,6 +189,13 @@ class Metrics:
             **snapshot(self._window.view(now_s), self._window.covered_s(now_s), self.gauges()),
             "totals": totals(self._series.numbers),
         }
+
+    def model_figures(self) -> ModelFigures:
+        """What the model did since the start."""
+        now_s = self._clock()
+        self._settle(now_s)
+        last_s = self._last_batch_s
+        return model_figures(self._series, 0.0 if last_s is None else time.time() - (now_s - last_s))
 
     def gauges(self) -> Gauges:
         """What holds at this moment."""

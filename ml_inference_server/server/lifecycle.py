@@ -13,10 +13,13 @@ from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.health import watch_health
 from ml_inference_server.server.http.api import HttpApi
+from ml_inference_server.server.open_inference import OpenInference
 from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model
 from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.native import NativeServicer
+from ml_inference_server.server.rpc.open_inference import OpenInferenceServicer
+from ml_inference_server.server.rpc.tei import TeiServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
 
@@ -94,7 +97,13 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING."""
     settings = state.settings.server
-    grpc_server = await start_grpc(settings, NativeServicer(state, metrics, MethodHandlers(calls)))
+    open_inference = OpenInference(state, metrics)
+    servicers = (
+        NativeServicer(state, metrics, MethodHandlers(calls)),
+        OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
+        TeiServicer(state, calls),
+    )
+    grpc_server = await start_grpc(settings, servicers)
     log.info("gRPC on %s:%d", settings.host, grpc_server.port)
     try:
         yield grpc_server
@@ -112,7 +121,7 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
         server_info=state.as_dict,
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
-        api=HttpApi(state, calls),
+        api=HttpApi(state, calls, metrics),
     )
     port = await sidecar.start()
     log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)

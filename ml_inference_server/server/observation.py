@@ -20,13 +20,17 @@ M = TypeVar("M", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Reply(Generic[M]):
-    """An answer to send, and what it answers: texts embedded or pairs scored, texts cut, and the stage timestamps."""
+    """An answer to send, and what it answers: texts embedded or pairs scored, texts cut, and the stage timestamps.
+
+    metadata: what gRPC sends before the answer.
+    """
 
     message: M
     texts: int = 0
     pairs: int = 0
     truncated: int = 0
     stamps: Stamps | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class Observation:

@@ -154,6 +154,11 @@ class DynamicBatcher:
         return self._runner.failures_in_a_row
 
     @property
+    def max_batch_tokens(self) -> int:
+        """Padded tokens in one batch, at most."""
+        return self._queue.limits.max_batch_tokens
+
+    @property
     def trouble(self) -> str:
         """Why no batch can run now; empty if one can."""
         return self._worker.trouble

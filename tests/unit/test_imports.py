@@ -57,6 +57,13 @@ ALLOWED: dict[str, set[str]] = {
         "metrics",
         "proto",
         "utils",
+        "server.answer_headers",
+        "server.field_names",
+        "server.open_inference",
+        "server.ready_model",
+        "server.similarity",
+        "server.tensors",
+        "server.vocabulary",
     },
     "server.http": {
         "server.call",
@@ -70,6 +77,10 @@ ALLOWED: dict[str, set[str]] = {
         "server.state",
         "server.status",
         "utils",
+        "server.field_names",
+        "server.open_inference",
+        "server.tensors",
+        "metrics",
     },
     "server.lifecycle": {
         "server.health",
@@ -81,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "backends.startup.resolve",
         "metrics",
         "utils",
+        "server.open_inference",
     },
     "server.serve": {"server.health", "server.lifecycle", "utils"},
     # Upwards: the types of a result, load, target, result, measure, report, the commands, studies.

@@ -4,8 +4,9 @@ from typing import Any
 
 from aiohttp import web
 
+from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.http import cohere, openai, openapi, tei
+from ml_inference_server.server.http import cohere, open_inference, openai, openapi, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
@@ -18,6 +19,7 @@ _FORMS: dict[str, Dialect] = {
     "/embeddings": openai.DIALECT,
     **{f"/v{version}/{name}": cohere.DIALECT for version in (1, 2) for name in ("embed", "rerank")},
     **dict.fromkeys(tei.PATHS, TEI),
+    **dict.fromkeys(("/v2", "/v2/"), open_inference.DIALECT),
 }
 
 # As the sidecar's own routes write an error.
@@ -25,11 +27,12 @@ _OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status,
 
 
 class HttpApi:
-    def __init__(self, state: ServerState, calls: Calls) -> None:
+    def __init__(self, state: ServerState, calls: Calls, metrics: Metrics) -> None:
         self._state = state
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
+        open_inference.add_routes(self._endpoints, state, metrics)
         openapi.add_routes(self._endpoints, _OWN)
 
     def add_to(self, router: web.UrlDispatcher) -> None:

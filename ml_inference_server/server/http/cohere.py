@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.http.answer import HttpAnswer, written
+from ml_inference_server.server.http.answer import HttpAnswer, as_numbers, written
 from ml_inference_server.server.http.cohere_answers import (
     answer_meta,
     document_texts,
@@ -75,7 +75,7 @@ class Cohere:
         meta |= {"space_id": answer.space_id, "prompt_name": answer.prompt_name}
         name, types = model.service.names.served, request.embedding_types
         body = await written(
-            answer.values.size * len(types or "1"),
+            answer.values.size * len(types or "1") + as_numbers(texts),
             lambda: embed_body(call.request_id, version, name, texts, answer.values, types, meta),
         )
         return Reply(
@@ -91,7 +91,9 @@ class Cohere:
             message = "no spans are found here: leave it out, or set its mode to disabled"
             raise InvalidRequest(f"relevant_spans: {message}", violations=[("relevant_spans", message)])
         texts = document_texts(request.documents, request.rank_fields)
-        documents = returned_documents(request.documents) if request.return_documents else None
+        documents = None
+        if request.return_documents:
+            documents = await written(as_numbers(texts), lambda: returned_documents(request.documents))
         options = RerankOptions(model=request.model or "", max_document_tokens=request.max_tokens_per_doc)
         ranking = await model.service.rerank(request.query, texts, request.top_n or 0, call, options)
         raw = np.array([score for _, score in ranking.ranks], np.float32)
@@ -103,7 +105,11 @@ class Cohere:
         warnings = [*ranking.warnings, *rerank_warnings(request)]
         billed = {"search_units": search_units(len(texts))}
         meta = answer_meta(version, billed, ranking.tokens, ranking.lengths, warnings)
-        body = rerank_body(call.request_id, model.service.names.served, results, ranking.tokens, meta)
+        name = model.service.names.served
+        body = await written(
+            2 * len(results) + (as_numbers(texts) if documents is not None else 0),
+            lambda: rerank_body(call.request_id, name, results, ranking.tokens, meta),
+        )
         return Reply(HttpAnswer(body), pairs=len(texts), truncated=ranking.truncated, stamps=ranking.stamps)
 
 

@@ -1,10 +1,10 @@
 """What one family of routes has of its own: the form of its errors, its statuses, and its names of fields."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ml_inference_server.server.field_names import renamed
 from ml_inference_server.server.status import status_of
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
@@ -35,13 +35,6 @@ class Dialect:
         status = self.statuses.get(error.reason, status_of(error).http)
         message, at = str(error), ""
         if isinstance(error, InvalidRequest):
-            at = self._renamed(error.violations[0][0]) if error.violations else ""
-            message = self._renamed(message)
+            at = renamed(error.violations[0][0], self.fields) if error.violations else ""
+            message = renamed(message, self.fields)
         return Refusal(status, error.reason, message, at)
-
-    def _renamed(self, text: str) -> str:
-        """`text` begins with the path of a field."""
-        name = re.match(r"[a-z_]+", text)
-        if name is None or name[0] not in self.fields:
-            return text
-        return self.fields[name[0]] + text[name.end() :]

@@ -18,6 +18,7 @@ from ml_inference_server.server.observation import Reply, expected
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
 _NOT_STORED = {"Cache-Control": "no-store"}
+_JSON_ONLY = ("application/json",)
 _TIMEOUT_HEADER = "x-request-timeout-ms"
 _MOST_TIMEOUT_MS = 86_400_000
 
@@ -123,11 +124,17 @@ class Endpoints:
         run: Callable[[bytes, web.Request, Call], Awaitable[Reply[HttpAnswer]]],
         summary: str,
         schema: type[Schema] | None = None,
+        *,
+        content_types: Sequence[str] = (),
     ) -> None:
-        """As `work`, for a body that is not JSON alone, or that has to be looked into before its schema is known."""
+        """As `work`, for a body that is not JSON alone, or that has to be looked into before its schema is known.
+
+        content_types: of its bodies; none given: JSON where there is a schema, else any.
+        """
+        taken = content_types or (_JSON_ONLY if schema is not None else ())
 
         async def handle(request: web.Request) -> web.Response:
-            call, body = await self._begin(request, json_only=schema is not None)
+            call, body = await self._begin(request, taken)
             with self._calls.observe(metric, call) as observed:
                 reply = await run(body, request, observed.call)
                 observed.reply = reply
@@ -184,10 +191,11 @@ class Endpoints:
             timeout_s=_timeout_s(request.headers.get(_TIMEOUT_HEADER)),
         )
 
-    async def _begin(self, request: web.Request, *, json_only: bool = True) -> tuple[Call, bytes]:
+    async def _begin(self, request: web.Request, content_types: Sequence[str] = _JSON_ONLY) -> tuple[Call, bytes]:
+        """content_types: none refuses none."""
         call = self._call(request)
-        if json_only and request.content_type != "application/json":
-            raise BodyRefused(415, "the body must be JSON: send it with Content-Type: application/json")
+        if content_types and request.content_type not in content_types:
+            raise BodyRefused(415, f"send the body with Content-Type: {' or '.join(content_types)}")
         return call, await read_body(request, self._max_body_bytes)
 
 

@@ -101,7 +101,7 @@ def _operation(route: Route) -> dict[str, Any]:
         ]
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in _schemas(route)]
     if references:
-        schema = references[0] if len(references) == 1 else {"oneOf": references}
+        schema = references[0] if len(references) == 1 else {"anyOf": references}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation
 

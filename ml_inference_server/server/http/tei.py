@@ -9,7 +9,14 @@ from aiohttp import web
 from numpy.typing import NDArray
 
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, json_list, length_headers, written
+from ml_inference_server.server.http.answer import (
+    HttpAnswer,
+    as_numbers,
+    json_bytes,
+    json_list,
+    length_headers,
+    written,
+)
 from ml_inference_server.server.http.endpoint import Endpoints, HttpWork
 from ml_inference_server.server.http.tei_answers import DIALECT, LABEL, timing_headers, warning_headers
 from ml_inference_server.server.http.tei_schemas import (
@@ -68,7 +75,10 @@ class Tei:
             text = {"text": request.texts[index]} if request.return_text else {}
             ranks.append({"index": index, **text, "score": score})
         headers = _headers(model.info.device, ranking, [*request.texts, *([request.query] * len(request.texts))])
-        return _reply(json_list(ranks), headers, ranking, pairs=len(request.texts))
+        body = await written(
+            len(ranks) + (as_numbers(request.texts) if request.return_text else 0), lambda: json_list(ranks)
+        )
+        return _reply(body, headers, ranking, pairs=len(request.texts))
 
     async def similarity(self, request: TeiSimilarityRequest, call: Call) -> Reply[HttpAnswer]:
         """The cosine, whatever the model compares with: that is what is promised."""

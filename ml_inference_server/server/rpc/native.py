@@ -16,14 +16,13 @@ from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.status import grpc_code
+from ml_inference_server.server.rpc.streams import MAX_STREAM_IN_FLIGHT, next_or_none
 from ml_inference_server.server.service import Answered
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError, Unavailable
 from ml_inference_server.utils.stages import wire_us
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-# Unanswered requests of one stream; beyond it the server stops reading, which the client feels as flow control.
-MAX_STREAM_IN_FLIGHT = 64
 # Bytes of an answer: a rank (its index below 65,536), what is told of the length of a text, and all that does not grow
 # with it.
 _RANK_BYTES, _LENGTHS_BYTES, _REST_BYTES = 11, 9, 1024
@@ -55,20 +54,21 @@ class NativeServicer:
         self._metrics = metrics
         self._handlers = handlers
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Built by hand and not by the generated code, whose deserialiser answers UNKNOWN to a broken message."""
         make = self._handlers
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Embed": make.work("Embed", pb.EmbedRequest, self.embed),
-                "EmbedStream": make.stream(pb.EmbedStreamRequest, self.embed_stream),
-                "Score": make.work("Score", pb.ScoreRequest, self.score),
-                "Rerank": make.work("Rerank", pb.RerankRequest, self.rerank),
-                "GetMetrics": make.question("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
-                "GetServerInfo": make.question("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
-            },
-        )
+        methods = {
+            "Embed": make.work("Embed", pb.EmbedRequest, self.embed),
+            "EmbedStream": make.stream(pb.EmbedStreamRequest, self.embed_stream),
+            "Score": make.work("Score", pb.ScoreRequest, self.score),
+            "Rerank": make.work("Rerank", pb.RerankRequest, self.rerank),
+            "GetMetrics": make.question("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
+            "GetServerInfo": make.question("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
+        }
+        return [grpc.method_handlers_generic_handler(SERVICE, methods)]
+
+    def services(self) -> dict[str, bool]:
+        return {SERVICE: True}
 
     async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply[pb.EmbedResponse]:
         model, count = self._state.require_model(), len(request.texts)
@@ -150,7 +150,7 @@ class NativeServicer:
         draining = asyncio.create_task(self._state.draining.wait())
         try:
             async with asyncio.TaskGroup() as group:
-                while (message := await _next_or_none(messages, draining)) is not None:
+                while (message := await next_or_none(messages, draining)) is not None:
                     await free.acquire()
                     group.create_task(answer_and_make_room(message))
         except BaseExceptionGroup as errors:
@@ -227,16 +227,6 @@ class NativeServicer:
             space_ids=info["space_ids"],
             models=info["models"],
         )
-
-
-async def _next_or_none(messages: AsyncIterator[Any], draining: asyncio.Task[Any]) -> Any:
-    """The next message; None at the end of the stream or when the server drains."""
-    following = asyncio.ensure_future(anext(messages, None))
-    try:
-        await asyncio.wait({following, draining}, return_when=asyncio.FIRST_COMPLETED)
-        return following.result() if following.done() else None
-    finally:
-        following.cancel()
 
 
 def _overflow(request: Any) -> Overflow:

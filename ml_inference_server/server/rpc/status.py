@@ -1,9 +1,13 @@
 """An error as gRPC carries it: code, text, rich details and hints."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from ml_inference_server.server.field_names import renamed
 from ml_inference_server.server.status import status_of
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
@@ -21,9 +25,37 @@ def status_text(error: ServiceError) -> str:
     return printable[:MAX_MESSAGE_BYTES]
 
 
-def trailing_metadata(error: ServiceError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
-    """Rich error details: ErrorInfo always, BadRequest for input faults, RetryInfo and pushback where waiting helps."""
-    status = status_pb2.Status(code=grpc_code(error).value[0], message=status_text(error))
+@dataclass(frozen=True)
+class RpcDialect:
+    """What a foreign protocol has of its own in errors.
+
+    codes: by reason, where they differ from server/status.py. fields: what it calls the service's fields.
+    """
+
+    codes: Mapping[str, grpc.StatusCode] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def code(self, error: ServiceError) -> grpc.StatusCode:
+        return self.codes.get(error.reason, grpc_code(error))
+
+    def in_its_words(self, error: ServiceError) -> ServiceError:
+        if not self.fields or not isinstance(error, InvalidRequest):
+            return error
+        violations = [(renamed(at, self.fields), what) for at, what in error.violations]
+        return InvalidRequest(renamed(str(error), self.fields), reason=error.reason, violations=violations)
+
+
+OWN_WIRE = RpcDialect()
+
+
+def trailing_metadata(
+    error: ServiceError, request_id: str, code: grpc.StatusCode | None = None
+) -> tuple[tuple[str, str | bytes], ...]:
+    """Rich error details: ErrorInfo always, BadRequest for input faults, RetryInfo and pushback where waiting helps.
+
+    code: where it is another than that of the table.
+    """
+    status = status_pb2.Status(code=(code or grpc_code(error)).value[0], message=status_text(error))
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id})
     status.details.add().Pack(info)
     if isinstance(error, InvalidRequest) and error.violations:

@@ -87,7 +87,7 @@ function routeBox(api, path, method, operation) {
   summary.append(made("span", method.toUpperCase(), "method"), made("code", path), made("span", operation.summary, "what"));
   box.append(summary);
   const schema = operation.requestBody?.content["application/json"]?.schema;
-  for (const each of schema?.oneOf ?? (schema ? [schema] : [])) {
+  for (const each of schema?.anyOf ?? (schema ? [schema] : [])) {
     const found = resolved(api, each);
     box.append(made("h3", found.description ?? "Body"), fieldTable(api, found));
     if (found.example) box.append(tryForm(path, found.example));
