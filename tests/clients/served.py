@@ -64,8 +64,8 @@ class Served:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def script(self, clients: Environment, name: str) -> Any:
-        return self.run(clients.python, HERE / "scripts" / name)
+    def script(self, clients: Environment, name: str, *arguments: str) -> Any:
+        return self.run(clients.python, HERE / "scripts" / name, *arguments)
 
     @contextlib.contextmanager
     def _stub(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The OpenAI packages for Python and for Node, and LangChain, which goes through the first."""
+"""The OpenAI packages for Python and for Node."""
 
 from typing import Any
 
@@ -68,11 +68,3 @@ def test_errors_arrive_as_the_packages_own_exceptions(python: Any, node: Any) ->
     assert python["unknown_model_card"]["class"] == "NotFoundError"
     assert python["nothing"]["class"] == "BadRequestError"
     assert python["too_wide"]["class"] == "BadRequestError"
-
-
-def test_langchain_gets_the_vectors_of_embed(clients: Environment, embedder: Served) -> None:
-    answers = embedder.script(clients, "use_langchain.py")
-    expected = embedder.embed(TEXTS)
-    same_bits(answers["many"], expected)
-    same_bits(answers["query"], expected[:1])
-    same_bits(answers["at_once"], expected)
