@@ -94,38 +94,42 @@ def _build(made: Environment) -> None:
         _run(bar, "venv", sys.executable, "-m", "venv", made.folder)
         # Modules are compiled when a script first imports them: most never are.
         install = ["install", "--no-compile", "--disable-pip-version-check", "--no-input", "--retries", "2"]
-        _run(bar, REQUIREMENTS.name, made.python, "-I", "-m", "pip", *install, "-r", REQUIREMENTS)
+        _run(bar, _shown(REQUIREMENTS), made.python, "-I", "-m", "pip", *install, "-r", REQUIREMENTS)
         made.node_folder.mkdir()
         shutil.copy(NODE_PACKAGE, made.node_folder)
         quiet = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
-        _run(bar, NODE_PACKAGE.name, *made.npm, "install", "--prefix", made.node_folder, *quiet)
+        _run(bar, _shown(NODE_PACKAGE), *made.npm, "install", "--prefix", made.node_folder, *quiet)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(HERE))
 
 
 def _run(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
     """A child within the time limit; each package that it collects moves the bar."""
     last = "it said nothing"
-    child = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env(), start_new_session=True
-    )
+    ) as child:
 
-    def end() -> None:
-        """With its own children, which would hold the pipe open."""
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+        def end() -> None:
+            """With its own children, which would hold the pipe open."""
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
 
-    limit = threading.Timer(BUILD_LIMIT_S, end)
-    limit.start()
-    try:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.strip() and not last.startswith("ERROR"):
-                last = line.strip()
-            if line.startswith("Collecting "):
-                bar.update()
-        code = child.wait()
-    finally:
-        limit.cancel()
-        end()
+        limit = threading.Timer(BUILD_LIMIT_S, end)
+        limit.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.strip() and not last.startswith("ERROR"):
+                    last = line.strip()
+                if line.startswith("Collecting "):
+                    bar.update()
+            code = child.wait()
+        finally:
+            limit.cancel()
+            end()
     if code < 0:
         raise ClientsMissing(f"installing {title} took longer than {BUILD_LIMIT_S} s; the last line was: {last}")
     if code:
