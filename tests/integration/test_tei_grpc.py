@@ -64,7 +64,7 @@ async def test_a_long_text_is_refused_unless_truncate_says_otherwise(server: Fak
     error = await refusal(stub(server, "Embed").Embed(embed(LONG)))
     assert error.code() is Code.INVALID_ARGUMENT
     assert told(error) == ("TEXT_TOO_LONG", ["inputs[0]"])
-    assert (error.details() or "").startswith("inputs[0]: ")
+    assert (error.details() or "").startswith("Input validation error: inputs[0]: ")
     call = stub(server, "Embed").Embed(embed(LONG, truncate=True))
     np.testing.assert_array_equal(np.float32((await call).embeddings), fake_embedding(LONG))
     assert dict(await call.initial_metadata())["x-truncated-texts"] == "1"
@@ -76,8 +76,9 @@ async def test_dimensions_and_normalize(server: FakeServer) -> None:
     reply = await server.stub.Embed(own.EmbedRequest(texts=["a"], dimensions=4))
     assert np.float32(small.embeddings).tobytes() == reply.embeddings
     for normalize in (True, False):  # the fake model's vectors have length 1 whatever is asked
-        answer = await stub(server, "Embed").Embed(embed("a", normalize=normalize))
-        np.testing.assert_array_equal(np.float32(answer.embeddings), fake_embedding("a"))
+        call = stub(server, "Embed").Embed(embed("a", normalize=normalize))
+        np.testing.assert_array_equal(np.float32((await call).embeddings), fake_embedding("a"))
+        assert ("x-warnings" in dict(await call.initial_metadata())) is not normalize
 
 
 EMBED_FAULTS: list[tuple[str, pb.EmbedRequest, str, list[str]]] = [
@@ -119,6 +120,7 @@ async def test_overload_is_refused_at_once_with_a_hint() -> None:
         await until(lambda: server.model.admission.requests == 1)
         error = await refusal(stub(server, "Embed").Embed(embed("b")))
         assert (error.code(), told(error)[0]) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert (error.details() or "").startswith("Model is overloaded")
         assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
         server.backend.release()
         await held
@@ -193,16 +195,19 @@ async def test_an_idle_rerank_stream_ends_at_the_servers_own_deadline() -> None:
 
 
 async def test_rerank_refuses_by_its_own_fields(server: FakeServer) -> None:
-    for request, reason, fields in (
-        (pb.RerankRequest(query="q"), "EMPTY_REQUEST", ["texts"]),
-        (pb.RerankRequest(texts=["a"]), "EMPTY_TEXT", ["query"]),
-        (pb.RerankRequest(query="q", texts=["a", ""]), "EMPTY_TEXT", ["texts[1]"]),
-        (pb.RerankRequest(query="q", texts=["a", LONG]), "TEXT_TOO_LONG", ["texts[1]"]),
-        (pb.RerankRequest(query="q", texts=["a"] * 1025), "TOO_MANY_TEXTS", ["texts"]),
-    ):
+    wrong = "Input validation error: "
+    for request, reason, field, said in (
+        (pb.RerankRequest(query="q"), "EMPTY_REQUEST", "texts", "`texts` cannot be empty"),
+        (pb.RerankRequest(texts=["a"]), "EMPTY_TEXT", "query", f"{wrong}query: text is empty"),
+        (pb.RerankRequest(query="q", texts=["a", ""]), "EMPTY_TEXT", "texts[1]", f"{wrong}texts[1]: text is empty"),
+        (pb.RerankRequest(query="q", texts=["a", LONG]), "TEXT_TOO_LONG", "texts[1]", f"{wrong}texts[1]: "),
+        (pb.RerankRequest(query="q", texts=["a"] * 1025), "TOO_MANY_TEXTS", "texts",
+         "batch size 1025 > maximum allowed batch size 1024"),
+    ):  # fmt: skip
         error = await refusal(stub(server, "Rerank").Rerank(request))
         assert error.code() is Code.INVALID_ARGUMENT
-        assert told(error) == (reason, fields)
+        assert told(error) == (reason, [field])
+        assert (error.details() or "").startswith(said)
 
 
 async def test_an_embedding_model_predicts_nothing(server: FakeServer) -> None:

@@ -8,17 +8,17 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
+from ml_inference_server.server.answer_headers import length_headers, warning_headers
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import (
     HttpAnswer,
     as_numbers,
     json_bytes,
     json_list,
-    length_headers,
     written,
 )
 from ml_inference_server.server.http.endpoint import Endpoints, HttpWork
-from ml_inference_server.server.http.tei_answers import DIALECT, LABEL, timing_headers, warning_headers
+from ml_inference_server.server.http.tei_answers import DIALECT
 from ml_inference_server.server.http.tei_schemas import (
     TeiCut,
     TeiEmbedRequest,
@@ -32,6 +32,7 @@ from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOpt
 from ml_inference_server.server.service import Answered
 from ml_inference_server.server.similarity import probability, similarity
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.tei_words import LABEL, timing_headers
 from ml_inference_server.utils.errors import InvalidRequest, Unavailable, WrongTask
 
 # All of this dialect, but for the root, which is also the page's.

@@ -12,7 +12,7 @@ import numpy as np
 
 from ml_inference_server import __version__
 from ml_inference_server.proto.foreign import tei_pb2 as pb
-from ml_inference_server.server.answer_headers import length_headers, timing_headers
+from ml_inference_server.server.answer_headers import length_headers, warning_headers
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.observation import Reply
@@ -24,15 +24,14 @@ from ml_inference_server.server.rpc.status import RpcDialect
 from ml_inference_server.server.service import TOKENIZE_THREADS, Answered
 from ml_inference_server.server.similarity import probability
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.tei_words import FIELDS, LABEL, timing_headers, worded
 from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
 _SERVICES = pb.DESCRIPTOR.services_by_name
-_LABEL = "LABEL_0"
-"""The one class of a cross-encoder, by transformers' name for classes without a name."""
-
 _DIALECT = RpcDialect(
     codes=dict.fromkeys(("BACKEND_ERROR", "NON_FINITE_OUTPUT"), grpc.StatusCode.FAILED_PRECONDITION),
-    fields={"texts": "inputs", "pairs": "inputs", "documents": "texts"},
+    fields=FIELDS,
+    worded=worded,
 )
 _NO_SPARSE = "this model has no sparse vectors: use Embed"
 _ONE_VECTOR = "this server answers with one vector for a text, not one for each token: use Embed"
@@ -142,7 +141,7 @@ class TeiServicer:
         score = float(_scores(model, answer.values, raw=request.raw_scores)[0])
         characters = len(pair[0]) + len(pair[1])
         message = pb.PredictResponse(
-            predictions=[pb.Prediction(score=score, label=_LABEL)],
+            predictions=[pb.Prediction(score=score, label=LABEL)],
             metadata=_metadata(answer, characters, answer.tokens),
         )
         return _pairs_reply(message, model, answer, characters, pairs=1)
@@ -211,7 +210,7 @@ def _ns(seconds: float) -> int:
 
 def _headers(model: ReadyModel, answer: Answered, characters: int) -> tuple[tuple[str, str], ...]:
     timing = timing_headers(answer.stamps, model.info.device, characters, answer.tokens)
-    return tuple((timing | length_headers(answer.lengths)).items())
+    return tuple((timing | length_headers(answer.lengths) | warning_headers(answer.warnings)).items())
 
 
 def _pairs_reply(message: Any, model: ReadyModel, answer: Answered, characters: int, *, pairs: int) -> Reply[Any]:
