@@ -197,6 +197,10 @@ class InferenceService:
             warnings=warnings,
         )
 
+    def check_count(self, field: str, count: int) -> None:
+        """InvalidRequest as the methods above raise it: for callers who make something of each item first."""
+        self._texts.check_count(field, count)
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,9 +1,12 @@
 """What the bodies of Cohere and TEI may hold, and the sentences for what they may not."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from ml_inference_server.server.http import api
+from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.cohere_answers import document_texts, embed_texts
 from ml_inference_server.server.http.cohere_schemas import CohereEmbedRequest, CohereRerankRequest
 from ml_inference_server.server.http.endpoint import Schema, validated
@@ -99,3 +102,38 @@ def test_every_schema_can_be_documented() -> None:
         assert schema.model_json_schema()["type"] == "object"
     inputs = TeiEmbedRequest.model_json_schema()["properties"]["inputs"]
     assert inputs["anyOf"] == [{"type": "string"}, {"items": {"type": "string"}, "type": "array"}]
+
+
+def collected_errors(schema: Any, place: str) -> Iterator[str]:
+    """Where pydantic would make an error of each wrong item, however many there are."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list" and not schema.get("fail_fast"):
+            yield from [place] if schema.get("items_schema", {"type": "any"})["type"] != "any" else []
+        if schema.get("type") == "dict" and schema.get("keys_schema", {"type": "any"})["type"] != "any":
+            yield place
+        for key, each in schema.items():
+            if key not in ("metadata", "serialization"):
+                yield from collected_errors(each, f"{place}.{key}")
+    elif isinstance(schema, list | tuple):
+        for each in schema:
+            yield from collected_errors(each, place)
+
+
+def test_no_list_collects_an_error_of_each_item() -> None:
+    """Of a body of millions of them, all memory and minutes of the event loop."""
+    assert api  # it brings all of them
+    schemas = [each for each in subclasses(Schema) if each.__module__.startswith("ml_inference_server.")]
+    assert len(schemas) >= 12
+    assert [place for each in schemas for place in collected_errors(each.__pydantic_core_schema__, each.__name__)] == []
+
+
+def subclasses(schema: type[Schema]) -> Iterator[type[Schema]]:
+    for each in schema.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
+def test_a_body_of_brackets_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(InvalidRequest, match="more than 1000000 opening brackets"):
+        parse_json(b'{"a": [' + b"[]," * 500_000 + b"{}," * 500_000 + b"1]}")
+    assert parse_json(b'{"a": "' + b"[" * 999_999 + b'"}')

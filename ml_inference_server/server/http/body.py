@@ -8,8 +8,12 @@ from aiohttp import web
 
 from ml_inference_server.utils.errors import InvalidRequest
 
-# From the first byte of a body to its last: a slow sender must not hold a connection for ever.
+# From the headers to the last byte of a body, and less where its caller has less time: a slow sender must not hold a
+# connection for ever.
 BODY_TIMEOUT_S = 30.0
+# Far more lists and objects than any request needs. Those of a large body that is made of nothing else would keep
+# Python's garbage collector, and with it all other requests, busy for many seconds.
+_MOST_BRACKETS = 1_000_000
 
 
 class BodyRefused(Exception):
@@ -20,10 +24,10 @@ class BodyRefused(Exception):
         self.status = status
 
 
-async def read_body(request: web.Request, most_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+async def read_body(request: web.Request, most_bytes: int, timeout_s: float) -> bytes:
     """All of it. BodyRefused for one that is too long (413), too slow (408) or compressed (415)."""
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding != "identity":
+    encodings = request.headers.getall("Content-Encoding", [])
+    if any(encoding.lower() != "identity" for encoding in encodings):
         raise BodyRefused(415, "compressed bodies are not taken: send it without Content-Encoding")
     told = request.content_length
     if told is not None and told > most_bytes:
@@ -38,7 +42,7 @@ async def read_body(request: web.Request, most_bytes: int, timeout_s: float = BO
                     raise _too_long(most_bytes)
                 chunks.append(chunk)
     except TimeoutError:
-        raise BodyRefused(408, f"the body did not arrive within {timeout_s:.0f} s") from None
+        raise BodyRefused(408, f"the body did not arrive within {round(timeout_s, 3):g} s") from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -53,6 +57,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     Python's own parser, because it can see a key that stands twice: the second would hide the first without a word.
     """
+    if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:
+        raise _malformed(f"the body has more than {_MOST_BRACKETS} opening brackets: send several requests")
     try:
         parsed = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError:

@@ -90,6 +90,7 @@ class Cohere:
         if request.relevant_spans is not None and request.relevant_spans.mode != "disabled":
             message = "no spans are found here: leave it out, or set its mode to disabled"
             raise InvalidRequest(f"relevant_spans: {message}", violations=[("relevant_spans", message)])
+        model.service.check_count("documents", len(request.documents))
         texts = document_texts(request.documents, request.rank_fields)
         documents = None
         if request.return_documents:

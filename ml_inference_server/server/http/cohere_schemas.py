@@ -6,7 +6,7 @@ there: a later client sends more.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, SkipValidation, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from ml_inference_server.server.http.endpoint import Schema, example
@@ -33,7 +33,9 @@ _DOCUMENTS_SCHEMA: dict[str, Any] = {
     "items": {"anyOf": [{"type": "string"}, {"type": "object"}]},
     "description": 'Strings, or objects with a "text"; their other keys come back with `return_documents`.',
 }
-Documents = Annotated[list[Document], BeforeValidator(_documents), WithJsonSchema(_DOCUMENTS_SCHEMA)]
+Documents = Annotated[
+    list[Annotated[Document, SkipValidation]], BeforeValidator(_documents), WithJsonSchema(_DOCUMENTS_SCHEMA)
+]
 
 
 class _CohereRequest(Schema):
@@ -49,20 +51,22 @@ class CohereContent(Schema):
 
 
 class CohereInput(Schema):
-    content: list[CohereContent]
+    content: Annotated[list[CohereContent], Field(fail_fast=True)]
 
 
 class CohereEmbedRequest(_CohereRequest):
     model_config = example(texts=["cells are the unit of life"], input_type="search_document")
 
     texts: Texts | None = None
-    inputs: list[CohereInput] | None = Field(None, description="Instead of `texts`: each with one text as its content.")
+    inputs: Annotated[list[CohereInput], Field(fail_fast=True)] | None = Field(
+        None, description="Instead of `texts`: each with one text as its content."
+    )
     images: list[Any] | None = Field(None, description="Refused: this server embeds texts.")
     input_type: str | None = Field(
         None,
         description="search_query, search_document, classification or clustering; query or document do as well.",
     )
-    embedding_types: list[EmbeddingType] | None = Field(
+    embedding_types: Annotated[list[EmbeddingType], Field(fail_fast=True)] | None = Field(
         None, description="Left out: float, which version 1 answers as a bare list."
     )
     output_dimension: Count | None = None

@@ -1,18 +1,19 @@
 """What all routes have in common: body, schema, call, observation, and the only way out with an error."""
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.http.answer import HttpAnswer
-from ml_inference_server.server.http.body import BodyRefused, parse_json, read_body
+from ml_inference_server.server.http.body import BODY_TIMEOUT_S, BodyRefused, parse_json, read_body
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.observation import Reply, expected
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
@@ -21,6 +22,8 @@ _NOT_STORED = {"Cache-Control": "no-store"}
 _JSON_ONLY = ("application/json",)
 _TIMEOUT_HEADER = "x-request-timeout-ms"
 _MOST_TIMEOUT_MS = 86_400_000
+# Parsed in a millisecond where it holds texts, in some ten where it holds as many small values as it can.
+_INLINE_BYTES = 65_536
 
 
 class Schema(BaseModel):
@@ -35,6 +38,7 @@ def example(**body: Any) -> ConfigDict:
 
 
 S = TypeVar("S", bound=Schema)
+T = TypeVar("T")
 Run = Callable[[S, Call], Awaitable[Reply[HttpAnswer]]]
 
 
@@ -52,7 +56,7 @@ class HttpWork(Generic[S]):
 class Route:
     """What is documented of a route. path: with {names}. schema: of its body; None where it has none.
 
-    others: further schemas of which its body may be instead.
+    others: further schemas of which its body may be instead. other_dialects: in whose form it may be refused as well.
     """
 
     method: str
@@ -61,6 +65,7 @@ class Route:
     summary: str
     schema: type[Schema] | None = None
     others: tuple[type[Schema], ...] = ()
+    other_dialects: tuple[Dialect, ...] = ()
 
 
 class Endpoints:
@@ -78,7 +83,8 @@ class Endpoints:
         async def handle(request: web.Request) -> web.Response:
             call, body = await self._begin(request)
             with self._calls.observe(metric, call) as observed:
-                reply = await run(validated(schema, parse_json(body)), observed.call)
+                content = await read(body, lambda: validated(schema, parse_json(body)))
+                reply = await run(content, observed.call)
                 observed.reply = reply
             return _response(reply.message, call)
 
@@ -93,28 +99,31 @@ class Endpoints:
         """
         first, *others = works
 
-        def chosen(body: bytes) -> tuple[HttpWork[Any], dict[str, Any] | InvalidRequest]:
+        def chosen(body: bytes) -> tuple[HttpWork[Any], Schema | InvalidRequest]:
+            work = first
             try:
                 content = parse_json(body)
-                return choose(content), content
+                work = choose(content)
+                return work, validated(work.schema, content)
             except InvalidRequest as error:
-                return first, error
+                return work, error
 
         async def handle(request: web.Request) -> web.Response:
             call, body = await self._begin(request)
-            work, content = chosen(body)
+            work, content = await read(body, lambda: chosen(body))
             try:
                 with self._calls.observe(work.metric, call) as observed:
                     if isinstance(content, InvalidRequest):
                         raise content
-                    reply = await work.run(validated(work.schema, content), observed.call)
+                    reply = await work.run(content, observed.call)
                     observed.reply = reply
             except ServiceError as error:
                 return refused(work.dialect, error)
             return _response(reply.message, call)
 
         schemas = tuple(other.schema for other in others)
-        self._add(Route("POST", path, first.dialect, summary, first.schema, schemas), handle)
+        dialects = tuple(other.dialect for other in others if other.dialect is not first.dialect)
+        self._add(Route("POST", path, first.dialect, summary, first.schema, schemas, dialects), handle)
 
     def raw_work(
         self,
@@ -163,7 +172,7 @@ class Endpoints:
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         for route, handler in zip(self.routes, self._handlers, strict=True):
-            router.add_route(route.method, route.path, handler)
+            router.add_route(route.method, route.path, handler, expect_handler=_expect_handler(route.dialect))
 
     def has(self, handler: object) -> bool:
         """Whether `handler` is one of these."""
@@ -196,7 +205,13 @@ class Endpoints:
         call = self._call(request)
         if content_types and request.content_type not in content_types:
             raise BodyRefused(415, f"send the body with Content-Type: {' or '.join(content_types)}")
-        return call, await read_body(request, self._max_body_bytes)
+        timeout_s = min(BODY_TIMEOUT_S, call.deadline - call.received_at)
+        return call, await read_body(request, self._max_body_bytes, timeout_s)
+
+
+async def read(body: bytes, parse: Callable[[], T]) -> T:
+    """`parse()` of that body, in a thread where the body is large: millions of small values take seconds."""
+    return parse() if len(body) <= _INLINE_BYTES else await asyncio.to_thread(parse)
 
 
 def validated(schema: type[S], body: dict[str, Any]) -> S:
@@ -207,6 +222,23 @@ def validated(schema: type[S], body: dict[str, Any]) -> S:
         wrong = [(_path(each["loc"]), _sentence(each["msg"])) for each in error.errors(include_url=False)]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", violations=wrong) from None
+
+
+def _expect_handler(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+    """As aiohttp's own, which refuses in a form of its own what it does not know."""
+
+    async def answer(request: web.Request) -> web.StreamResponse | None:
+        if request.headers["Expect"].lower() != "100-continue":
+            message = "only 100-continue can be expected: send it without the header Expect"
+            response = answer_refusal(dialect, Refusal(417, "MALFORMED_REQUEST", message))
+            response.force_close()
+            return response
+        if request.version >= HttpVersion11:
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer's own lines come later
+        return None
+
+    return answer
 
 
 def refused(dialect: Dialect, error: ServiceError) -> web.Response:

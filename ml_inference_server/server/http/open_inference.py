@@ -15,7 +15,8 @@ from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, written
 from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.dialect import Dialect, Refusal
-from ml_inference_server.server.http.endpoint import Endpoints, Schema, example, validated
+from ml_inference_server.server.http.endpoint import Endpoints, Schema, example, read, validated
+from ml_inference_server.server.http.text_fields import Echoed, JsonKey
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.open_inference import EXTENSIONS, Inference, InferenceAnswer, OpenInference
 from ml_inference_server.server.state import ServerState
@@ -42,28 +43,34 @@ class InferTensor(Schema):
     """A tensor of BYTES, one string for each text."""
 
     name: str = Field(description="TEXT, or QUERY for pairs.")
-    shape: list[Int64] = Field(description="[n] or [n, 1]; one QUERY stands for all TEXT.")
+    shape: Annotated[list[Int64], Field(fail_fast=True)] = Field(
+        description="[n] or [n, 1]; one QUERY stands for all TEXT."
+    )
     datatype: str = Field(description="BYTES.")
-    parameters: dict[str, Any] | None = Field(None, description="binary_data_size: the tensor stands behind the JSON.")
+    parameters: dict[JsonKey, Any] | None = Field(
+        None, description="binary_data_size: the tensor stands behind the JSON."
+    )
     data: list[Any] | None = Field(None, description="The strings, or nothing where binary_data_size is set.")
 
 
 class InferOutput(Schema):
     name: str = Field(description="EMBEDDING, or SCORE for pairs; TOTAL_TOKENS, USED_TOKENS.")
-    parameters: dict[str, Any] | None = Field(None, description="binary_data: send it behind the JSON.")
+    parameters: dict[JsonKey, Any] | None = Field(None, description="binary_data: send it behind the JSON.")
 
 
 class InferRequest(Schema):
     model_config = example(inputs=[{"name": "TEXT", "shape": [1], "datatype": "BYTES", "data": ["what is a cell"]}])
 
-    id: str | None = Field(None, description="Comes back in the answer.")
-    parameters: dict[str, Any] | None = Field(
+    id: Echoed | None = Field(None, description="Comes back in the answer.")
+    parameters: dict[JsonKey, Any] | None = Field(
         None,
         description="prompt_name or input_type, overflow, dimensions, normalize, expect_space_id, timeout "
         "(microseconds), binary_data_output.",
     )
-    inputs: list[InferTensor]
-    outputs: list[InferOutput] | None = Field(None, description="Left out: all of them.")
+    inputs: Annotated[list[InferTensor], Field(fail_fast=True)]
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True)] | None = Field(
+        None, description="Left out: all of them."
+    )
 
 
 class OpenInferenceRoutes:
@@ -97,7 +104,7 @@ class OpenInferenceRoutes:
 
     async def infer(self, body: bytes, request: web.Request, call: Call) -> Reply[HttpAnswer]:
         end = _json_length(request.headers.get(_JSON_LENGTH), len(body))
-        asked = validated(InferRequest, parse_json(body[:end]))
+        asked = await read(body, lambda: validated(InferRequest, parse_json(body[:end])))
         name, version = _asked(request)
         inference = Inference(
             model_name=name,

@@ -30,6 +30,7 @@ _STATUSES = {
     412: "The vectors would be of another space than expected",
     413: "The body is too long",
     415: "The body is no JSON, or compressed",
+    417: "It expects something else than 100-continue",
     422: "The request is wrong; the message says where",
     424: "The model cannot do this",
     429: "The queue is full: come back after Retry-After",
@@ -85,7 +86,10 @@ def _schemas(route: Route) -> Iterable[type[Schema]]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{_word(route.dialect)}Error"}}}
+    forms = [
+        {"$ref": f"#/components/schemas/{_word(dialect)}Error"} for dialect in (route.dialect, *route.other_dialects)
+    ]
+    error = {"application/json": {"schema": forms[0] if len(forms) == 1 else {"anyOf": forms}}}
     operation: dict[str, Any] = {
         "tags": [route.dialect.name],
         "summary": route.summary,

@@ -109,8 +109,11 @@ class Tei:
         if model.info.task != "cross_encoder":
             raise WrongTask("this model embeds texts and classifies nothing: use /embed, /similarity or /rerank")
         sequences = request.inputs.sequences
-        wrong = [(f"inputs[{i}]", "this model scores pairs: a query and a text") for i, each in enumerate(sequences)]
-        wrong = [each for each, sequence in zip(wrong, sequences, strict=True) if len(sequence) != 2]
+        wrong = [
+            (f"inputs[{i}]", "this model scores pairs: a query and a text")
+            for i, sequence in enumerate(sequences)
+            if len(sequence) != 2
+        ]
         if wrong:
             raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}", violations=wrong)
         pairs = [(first, second) for first, second in sequences]

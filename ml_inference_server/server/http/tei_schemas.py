@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, SkipValidation, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from ml_inference_server.server.http.endpoint import Schema, example
@@ -55,7 +55,7 @@ class TeiSimilarityRequest(Schema):
 class PredictInputs(Schema):
     """What /predict is asked about: each a text or a pair. `single`: it was sent outside a list of its own."""
 
-    sequences: list[list[str]]
+    sequences: SkipValidation[list[list[str]]]
     single: bool
 
 
@@ -129,5 +129,5 @@ _IDS_SCHEMA = {"anyOf": [_IDS, {"type": "array", "items": _IDS}]}
 class TeiDecodeRequest(Schema):
     model_config = example(ids=[[101, 2054, 102]])
 
-    ids: Annotated[list[list[int]], BeforeValidator(_token_ids), WithJsonSchema(_IDS_SCHEMA)]
+    ids: Annotated[SkipValidation[list[list[int]]], BeforeValidator(_token_ids), WithJsonSchema(_IDS_SCHEMA)]
     skip_special_tokens: bool = True

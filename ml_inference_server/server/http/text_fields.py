@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, SkipValidation, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 _REFUSED_IDS = (
@@ -50,8 +50,25 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "something else")
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
+def _unicode(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "not valid Unicode (a lone surrogate)") from None
+    return value
+
+
+Echoed = Annotated[str, AfterValidator(_unicode)]
+"""A string that stands in the answer again; a lone surrogate could not be written there."""
+
+JsonKey = Annotated[str, SkipValidation]
+"""What a key always is. Pydantic would collect an error for each lone surrogate."""
+
+# What stands in a list was looked at above, up to the first item that is wrong.
+_Listed = list[Annotated[str, SkipValidation]]
+
+Texts = Annotated[_Listed, BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
 """A list of strings. Token ids are refused with a sentence."""
 
-OneOrMoreTexts = Annotated[list[str], BeforeValidator(_one_or_more), WithJsonSchema({"anyOf": [_TEXT, _TEXTS]})]
+OneOrMoreTexts = Annotated[_Listed, BeforeValidator(_one_or_more), WithJsonSchema({"anyOf": [_TEXT, _TEXTS]})]
 """A string or a list of strings, as a list. Token ids are refused with a sentence."""

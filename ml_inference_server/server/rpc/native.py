@@ -103,9 +103,11 @@ class NativeServicer:
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> Reply[pb.ScoreResponse]:
         """A score is smaller than the pair that asks for it, so the answer always fits where the request did."""
+        service = self._state.require_model().service
+        service.check_count("pairs", len(request.pairs))
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
         options = ScoreOptions(overflow=_overflow(request), model=request.model)
-        answer = await self._state.require_model().service.score(pairs, call, options)
+        answer = await service.score(pairs, call, options)
         message = pb.ScoreResponse(scores=answer.values, **_told(answer))
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
 
