@@ -59,10 +59,23 @@ async def test_a_long_text_is_cut_unless_that_is_refused(http: HttpClient) -> No
         reply = await http.post("/embed", {"inputs": ["short", LONG], **truncate})
         assert (float32(reply.json[1]) == fake_embedding(LONG)).all()
         assert (reply.headers["x-truncated-texts"], reply.headers["x-truncated-rows"]) == ("1", "1")
-        assert reply.headers["x-used-token-counts"] == "3,256"
+        assert (reply.headers["x-token-counts"], reply.headers["x-used-token-counts"]) == ("3,302", "3,256")
     reply = await http.post("/embed", {"inputs": ["short", LONG], "truncate": False})
     assert (reply.status, reply.json["error_type"]) == (422, "Validation")
     assert reply.json["error"].startswith("Input validation error: inputs[1]: ")
+
+
+@pytest.mark.parametrize("direction", ["Left", "left"])
+async def test_the_end_of_a_long_text_is_kept_where_the_left_is_cut(http: HttpClient, direction: str) -> None:
+    reply = await http.post("/embed", {"inputs": LONG + "end", "truncation_direction": direction})
+    assert (float32(reply.json) == [fake_embedding("word " * 253 + "end")]).all()
+    assert (reply.headers["x-token-counts"], reply.headers["x-used-token-counts"]) == ("303", "256")
+
+
+async def test_a_cross_encoder_cuts_no_pair_on_the_left(pairs: HttpClient) -> None:
+    reply = await pairs.post("/rerank", {"query": "q", "texts": ["a"], "truncation_direction": "Left"})
+    assert (reply.status, reply.json["error_type"]) == (422, "Validation")
+    assert "cross-encoder" in reply.json["error"]
 
 
 async def test_answers_tell_their_times_counts_and_space(http: HttpClient) -> None:
