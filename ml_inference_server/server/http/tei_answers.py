@@ -50,7 +50,8 @@ def info(state: ServerState) -> dict[str, Any]:
     if model is None:
         return {}
     settings, found = state.settings, model.info
-    kind: dict[str, Any] = {"embedding": {"pooling": model.described.pooling or None}}
+    # Its clients know four words and refuse anything else, null too: what has no word of its own is nearest to mean.
+    kind: dict[str, Any] = {"embedding": {"pooling": model.described.pooling or "mean"}}
     if found.task == "cross_encoder":
         kind = {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}}
     return {
