@@ -33,14 +33,17 @@ step() { # title, command...
 
 generate_stubs() { # folder
   "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" --grpc_python_out="$1" "$proto/inference.proto" &&
-    "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" "$proto/error_details.proto"
+    "$PYTHON" -m grpc_tools.protoc -I . --python_out="$1" --pyi_out="$1" "$proto/error_details.proto" "$proto"/foreign/*.proto
 }
 
 compare_stubs() {
-  local name status=0
+  local stub status=0
   generate_stubs "$scratch" || return 1
-  for name in inference_pb2.py inference_pb2.pyi inference_pb2_grpc.py error_details_pb2.py error_details_pb2.pyi; do
-    diff -u "$proto/$name" "$scratch/$proto/$name" || status=1
+  for stub in "$proto"/*_pb2* "$proto"/foreign/*_pb2*; do
+    diff -u "$stub" "$scratch/$stub" || status=1
+  done
+  for stub in "$scratch/$proto"/*_pb2* "$scratch/$proto"/foreign/*_pb2*; do
+    [ -e "${stub#"$scratch/"}" ] || { echo "${stub#"$scratch/"} is missing" && status=1; }
   done
   [ "$status" = 0 ] || echo "The stubs do not match the .proto files: run ./lint.sh --fix"
   return "$status"

@@ -19,7 +19,9 @@ from ml_inference_server.api.operations import (
     Attempts,
     CallDetails,
     CutTexts,
+    EmbedArguments,
     Operation,
+    Overflow,
     Rank,
     RequestLimits,
     ServerInfo,
@@ -61,12 +63,24 @@ class AsyncClient:
         texts: Sequence[str],
         *,
         prompt_name: str | None = None,
+        input_type: str | None = None,
         truncate: bool = True,
+        overflow: Overflow | None = None,
+        dimensions: int | None = None,
+        expect_space_id: str = "",
         timeout_s: float | None = None,
         on_reply: Callable[[CallDetails], None] | None = None,
     ) -> NDArray[np.float32]:
         """As `Client.embed`."""
-        operation = embed_operation(texts, prompt_name, truncate)
+        arguments = EmbedArguments(
+            prompt_name=prompt_name,
+            input_type=input_type,
+            truncate=truncate,
+            overflow=overflow,
+            dimensions=dimensions,
+            expect_space_id=expect_space_id,
+        )
+        operation = embed_operation(texts, arguments)
         if not operation.items:
             return no_embeddings(await self.info(timeout_s=timeout_s))
         return await self._run(operation, timeout_s, on_reply)
@@ -108,7 +122,11 @@ class AsyncClient:
         items: Iterable[Any] | AsyncIterable[Any],
         *,
         prompt_name: str | None = None,
+        input_type: str | None = None,
         truncate: bool = True,
+        overflow: Overflow | None = None,
+        dimensions: int | None = None,
+        expect_space_id: str = "",
         max_in_flight: int = 32,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[StreamAnswer, None]:
@@ -116,9 +134,16 @@ class AsyncClient:
 
         Whoever leaves the loop early closes the generator: `async with contextlib.aclosing(client.stream(...))`.
         """
+        arguments = EmbedArguments(
+            prompt_name=prompt_name,
+            input_type=input_type,
+            truncate=truncate,
+            overflow=overflow,
+            dimensions=dimensions,
+            expect_space_id=expect_space_id,
+        )
         options = StreamOptions(
-            prompt_name,
-            truncate,
+            arguments,
             checked_count("max_in_flight", max_in_flight),
             self._max_attempts,
             self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s),

@@ -17,7 +17,9 @@ from ml_inference_server.api.operations import (
     Attempts,
     CallDetails,
     CutTexts,
+    EmbedArguments,
     Operation,
+    Overflow,
     Rank,
     RequestLimits,
     ServerInfo,
@@ -70,16 +72,31 @@ class Client:
         texts: Sequence[str],
         *,
         prompt_name: str | None = None,
+        input_type: str | None = None,
         truncate: bool = True,
+        overflow: Overflow | None = None,
+        dimensions: int | None = None,
+        expect_space_id: str = "",
         timeout_s: float | None = None,
         on_reply: Callable[[CallDetails], None] | None = None,
     ) -> NDArray[np.float32]:
         """(texts, dimension) float32, in the order of the texts; any number of them.
 
-        prompt_name: one of the model's own prompts, "query" say; None: its default. truncate: cut what is longer than
-        the model's limit; False refuses it. on_reply: called for each message of the answer.
+        prompt_name: one of the model's own prompts, "query" say; None: its default. input_type: query or document, or
+        another word of docs/options.md, in place of a prompt's name. truncate: cut what is longer than the model's
+        limit; False refuses it. overflow: what happens to it instead: cut, cut_left (its end is kept), refuse, chunk
+        (the mean of its windows). dimensions: keep so many numbers of each vector. expect_space_id: SpaceMismatchError
+        where the vectors would be of another space. on_reply: called for each message of the answer.
         """
-        operation = embed_operation(texts, prompt_name, truncate)
+        arguments = EmbedArguments(
+            prompt_name=prompt_name,
+            input_type=input_type,
+            truncate=truncate,
+            overflow=overflow,
+            dimensions=dimensions,
+            expect_space_id=expect_space_id,
+        )
+        operation = embed_operation(texts, arguments)
         if not operation.items:
             return no_embeddings(self.info(timeout_s=timeout_s))
         return self._run(operation, timeout_s, on_reply)
@@ -120,7 +137,11 @@ class Client:
         items: Iterable[Any],
         *,
         prompt_name: str | None = None,
+        input_type: str | None = None,
         truncate: bool = True,
+        overflow: Overflow | None = None,
+        dimensions: int | None = None,
+        expect_space_id: str = "",
         max_in_flight: int = 32,
         timeout_s: float | None = None,
     ) -> Generator[StreamAnswer, None, None]:
@@ -132,9 +153,16 @@ class Client:
         answered is sent again. timeout_s: the longest wait for an answer to any of the items, over all connections;
         `ServerError` after it. What a server refuses `max_attempts` times is answered with that refusal.
         """
+        arguments = EmbedArguments(
+            prompt_name=prompt_name,
+            input_type=input_type,
+            truncate=truncate,
+            overflow=overflow,
+            dimensions=dimensions,
+            expect_space_id=expect_space_id,
+        )
         options = StreamOptions(
-            prompt_name,
-            truncate,
+            arguments,
             checked_count("max_in_flight", max_in_flight),
             self._max_attempts,
             self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s),

@@ -3,6 +3,8 @@
 ServerError                a status that is none of the following
 ├── InvalidRequestError    the input is wrong (`fields` says where); repeating it cannot help
 ├── WrongTaskError         the loaded model cannot do this
+├── ModelNotFoundError     no model of that name is served there
+├── SpaceMismatchError     the vectors would be of another space than expected
 ├── OverloadedError        the queue is full, or a message too large; `retry_after_s` says when to come back
 ├── DeadlineExceededError  the time ran out before the answer came
 ├── UnavailableError       nothing serves there now: loading, shutting down, or not reachable
@@ -90,6 +92,14 @@ class WrongTaskError(ServerError):
     """The loaded model cannot do this: an embedding from a cross-encoder, say."""
 
 
+class ModelNotFoundError(ServerError):
+    """No model of that name is served there; the message names those that are."""
+
+
+class SpaceMismatchError(ServerError):
+    """The vectors would be of another space than `expect_space_id`: another model, prompt, limit or dimension."""
+
+
 class OverloadedError(ServerError):
     """The server has no room; `retry_after_s` says when to come back. Without a reason: the message is too large."""
 
@@ -109,6 +119,7 @@ class ModelFailedError(ServerError):
 _CLASSES: dict[str, type[ServerError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,
     "FAILED_PRECONDITION": WrongTaskError,
+    "NOT_FOUND": ModelNotFoundError,
     "RESOURCE_EXHAUSTED": OverloadedError,
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "UNAVAILABLE": UnavailableError,
@@ -159,8 +170,10 @@ def _details(status_bytes: bytes) -> tuple[details_pb.ErrorInfo, float | None, l
 
 def _class_of(code: str, reason: str) -> type[ServerError]:
     """What says something about the model is only believed of the server itself."""
+    if reason == "SPACE_MISMATCH":
+        return SpaceMismatchError
     kind = _CLASSES.get(code, ServerError)
-    return ServerError if kind in (WrongTaskError, ModelFailedError) and not reason else kind
+    return ServerError if kind in (WrongTaskError, ModelNotFoundError, ModelFailedError) and not reason else kind
 
 
 def error_of_item(error: pb.StreamError) -> ServerError:

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 # Tags and lengths round each text of a message, and what else a message holds.
 _BYTES_PER_ITEM, _REST_BYTES = 16, 1024
-_RANK_BYTES = 16
+_RANK_BYTES, _LENGTHS_BYTES = 16, 12  # of a rank; of what is told of the length of a text
 _LONGEST_S = 1e8
 
 
@@ -51,6 +51,8 @@ class CallDetails:
     """What a server said beside the result of one call. truncated: how many of the texts it cut at the model's limit.
 
     timing: tokenize_us, queue_us, compute_us, total_us on the server. request_id: under which its log knows the call.
+    token_counts: tokens that each text had; used_token_counts: what the model got of them. truncated_rows: which texts
+    were cut. space_id: of the vectors; empty where there are none. warnings: sentences.
     """
 
     method: str
@@ -58,11 +60,17 @@ class CallDetails:
     truncated: int
     timing: pb.Timing
     request_id: str
+    token_counts: tuple[int, ...] = ()
+    used_token_counts: tuple[int, ...] = ()
+    truncated_rows: tuple[int, ...] = ()
+    space_id: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What runs there. title: in one line. limits: of one request. message: all of it, as it came over the wire."""
+    """What runs there. title: in one line. space_ids: of full-length vectors, by the name of the prompt, "" being the
+    default. message: all of it, as it came over the wire."""
 
     title: str
     server_version: str
@@ -73,6 +81,7 @@ class ServerInfo:
     similarity: str
     max_texts: int
     max_message_bytes: int
+    space_ids: dict[str, str]
     message: pb.GetServerInfoResponse
 
     @classmethod
@@ -88,6 +97,7 @@ class ServerInfo:
             ran.similarity,
             message.max_texts,
             message.max_message_bytes,
+            dict(message.space_ids),
             message,
         )
 
@@ -181,24 +191,76 @@ class Operation(Generic[Result]):
         """Of a reply about the items at `places`. ServerError unless it answers all of them."""
         if problem := self.problem(reply, len(places)):
             raise malformed_answer(problem, request_id)
-        return CallDetails(self.method, len(places), reply.truncated, reply.timing, request_id)
+        return CallDetails(
+            self.method,
+            len(places),
+            reply.truncated,
+            reply.timing,
+            request_id,
+            tuple(reply.token_counts),
+            tuple(reply.used_token_counts),
+            tuple(reply.truncated_rows),
+            getattr(reply, "space_id", ""),
+            tuple(reply.warnings),
+        )
 
 
-def embed_operation(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> Operation[NDArray[np.float32]]:
+Overflow = Literal["cut", "cut_left", "refuse", "chunk"]
+_OVERFLOWS = {
+    "cut": pb.OVERFLOW_CUT,
+    "cut_left": pb.OVERFLOW_CUT_LEFT,
+    "refuse": pb.OVERFLOW_REFUSE,
+    "chunk": pb.OVERFLOW_CHUNK,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedArguments:
+    """What `embed` and `stream` take beside the texts, as `Client.embed` names it. ValueError for nonsense."""
+
+    prompt_name: str | None = None
+    input_type: str | None = None
+    truncate: bool = True
+    overflow: Overflow | None = None
+    dimensions: int | None = None
+    expect_space_id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.overflow is not None and self.overflow not in _OVERFLOWS:
+            raise ValueError(f"overflow: expected one of {', '.join(_OVERFLOWS)}, not {self.overflow!r:.40}")
+        if self.overflow not in (None, "refuse") and not self.truncate:
+            raise ValueError("truncate=False refuses long texts: leave it out to use overflow")
+        if self.dimensions is not None and not 1 <= self.dimensions < 1 << 32:
+            raise ValueError(f"dimensions: expected 1 or more, not {self.dimensions}")
+
+    def request(self, texts: Sequence[str]) -> pb.EmbedRequest:
+        """A message about `texts`."""
+        return pb.EmbedRequest(
+            texts=texts,
+            prompt_name=self.prompt_name,
+            input_type=self.input_type,
+            truncate=None if self.overflow else self.truncate,
+            overflow=_OVERFLOWS[self.overflow] if self.overflow else None,
+            dimensions=self.dimensions,
+            expect_space_id=self.expect_space_id,
+        )
+
+
+def embed_operation(texts: Sequence[str], arguments: EmbedArguments) -> Operation[NDArray[np.float32]]:
     texts = checked_texts("texts", texts)
 
     def join(replies: Sequence[pb.EmbedResponse], parts: Sequence[range]) -> NDArray[np.float32]:
-        if len({reply.dimension for reply in replies}) > 1:
-            raise malformed_answer("has vectors of several lengths: more than one model serves there")
+        if len({(reply.dimension, reply.space_id) for reply in replies}) > 1:
+            raise malformed_answer("has vectors of several spaces: more than one model serves there")
         return np.concatenate([matrix(reply) for reply in replies]) if len(replies) > 1 else matrix(replies[0])
 
     return Operation(
         "Embed",
         texts,
         [utf8_bytes(f"texts[{i}]", text) for i, text in enumerate(texts)],
-        lambda part: embed_request(part, prompt_name, truncate),
+        arguments.request,
         join,
-        lambda limits: limits.row_bytes,
+        lambda limits: limits.row_bytes and limits.row_bytes + _LENGTHS_BYTES,
         matrix_problem,
     )
 
@@ -253,13 +315,9 @@ def rerank_operation(query: str, documents: Sequence[str], top_k: int, truncate:
         [sizes[0] + around, *sizes[1:]] if sizes else [],
         lambda part: pb.RerankRequest(query=query, documents=part, top_k=top_k, truncate=truncate),
         join,
-        lambda limits: _RANK_BYTES,
+        lambda limits: _RANK_BYTES + _LENGTHS_BYTES,
         problem,
     )
-
-
-def embed_request(texts: Sequence[str], prompt_name: str | None, truncate: bool) -> pb.EmbedRequest:
-    return pb.EmbedRequest(texts=texts, prompt_name=prompt_name, truncate=truncate)
 
 
 def matrix_problem(reply: pb.EmbedResponse, texts: int) -> str:

@@ -18,7 +18,7 @@ from ml_inference_server.api.errors import (
     error_of_item,
     malformed_answer,
 )
-from ml_inference_server.api.operations import Pauses, checked_texts, embed_request, matrix, matrix_problem, utf8_bytes
+from ml_inference_server.api.operations import EmbedArguments, Pauses, checked_texts, matrix, matrix_problem, utf8_bytes
 from ml_inference_server.proto import inference_pb2 as pb
 
 
@@ -57,8 +57,7 @@ class _Item:
 class StreamOptions:
     """As `Client.stream` names them."""
 
-    prompt_name: str | None
-    truncate: bool
+    arguments: EmbedArguments
     max_in_flight: int
     max_attempts: int
     timeout_s: float
@@ -107,7 +106,7 @@ class StreamState:
             self._refused.append(StreamAnswer(key, None, error))
             return
         number = next(self._ids)
-        self._items[number] = _Item(key, embed_request(texts, self._options.prompt_name, self._options.truncate))
+        self._items[number] = _Item(key, self._options.arguments.request(texts))
         self._unsent[number] = 0.0
 
     def next_refused(self) -> StreamAnswer | None:

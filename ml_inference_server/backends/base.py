@@ -172,7 +172,8 @@ class BackendInfo:
     compiled: the model runs as machine code made for it. padding_free: a batch costs `packed_size` of its tokens,
     whatever its mix of lengths. parity_mean, parity_min: cosine to sentence-transformers in FP32, measured at load;
     None where it was not. model_sha256: over all files that an answer depends on. similarity: how Score and Rerank
-    compare two embeddings (cosine, dot, euclidean or manhattan); logit for a cross-encoder.
+    compare two embeddings (cosine, dot, euclidean or manhattan); logit for a cross-encoder. normalized: every vector
+    has length 1; found at load, by trying.
     """
 
     backend: str
@@ -194,6 +195,7 @@ class BackendInfo:
     source: str
     parameters: int
     similarity: str = "cosine"
+    normalized: bool = False
     random_weights: bool = False
     compiled: bool = False
     padding_free: bool = False

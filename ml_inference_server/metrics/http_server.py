@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -55,8 +55,24 @@ CLIENT_FAULTS = (HttpProcessingError, web.RequestPayloadError, ConnectionError)
 protocol_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_FAULTS)))
 
 
+class Api(Protocol):
+    """Further routes beside the sidecar's own, which may take bodies and have their own form of errors."""
+
+    def add_to(self, router: web.UrlDispatcher) -> None: ...
+
+    def takes_body(self, request: web.Request) -> bool: ...
+
+    def info(self) -> dict[str, Any]:
+        """Further keys of /info."""
+        ...
+
+    def error(self, request: web.Request, status: int, message: str) -> web.Response | None:
+        """The form that an error takes on this request's path; None where the path is none of the api's."""
+        ...
+
+
 class Sidecar:
-    """Serves `metrics` and what three callables say.
+    """Serves `metrics`, what three callables say, and the routes of `api`.
 
     server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
     """
@@ -69,12 +85,14 @@ class Sidecar:
         server_info: Callable[[], dict[str, Any]],
         readiness: Callable[[], tuple[bool, str]],
         liveness: Callable[[], tuple[bool, str]],
+        api: Api | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._server_info = server_info
         self._readiness = readiness
         self._liveness = liveness
+        self._api = api
         self._live = Live(metrics, server_info, readiness)
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
@@ -97,6 +115,8 @@ class Sidecar:
         LiveRoutes(self._live).add_to(app.router)
         for path in self._files:
             app.router.add_get(path, self._get_file)
+        if self._api is not None:
+            self._api.add_to(app.router)
         app.on_response_prepare.append(self._add_headers)
         self._runner = web.AppRunner(
             app,
@@ -107,6 +127,8 @@ class Sidecar:
             lingering_time=LINGERING_S,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
+            handler_cancellation=True,  # a caller who has left wants no answer
+            auto_decompress=False,  # a compressed body is refused, in the form of its route
         )
         await self._runner.setup()
         self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
@@ -146,17 +168,23 @@ class Sidecar:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            allow = error.headers.get("Allow")
-            return json_error(error.status, error.reason, {"Allow": allow} if allow else None)
+            response = self._error(request, error.status, error.reason)
+            if allow := error.headers.get("Allow"):
+                response.headers["Allow"] = allow
+            return response
         except CLIENT_FAULTS as error:
             log.debug("%s %s: the client left or its request is broken: %s", request.method, request.path, error)
-            response = json_error(400, "the body is broken or ended too soon")
+            response = self._error(request, 400, "the body is broken or ended too soon")
             response.force_close()
             return response
         except Exception:
             request_id = secrets.token_hex(8)
             log.exception("%s %s failed (request %s)", request.method, request.path, request_id)
-            return json_error(500, f"internal error, request {request_id}")
+            return self._error(request, 500, f"internal error, request {request_id}")
+
+    def _error(self, request: web.Request, status: int, message: str) -> web.Response:
+        own = self._api.error(request, status, message) if self._api is not None else None
+        return own or json_error(status, message)
 
     @web.middleware
     async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -168,11 +196,20 @@ class Sidecar:
             return json_error(
                 421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
             )
-        if request.body_exists and (request.method, request.path) != ("POST", BENCHMARK_PATH):
-            response = json_error(413, "this request has no body")
+        if request.body_exists and not self._takes_body(request):
+            nowhere = request.match_info.http_exception  # no such path, or not this method
+            status, message = (nowhere.status, nowhere.reason) if nowhere else (413, "this request takes no body")
+            response = self._error(request, status, message)
+            if nowhere is not None and (allow := nowhere.headers.get("Allow")):
+                response.headers["Allow"] = allow
             response.force_close()
             return response
         return await handler(request)
+
+    def _takes_body(self, request: web.Request) -> bool:
+        if (request.method, request.path) == ("POST", BENCHMARK_PATH):
+            return True
+        return self._api is not None and self._api.takes_body(request)
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(SECURITY_HEADERS)
@@ -197,7 +234,8 @@ class Sidecar:
         )
 
     async def _get_info(self, _: web.Request) -> web.Response:
-        return json_answer(200, self._server_info())
+        more = self._api.info() if self._api is not None else {}
+        return json_answer(200, self._server_info() | more)
 
     async def _get_health(self, _: web.Request) -> web.Response:
         alive, reason = self._liveness()

@@ -6,7 +6,24 @@ from typing import Literal
 
 from ml_inference_server.utils.stages import STAGE_NAMES
 
-METHODS = ("Embed", "EmbedStream", "Score", "Rerank", "other")
+METHODS = (
+    "Embed",
+    "EmbedStream",
+    "Score",
+    "Rerank",
+    # What other protocols call for, named after them.
+    "openai.embeddings",
+    "cohere.embed",
+    "cohere.rerank",
+    "tei.embed",
+    "tei.rerank",
+    "tei.similarity",
+    "tei.predict",
+    "tei.tokenize",
+    "tei.decode",
+    "kserve.infer",
+    "other",
+)
 CODES = (
     "OK",
     "CANCELLED",
@@ -37,6 +54,8 @@ REASONS = (
     "INVALID_FIELD",
     "MALFORMED_REQUEST",
     "WRONG_TASK",
+    "MODEL_NOT_FOUND",
+    "SPACE_MISMATCH",
     "QUEUE_FULL",
     "WAIT_TOO_LONG",
     "DEADLINE_EXCEEDED",
@@ -164,6 +183,18 @@ TABLE = (
         "mlis_tokens_total", "counter", "tokens", (), "Tokens of texts in answered batches, padding not included."
     ),
     MetricRow("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
+    MetricRow(
+        "mlis_shared_texts_total",
+        "counter",
+        "texts",
+        (),
+        "Texts answered by the computation of an equal one of another request in flight.",
+    ),
+    MetricRow("mlis_cache_hits_total", "counter", "hits", (), "Texts answered out of the cache of finished rows."),
+    MetricRow(
+        "mlis_cache_misses_total", "counter", "misses", (), "Texts that the cache did not have; none while it is off."
+    ),
+    MetricRow("mlis_cache_bytes", "gauge", "bytes", (), "What the cache holds, of cache.max_mb."),
     MetricRow(
         "mlis_event_loop_lag_seconds", "histogram", "seconds", (), "How late the event loop ran what was due.", _SECONDS
     ),

@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -6,41 +7,101 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Overflow(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OVERFLOW_UNSPECIFIED: _ClassVar[Overflow]
+    OVERFLOW_CUT: _ClassVar[Overflow]
+    OVERFLOW_CUT_LEFT: _ClassVar[Overflow]
+    OVERFLOW_REFUSE: _ClassVar[Overflow]
+    OVERFLOW_CHUNK: _ClassVar[Overflow]
+
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENCODING_UNSPECIFIED: _ClassVar[Encoding]
+    ENCODING_FLOAT32: _ClassVar[Encoding]
+    ENCODING_FLOAT16: _ClassVar[Encoding]
+    ENCODING_INT8: _ClassVar[Encoding]
+    ENCODING_BINARY: _ClassVar[Encoding]
+    ENCODING_UBINARY: _ClassVar[Encoding]
+OVERFLOW_UNSPECIFIED: Overflow
+OVERFLOW_CUT: Overflow
+OVERFLOW_CUT_LEFT: Overflow
+OVERFLOW_REFUSE: Overflow
+OVERFLOW_CHUNK: Overflow
+ENCODING_UNSPECIFIED: Encoding
+ENCODING_FLOAT32: Encoding
+ENCODING_FLOAT16: Encoding
+ENCODING_INT8: Encoding
+ENCODING_BINARY: Encoding
+ENCODING_UBINARY: Encoding
+
 class Timing(_message.Message):
-    __slots__ = ("tokenize_us", "queue_us", "compute_us", "total_us")
+    __slots__ = ("tokenize_us", "queue_us", "compute_us", "total_us", "shared_texts", "cached_texts")
     TOKENIZE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     TOTAL_US_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TEXTS_FIELD_NUMBER: _ClassVar[int]
     tokenize_us: int
     queue_us: int
     compute_us: int
     total_us: int
-    def __init__(self, tokenize_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
+    shared_texts: int
+    cached_texts: int
+    def __init__(self, tokenize_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., total_us: _Optional[int] = ..., shared_texts: _Optional[int] = ..., cached_texts: _Optional[int] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("texts", "prompt_name", "truncate")
+    __slots__ = ("texts", "prompt_name", "truncate", "overflow", "input_type", "dimensions", "encoding", "expect_space_id", "model")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOW_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     prompt_name: str
     truncate: bool
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., prompt_name: _Optional[str] = ..., truncate: _Optional[bool] = ...) -> None: ...
+    overflow: Overflow
+    input_type: str
+    dimensions: int
+    encoding: Encoding
+    expect_space_id: str
+    model: str
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., prompt_name: _Optional[str] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., input_type: _Optional[str] = ..., dimensions: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., expect_space_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
-    __slots__ = ("embeddings", "count", "dimension", "timing", "truncated")
+    __slots__ = ("embeddings", "count", "dimension", "timing", "truncated", "token_counts", "truncated_rows", "used_token_counts", "space_id", "prompt_name", "encoding", "scales", "warnings")
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     DIMENSION_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    USED_TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     embeddings: bytes
     count: int
     dimension: int
     timing: Timing
     truncated: int
-    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dimension: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    truncated_rows: _containers.RepeatedScalarFieldContainer[int]
+    used_token_counts: _containers.RepeatedScalarFieldContainer[int]
+    space_id: str
+    prompt_name: str
+    encoding: Encoding
+    scales: _containers.RepeatedScalarFieldContainer[float]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dimension: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., truncated_rows: _Optional[_Iterable[int]] = ..., used_token_counts: _Optional[_Iterable[int]] = ..., space_id: _Optional[str] = ..., prompt_name: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., scales: _Optional[_Iterable[float]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EmbedStreamRequest(_message.Message):
     __slots__ = ("id", "request")
@@ -81,34 +142,52 @@ class Pair(_message.Message):
     def __init__(self, query: _Optional[str] = ..., passage: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("pairs", "truncate")
+    __slots__ = ("pairs", "truncate", "overflow", "model")
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOW_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     pairs: _containers.RepeatedCompositeFieldContainer[Pair]
     truncate: bool
-    def __init__(self, pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., truncate: _Optional[bool] = ...) -> None: ...
+    overflow: Overflow
+    model: str
+    def __init__(self, pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("scores", "timing", "truncated")
+    __slots__ = ("scores", "timing", "truncated", "token_counts", "truncated_rows", "used_token_counts", "warnings")
     SCORES_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    USED_TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     scores: _containers.RepeatedScalarFieldContainer[float]
     timing: Timing
     truncated: int
-    def __init__(self, scores: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    truncated_rows: _containers.RepeatedScalarFieldContainer[int]
+    used_token_counts: _containers.RepeatedScalarFieldContainer[int]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, scores: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., truncated_rows: _Optional[_Iterable[int]] = ..., used_token_counts: _Optional[_Iterable[int]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RerankRequest(_message.Message):
-    __slots__ = ("query", "documents", "top_k", "truncate")
+    __slots__ = ("query", "documents", "top_k", "truncate", "overflow", "model", "max_document_tokens")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOW_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_DOCUMENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     query: str
     documents: _containers.RepeatedScalarFieldContainer[str]
     top_k: int
     truncate: bool
-    def __init__(self, query: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., truncate: _Optional[bool] = ...) -> None: ...
+    overflow: Overflow
+    model: str
+    max_document_tokens: int
+    def __init__(self, query: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ..., max_document_tokens: _Optional[int] = ...) -> None: ...
 
 class Rank(_message.Message):
     __slots__ = ("index", "score")
@@ -119,14 +198,22 @@ class Rank(_message.Message):
     def __init__(self, index: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class RerankResponse(_message.Message):
-    __slots__ = ("ranks", "timing", "truncated")
+    __slots__ = ("ranks", "timing", "truncated", "token_counts", "truncated_rows", "used_token_counts", "warnings")
     RANKS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    USED_TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     ranks: _containers.RepeatedCompositeFieldContainer[Rank]
     timing: Timing
     truncated: int
-    def __init__(self, ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    truncated_rows: _containers.RepeatedScalarFieldContainer[int]
+    used_token_counts: _containers.RepeatedScalarFieldContainer[int]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., truncated_rows: _Optional[_Iterable[int]] = ..., used_token_counts: _Optional[_Iterable[int]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetMetricsRequest(_message.Message):
     __slots__ = ()
@@ -204,7 +291,7 @@ class Requested(_message.Message):
     def __init__(self, model: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class BackendInfo(_message.Message):
-    __slots__ = ("backend", "model", "task", "device", "device_name", "dtype", "quantized_layers", "execution_provider", "instruction_set", "threads", "concurrency", "max_tokens", "dimension", "weights_sha256", "weights_file", "source", "parameters", "random_weights", "versions", "parity_mean", "parity_min", "compiled", "padding_free", "model_sha256", "similarity")
+    __slots__ = ("backend", "model", "task", "device", "device_name", "dtype", "quantized_layers", "execution_provider", "instruction_set", "threads", "concurrency", "max_tokens", "dimension", "weights_sha256", "weights_file", "source", "parameters", "random_weights", "versions", "parity_mean", "parity_min", "compiled", "padding_free", "model_sha256", "similarity", "normalized")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +324,7 @@ class BackendInfo(_message.Message):
     PADDING_FREE_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
     SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZED_FIELD_NUMBER: _ClassVar[int]
     backend: str
     model: str
     task: str
@@ -262,10 +350,18 @@ class BackendInfo(_message.Message):
     padding_free: bool
     model_sha256: str
     similarity: str
-    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ..., compiled: _Optional[bool] = ..., padding_free: _Optional[bool] = ..., model_sha256: _Optional[str] = ..., similarity: _Optional[str] = ...) -> None: ...
+    normalized: bool
+    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ..., compiled: _Optional[bool] = ..., padding_free: _Optional[bool] = ..., model_sha256: _Optional[str] = ..., similarity: _Optional[str] = ..., normalized: _Optional[bool] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice")
+    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice", "space_ids", "models")
+    class SpaceIdsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +376,8 @@ class GetServerInfoResponse(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     AUTO_CHOICE_FIELD_NUMBER: _ClassVar[int]
+    SPACE_IDS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     experiment: str
     variant: str
@@ -294,4 +392,6 @@ class GetServerInfoResponse(_message.Message):
     instance_id: str
     pid: int
     auto_choice: str
-    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ..., auto_choice: _Optional[str] = ...) -> None: ...
+    space_ids: _containers.ScalarMap[str, str]
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ..., auto_choice: _Optional[str] = ..., space_ids: _Optional[_Mapping[str, str]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -9,11 +9,14 @@ from ml_inference_server.metrics.tracing import RequestTrace
 class Call:
     """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
 
-    trace: the request's own span, where traces are sent.
+    expect_space_id: which space its vectors must be of, as a header said it; empty: any. trace: the request's own span,
+    where traces are sent. fresh: the model must run; no answer out of the cache will do.
     """
 
     request_id: str
     received_at: float
     deadline: float
     traceparent: str = ""
+    expect_space_id: str = ""
     trace: RequestTrace | None = None
+    fresh: bool = False

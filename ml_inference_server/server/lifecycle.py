@@ -10,11 +10,16 @@ from ml_inference_server.backends.startup.resolve import title
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
+from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.health import watch_health
+from ml_inference_server.server.http.api import HttpApi
+from ml_inference_server.server.open_inference import OpenInference
 from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model
 from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.native import NativeServicer
+from ml_inference_server.server.rpc.open_inference import OpenInferenceServicer
+from ml_inference_server.server.rpc.tei import TeiServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
 
@@ -51,11 +56,12 @@ async def serving(settings: Settings, *, load: Load = load_model, quiet_s: float
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
+    calls = Calls(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix=state.instance_id[:8])
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, quiet_s) as grpc_server,
-        _sidecar(state, metrics) as http_port,
+        _grpc(state, metrics, calls, quiet_s) as grpc_server,
+        _sidecar(state, metrics, calls) as http_port,
         _model(state, metrics, load) as model,
         _health(state, grpc_server) as health,
     ):
@@ -88,30 +94,34 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(state: ServerState, metrics: Metrics, quiet_s: float) -> AsyncIterator[GrpcServer]:
+async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING."""
     settings = state.settings.server
-    handlers = MethodHandlers(
-        metrics, default_timeout_s=settings.default_timeout_ms / 1000, prefix=state.instance_id[:8]
+    open_inference = OpenInference(state, metrics)
+    servicers = (
+        NativeServicer(state, metrics, MethodHandlers(calls)),
+        OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
+        TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, NativeServicer(state, metrics, handlers))
+    grpc_server = await start_grpc(settings, servicers)
     log.info("gRPC on %s:%d", settings.host, grpc_server.port)
     try:
         yield grpc_server
     finally:
         state.draining.set()
-        await _quiet(handlers, quiet_s)
+        await _quiet(calls, quiet_s)
         await grpc_server.server.stop(_REPLY_GRACE_S)
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(state: ServerState, metrics: Metrics) -> AsyncIterator[int]:
+async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
         metrics,
         server_info=state.as_dict,
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
+        api=HttpApi(state, calls, metrics),
     )
     port = await sidecar.start()
     log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)
@@ -136,7 +146,7 @@ async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncItera
         raise
     try:
         info = described.info
-        log.info("running %s", title(described.resolution, info))
+        log.info("running %s", title(described.resolution, info, state.settings.cache.max_mb))
         if info.parity_mean is not None and info.parity_min is not None:
             log.info("parity to FP32: mean %.5f, lowest %.5f", info.parity_mean, info.parity_min)
         log.info(
@@ -179,9 +189,9 @@ async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer)
     return left
 
 
-async def _quiet(handlers: MethodHandlers, quiet_s: float) -> None:
+async def _quiet(calls: Calls, quiet_s: float) -> None:
     """Wait for a moment without new calls: grpc.aio answers those that arrive during `stop` with CANCELLED."""
     loop = asyncio.get_running_loop()
     give_up_at = loop.time() + _QUIET_LIMIT_S
-    while (now := loop.time()) < min(give_up_at, handlers.last_call_at + quiet_s):  # noqa: ASYNC110 - it is a lull
-        await asyncio.sleep(min(give_up_at, handlers.last_call_at + quiet_s) - now)
+    while (now := loop.time()) < min(give_up_at, calls.last_call_at + quiet_s):  # noqa: ASYNC110 - it is a lull
+        await asyncio.sleep(min(give_up_at, calls.last_call_at + quiet_s) - now)

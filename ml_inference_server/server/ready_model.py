@@ -11,7 +11,9 @@ from ml_inference_server.backends.base import BackendInfo, enable_faults
 from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.answer_cache import BYTES_PER_MB, AnswerCache
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
@@ -66,8 +68,20 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
         )
     rate = EngineRate()
     admission = Admission(settings.batching, rate)
-    batcher = DynamicBatcher(worker, batch_limits(settings.batching, info), rate, metrics)
-    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics)
+    batcher = DynamicBatcher(
+        worker,
+        batch_limits(settings.batching, info),
+        rate,
+        metrics,
+        share_equal_texts=settings.batching.share_equal_texts,
+        cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
+    )
+    names = ModelNames(
+        settings.model.name,
+        (info.model, *settings.server.model_aliases),
+        accept_any=settings.server.accept_any_model,
+    )
+    service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics, names)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
 
 

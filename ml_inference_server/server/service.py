@@ -1,66 +1,82 @@
 """The use cases: embed, score, rerank. Validates, tokenises, submits, gathers; knows no protocol."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import DOCUMENT_PROMPTS, BackendInfo, Encoded, TextTokenizer
+from ml_inference_server.backends.base import DOCUMENT_PROMPTS, BackendInfo, TextTokenizer
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.call import Call
+from ml_inference_server.server.names import ModelNames
+from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
+from ml_inference_server.server.roles import prompt_for, unknown_prompt
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.similarity import similarity
+from ml_inference_server.server.space import spaces_of
+from ml_inference_server.server.texts import Job, Key, Texts, Tokens, embedding_job, pair_job
 from ml_inference_server.utils.config import ServerSettings
-from ml_inference_server.utils.errors import InvalidRequest, WrongTask
+from ml_inference_server.utils.errors import InvalidRequest, SpaceMismatch, WrongTask
 from ml_inference_server.utils.stages import Stamps
 
 # Up to so much text is tokenised at once, in some 10 to 100 us; handing it to a thread and back takes longer than that,
 # and costs the event loop more. Longer requests go to a thread, so that no other has to wait for them.
 _INLINE_BYTES = 2048
-# Invisible characters that str.strip() leaves: zero-width space and byte-order mark.
-_INVISIBLE = "\u200b\ufeff"
+TOKENIZE_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """`values`: (texts, dimension) for embed, (pairs,) for score. `truncated`: texts that were cut."""
+class TextLengths:
+    """Of each text, or pair: tokens that it had, and how many of them the model got; special ones and prompt included.
+
+    truncated_rows: which texts were cut.
+    """
+
+    total: list[int]
+    used: list[int]
+    truncated_rows: list[int]
+
+    @property
+    def truncated(self) -> int:
+        """How many texts were cut."""
+        return len(self.truncated_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What every answer tells. tokens: that the model got, of all texts. shared: texts that were computed for another
+    request; cached: texts whose row was known. warnings: sentences for people."""
+
+    stamps: Stamps
+    lengths: TextLengths
+    tokens: int
+    shared: int = 0
+    cached: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def truncated(self) -> int:
+        return self.lengths.truncated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Answered):
+    """`values`: (texts, dimension) for embed, (pairs,) for score. prompt_name: that was applied; "" is the default."""
 
     values: NDArray[np.float32]
-    truncated: int
-    stamps: Stamps
+    space_id: str = ""
+    prompt_name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking(Answered):
     """(index, score) of the best documents, best first."""
 
     ranks: list[tuple[int, float]]
-    truncated: int
-    stamps: Stamps
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One row to compute. `key` is what it depends on, so equal keys are computed once; `field` names it in errors.
-
-    key: (prompt name, text) for an embedding, (query, passage) for a cross-encoder. texts: (field, text) to validate.
-    """
-
-    field: str
-    key: tuple[str | None, str]
-    texts: tuple[tuple[str, str], ...]
-
-
-class _BadText(Exception):
-    """One text of a request cannot be computed; the request is refused once all of its texts were looked at."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class InferenceService:
@@ -74,94 +90,176 @@ class InferenceService:
         batcher: DynamicBatcher,
         limits: ServerSettings,
         metrics: Metrics,
+        names: ModelNames,
     ) -> None:
         self._tokenizer = tokenizer
+        self._info = info
         self._is_cross_encoder = info.task == "cross_encoder"
-        self._similarity = info.similarity
+        self._texts = Texts(tokenizer, limits, is_cross_encoder=self._is_cross_encoder)
         self._admission = admission
         self._batcher = batcher
-        self._limits = limits
         self._metrics = metrics
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._pool = ThreadPoolExecutor(TOKENIZE_THREADS, thread_name_prefix="tokenize")
         self._query_prompt = "query" if "query" in tokenizer.prompts else None
         self._document_prompt = next((name for name in DOCUMENT_PROMPTS if name in tokenizer.prompts), None)
+        self._spaces = None if self._is_cross_encoder else spaces_of(info, tokenizer)
+        self.names = names
 
-    async def embed(
-        self, texts: Sequence[str], call: Call, *, prompt_name: str | None = None, truncate: bool = True
-    ) -> Answer:
+    @property
+    def space_ids(self) -> Mapping[str, str]:
+        """Of full-length vectors, by the name of the prompt, "" being the default; empty for a cross-encoder."""
+        return {} if self._spaces is None else self._spaces.all(self._info.dimension)
+
+    async def embed(self, texts: Sequence[str], call: Call, options: EmbedOptions | None = None) -> Answer:
         """One row for each text, in order."""
-        if self._is_cross_encoder:
+        options = options or EmbedOptions()
+        role = self.names.check(options.model)
+        if self._spaces is None:
             raise WrongTask("this model is a cross-encoder: it scores pairs (Score, Rerank) and has no embeddings")
-        if prompt_name is not None and prompt_name not in self._tokenizer.prompts:
-            known = ", ".join(name for name in self._tokenizer.prompts if name) or "none"
-            message = f"this model has no such prompt; it has: {known}"
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
-        if prompt_name is None and self._tokenizer.needs_prompt_name:
-            message = f"this model needs one: it treats {' and '.join(self._tokenizer.prompts)} differently"
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
-        self._check_count("texts", len(texts))
-        jobs = [_embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
-        return await self._rows(jobs, call, truncate)
+        prompt_name, warnings = self._prompt(options, role)
+        dimension = self._dimension(options, warnings)
+        space_id = self._spaces.id(prompt_name, dimension)
+        _check_space(space_id, options.expect_space_id, call.expect_space_id)
+        self._texts.check_count("texts", len(texts))
+        jobs = [embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
+        rows = await self._rows(jobs, call, options.overflow)
+        values = rows.values
+        if dimension < values.shape[1]:
+            values = values[:, :dimension]
+            if self._info.normalized:
+                values = _normalized(values)
+        if options.normalize and not self._info.normalized:
+            values = _normalized(values)
+        return Answer(
+            values=values,
+            space_id=space_id,
+            prompt_name=prompt_name or "",
+            stamps=rows.stamps,
+            lengths=rows.lengths,
+            tokens=rows.tokens,
+            shared=rows.shared,
+            cached=rows.cached,
+            warnings=tuple(warnings),
+        )
 
-    async def score(self, pairs: Sequence[tuple[str, str]], call: Call, *, truncate: bool = True) -> Answer:
+    async def score(self, pairs: Sequence[tuple[str, str]], call: Call, options: ScoreOptions | None = None) -> Answer:
         """One score for each (query, passage) pair, in order: raw logits, or what `BackendInfo.similarity` names."""
-        self._check_count("pairs", len(pairs))
+        options = options or ScoreOptions()
+        self.names.check(options.model)
+        self._texts.check_count("pairs", len(pairs))
+        self._check_pair_overflow(options.overflow)
         queries = [(f"pairs[{i}].query", query) for i, (query, _) in enumerate(pairs)]
         passages = [(f"pairs[{i}].passage", passage) for i, (_, passage) in enumerate(pairs)]
         if self._is_cross_encoder:
-            jobs = [_pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
-            return await self._logits(jobs, call, truncate)
-        jobs = [_embedding_job(*query, self._query_prompt) for query in queries]
-        jobs += [_embedding_job(*passage, self._document_prompt) for passage in passages]
-        answer = await self._rows(jobs, call, truncate)
-        scores = similarity(self._similarity, *np.split(answer.values, 2))
-        return Answer(scores, answer.truncated, answer.stamps)
+            jobs = [pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
+            rows = await self._rows(jobs, call, options.overflow)
+            return _scores(rows, rows.values[:, 0], rows.lengths)
+        jobs = [embedding_job(*query, self._query_prompt) for query in queries]
+        jobs += [embedding_job(*passage, self._document_prompt) for passage in passages]
+        rows = await self._rows(jobs, call, options.overflow)
+        scores = similarity(self._info.similarity, *np.split(rows.values, 2))
+        return _scores(rows, scores, _of_pairs(rows.lengths, len(pairs)))
 
     async def rerank(
-        self, query: str, documents: Sequence[str], top_k: int, call: Call, *, truncate: bool = True
+        self, query: str, documents: Sequence[str], top_k: int, call: Call, options: RerankOptions | None = None
     ) -> Ranking:
         """The `top_k` best documents (0: all); equal scores keep the given order."""
-        self._check_count("documents", len(documents))
+        options = options or RerankOptions()
+        self.names.check(options.model)
+        self._texts.check_count("documents", len(documents))
+        self._check_pair_overflow(options.overflow)
         named = [(f"documents[{i}]", document) for i, document in enumerate(documents)]
+        warnings: tuple[str, ...] = ()
+        most_tokens = options.max_document_tokens
+        if most_tokens is not None and most_tokens < 1:
+            message = "expected 1 or more"
+            raise InvalidRequest(f"max_document_tokens: {message}", violations=[("max_document_tokens", message)])
         if self._is_cross_encoder:
-            jobs = [_pair_job(document[0], ("query", query), document) for document in named]
-            answer = await self._logits(jobs, call, truncate)
-            scores = answer.values
+            jobs = [pair_job(document[0], ("query", query), document, most_tokens) for document in named]
+            rows = await self._rows(jobs, call, options.overflow)
+            scores, lengths = rows.values[:, 0], rows.lengths
         else:
-            jobs = [_embedding_job("query", query, self._query_prompt)]
-            jobs += [_embedding_job(*document, self._document_prompt) for document in named]
-            answer = await self._rows(jobs, call, truncate)
-            scores = similarity(self._similarity, answer.values[:1], answer.values[1:])
+            jobs = [embedding_job("query", query, self._query_prompt)]
+            jobs += [embedding_job(*document, self._document_prompt, most_tokens) for document in named]
+            rows = await self._rows(jobs, call, options.overflow)
+            scores = similarity(self._info.similarity, rows.values[:1], rows.values[1:])
+            lengths = _without_first(rows.lengths)
+            if 0 in rows.lengths.truncated_rows:
+                warnings = ("the query is longer than the model's limit and was cut",)
         order = np.argsort(-scores, kind="stable")[: top_k or None]
-        ranks = [(int(index), float(scores[index])) for index in order]
-        return Ranking(ranks, answer.truncated, answer.stamps)
+        return Ranking(
+            ranks=[(int(index), float(scores[index])) for index in order],
+            stamps=rows.stamps,
+            lengths=lengths,
+            tokens=rows.tokens,
+            shared=rows.shared,
+            cached=rows.cached,
+            warnings=warnings,
+        )
+
+    def check_count(self, field: str, count: int) -> None:
+        """InvalidRequest as the methods above raise it: for callers who make something of each item first."""
+        self._texts.check_count(field, count)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _logits(self, jobs: Sequence[_Job], call: Call, truncate: bool) -> Answer:
-        answer = await self._rows(jobs, call, truncate)
-        return Answer(answer.values[:, 0], answer.truncated, answer.stamps)
+    def _prompt(self, options: EmbedOptions, role_of_name: str) -> tuple[str | None, list[str]]:
+        """The prompt to apply, and what the caller should know of it."""
+        prompts, name = self._tokenizer.prompts, options.prompt_name
+        if name is not None and options.role:
+            message = "prompt_name and input_type both choose a prompt: send one of them"
+            raise InvalidRequest(message, violations=[("prompt_name", message)])
+        warnings: list[str] = []
+        if name is not None and name not in prompts:
+            message = unknown_prompt(prompts)
+            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        if name is None and (role := options.role or role_of_name):
+            name, warning = prompt_for(role, prompts)
+            warnings += [warning] if warning else []
+        if name is None and self._tokenizer.needs_prompt_name:
+            message = f"this model needs one: it treats {' and '.join(prompts)} differently"
+            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        return name, warnings
 
-    async def _rows(self, jobs: Sequence[_Job], call: Call, truncate: bool) -> Answer:
+    def _dimension(self, options: EmbedOptions, warnings: list[str]) -> int:
+        """How many numbers of each vector are kept. InvalidRequest for options that the model cannot fulfil."""
+        own = self._info.dimension
+        if options.normalize is False and self._info.normalized:
+            warnings.append("normalize: false changes nothing: scaling vectors to length 1 is a part of this model")
+        if options.dimensions is None:
+            return own
+        if not 1 <= options.dimensions <= own:
+            message = f"expected 1 to {own}, which is what the model has"
+            raise InvalidRequest(f"dimensions: {message}", violations=[("dimensions", message)])
+        if options.dimensions < own:
+            warnings.append(
+                f"{options.dimensions} of {own} dimensions: good only if the model was trained for it (Matryoshka)"
+            )
+        return options.dimensions
+
+    def _check_pair_overflow(self, overflow: Overflow) -> None:
+        if self._is_cross_encoder and overflow not in (Overflow.CUT, Overflow.REFUSE):
+            message = "a cross-encoder reads a pair as one text: use cut or refuse"
+            raise InvalidRequest(f"overflow: {message}", violations=[("overflow", message)])
+
+    async def _rows(self, jobs: Sequence[Job], call: Call, overflow: Overflow) -> Answer:
         loop = asyncio.get_running_loop()
-        sizes = self._sizes(jobs)
+        sizes = self._texts.sizes(jobs)
         # Equal texts of one request are computed once.
-        places: dict[tuple[str | None, str], int] = {}
+        places: dict[Key, int] = {}
         where = [places.setdefault(job.key, len(places)) for job in jobs]
-        with self._admission.admit(self._estimate_tokens(sizes), call.deadline) as reservation:
+        with self._admission.admit(self._texts.estimate_tokens(sizes, overflow), call.deadline) as reservation:
             admitted_at = loop.time()
             if sum(sizes) <= _INLINE_BYTES:
-                encoded = self._encode(list(places))
+                texts = self._texts.encode(list(places), overflow)
             else:
-                encoded = await loop.run_in_executor(self._pool, self._encode, list(places))
-            self._metrics.tokenized(len(encoded), sum(e.length for e in encoded), loop.time() - admitted_at)
-            self._refuse_without_tokens(jobs, where, encoded)
-            if not truncate:
-                self._refuse_truncated(jobs, where, encoded)
-            computed = await self._batcher.compute(encoded, call, reservation)
-        truncated = sum(encoded[place].truncated for place in where)
-        values = computed.rows if len(places) == len(jobs) else computed.rows[where]
+                texts = await loop.run_in_executor(self._pool, self._texts.encode, list(places), overflow)
+            parts = [part for text in texts for part in text.parts]
+            self._metrics.tokenized(len(texts), sum(part.length for part in parts), loop.time() - admitted_at)
+            self._texts.check_tokens(jobs, where, texts, overflow)
+            computed = await self._batcher.compute(parts, call, reservation)
+        rows = computed.rows if len(parts) == len(texts) else self._mean_of_windows(computed.rows, texts)
         stamps = Stamps(
             received_at=call.received_at,
             admitted_at=admitted_at,
@@ -170,84 +268,69 @@ class InferenceService:
             engine_ended_at=computed.engine_ended_at,
             gathered_at=loop.time(),
         )
-        return Answer(values, truncated, stamps)
+        lengths = TextLengths(
+            [texts[place].total for place in where],
+            [texts[place].used for place in where],
+            [row for row, place in enumerate(where) if texts[place].is_truncated],
+        )
+        return Answer(
+            values=rows if len(places) == len(jobs) else rows[where],
+            stamps=stamps,
+            lengths=lengths,
+            tokens=sum(lengths.used),
+            shared=computed.shared,
+            cached=computed.cached,
+        )
 
-    def _encode(self, keys: Sequence[tuple[str | None, str]]) -> list[Encoded]:
-        """Pairs at once, texts with one call for each prompt in use (at most two)."""
-        if self._is_cross_encoder:
-            return self._tokenizer.encode_pairs([(query or "", passage) for query, passage in keys])
-        out: list[Encoded | None] = [None] * len(keys)
-        for prompt_name in {name for name, _ in keys}:
-            places = [i for i, (name, _) in enumerate(keys) if name == prompt_name]
-            encoded = self._tokenizer.encode([keys[i][1] for i in places], prompt_name)
-            for place, one in zip(places, encoded, strict=True):
-                out[place] = one
-        return [one for one in out if one is not None]
-
-    def _estimate_tokens(self, sizes: Sequence[int]) -> int:
-        """Before tokenising, for admission: a token for four bytes, two special ones, never above the model's limit."""
-        limit = self._tokenizer.max_tokens
-        return sum(min(limit, size // 4 + 2) for size in sizes)
-
-    def _check_count(self, field: str, count: int) -> None:
-        if count == 0:
-            message = f"{field}: at least one is required"
-            raise InvalidRequest(message, reason="EMPTY_REQUEST", violations=[(field, "at least one is required")])
-        if count > self._limits.max_texts:
-            message = f"{count} items, the limit is {self._limits.max_texts}: send several requests"
-            raise InvalidRequest(f"{field}: {message}", reason="TOO_MANY_TEXTS", violations=[(field, message)])
-
-    def _sizes(self, jobs: Sequence[_Job]) -> list[int]:
-        """The UTF-8 size of each job. InvalidRequest names all texts that are wrong (the first 16)."""
-        sizes: list[int] = []
-        wrong: dict[str, _BadText] = {}
-        for job in jobs:
-            size = 0
-            for field, text in job.texts:
-                try:
-                    size += self._text_bytes(text)
-                except _BadText as fault:
-                    wrong[field] = fault
-            sizes.append(size)
-        _raise_violations([(field, str(fault)) for field, fault in wrong.items()], {f.reason for f in wrong.values()})
-        return sizes
-
-    def _text_bytes(self, text: str) -> int:
-        """The UTF-8 size of a sound text."""
-        limit = self._limits.max_text_bytes
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            raise _BadText("INVALID_FIELD", "not valid Unicode (a lone surrogate)") from None
-        if not text.strip().strip(_INVISIBLE):
-            raise _BadText("EMPTY_TEXT", "text is empty")
-        if size > limit:
-            raise _BadText("TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}")
-        return size
-
-    def _refuse_without_tokens(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
-        """Where a tokenizer adds no special tokens, a text of characters that it drops becomes nothing."""
-        message = "text is empty for this model: its tokenizer leaves no token of it"
-        wrong = [(job.field, message) for job, place in zip(jobs, where, strict=True) if not encoded[place].length]
-        _raise_violations(wrong, {"EMPTY_TEXT"})
-
-    def _refuse_truncated(self, jobs: Sequence[_Job], where: Sequence[int], encoded: Sequence[Encoded]) -> None:
-        message = f"more than {self._tokenizer.max_tokens} tokens, and truncate is false"
-        wrong = [(job.field, message) for job, place in zip(jobs, where, strict=True) if encoded[place].truncated]
-        _raise_violations(wrong, {"TEXT_TOO_LONG"})
+    def _mean_of_windows(self, rows: NDArray[np.float32], texts: Sequence[Tokens]) -> NDArray[np.float32]:
+        """One row for each text: its own, or the mean of its windows' rows, weighted by their tokens."""
+        lengths = np.array([part.length for text in texts for part in text.parts], np.float64)
+        starts = np.cumsum([0, *(len(text.parts) for text in texts[:-1])])
+        sums = np.add.reduceat(rows * lengths[:, None], starts, axis=0)
+        means = (sums / np.add.reduceat(lengths, starts)[:, None]).astype(np.float32)
+        chunked = np.array([text.is_chunked for text in texts])
+        if self._info.normalized:
+            means = _normalized(means)
+        means[~chunked] = rows[starts][~chunked]
+        return means
 
 
-def _embedding_job(field: str, text: str, prompt_name: str | None) -> _Job:
-    return _Job(field, (prompt_name, text), ((field, text),))
+def _check_space(space_id: str, *expected: str) -> None:
+    for each in filter(None, expected):
+        if each.lower() != space_id:
+            raise SpaceMismatch(
+                f"this server would answer with vectors of space {space_id}, another than expected: compare the model, "
+                f"the prompt, the limit of tokens and the dimension with those of the index (GetServerInfo, /info)"
+            )
 
 
-def _pair_job(field: str, query: tuple[str, str], passage: tuple[str, str]) -> _Job:
-    """query, passage: each with its own field in front."""
-    return _Job(field, (query[1], passage[1]), (query, passage))
+def _normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    found: NDArray[np.float32] = (rows / np.maximum(norms, 1e-12)).astype(np.float32)
+    return found
 
 
-def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> None:
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        reason = reasons.pop() if len(reasons) == 1 else "INVALID_FIELD"
-        raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", reason=reason, violations=wrong)
+def _scores(rows: Answer, scores: NDArray[np.float32], lengths: TextLengths) -> Answer:
+    return Answer(
+        values=scores,
+        stamps=rows.stamps,
+        lengths=lengths,
+        tokens=rows.tokens,
+        shared=rows.shared,
+        cached=rows.cached,
+    )
+
+
+def _of_pairs(lengths: TextLengths, pairs: int) -> TextLengths:
+    """Of texts that stand as all queries, then all passages."""
+    total, used = lengths.total, lengths.used
+    return TextLengths(
+        [a + b for a, b in zip(total[:pairs], total[pairs:], strict=True)],
+        [a + b for a, b in zip(used[:pairs], used[pairs:], strict=True)],
+        sorted({row % pairs for row in lengths.truncated_rows}),
+    )
+
+
+def _without_first(lengths: TextLengths) -> TextLengths:
+    """Without the query's, which stands before the documents."""
+    return TextLengths(lengths.total[1:], lengths.used[1:], [row - 1 for row in lengths.truncated_rows if row])

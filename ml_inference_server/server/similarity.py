@@ -16,6 +16,22 @@ def similarity(name: str, a: Rows, b: Rows) -> Rows:
     return _FUNCTIONS[name](np.broadcast_to(a, b.shape), b).astype(np.float32)
 
 
+def probability(name: str, scores: Rows) -> Rows:
+    """Raw scores as numbers from 0 to 1 that keep their order, for protocols that promise it.
+
+    A logit and a dot product go through the logistic function, as sentence-transformers does with a logit; a cosine
+    becomes (1 + cosine) / 2; a (negative) distance 1 / (1 + distance).
+    """
+    wide = scores.astype(np.float64)
+    if name == "cosine":
+        found = (1 + wide) / 2
+    elif name in ("euclidean", "manhattan"):
+        found = 1 / (1 - wide)
+    else:
+        found = np.exp(-np.logaddexp(0, -wide))
+    return found.astype(np.float32)
+
+
 def _cosine(a: Rows, b: Rows) -> Rows:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine: Rows = _dot(a, b) / np.maximum(norms, 1e-12)

@@ -7,13 +7,15 @@ StartError                    the process ends, with `exit_code` and one line on
 ServiceError                  one request is answered with an error; the server goes on
 ├── InvalidRequest            the input is wrong; repeating it cannot help
 ├── WrongTask                 the loaded model cannot do this
+├── ModelNotFound             no model of that name is served here
+├── SpaceMismatch             the caller expects vectors of another space
 ├── Overloaded                the queue is full; come back after `retry_after_ms`
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
 ├── Unavailable               loading or shutting down; safe to retry
 └── BackendFailure            the model failed on this input, alone
     └── NonFiniteOutput       the model answered NaN or infinity
 
-No error carries a gRPC or HTTP number: `server/rpc/status.py` maps them, in one place.
+No error carries a gRPC or HTTP number: `server/status.py` maps them, in one place.
 """
 
 from collections.abc import Sequence
@@ -87,6 +89,18 @@ class WrongTask(ServiceError):
     """The loaded model cannot do what was asked (an embedding from a cross-encoder, say)."""
 
     reason = "WRONG_TASK"
+
+
+class ModelNotFound(ServiceError):
+    """The request names a model that is not served here; the message names those that are, never the one asked for."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class SpaceMismatch(ServiceError):
+    """The request expects vectors of another space than this server's: another model, prompt, limit or dimension."""
+
+    reason = "SPACE_MISMATCH"
 
 
 class Overloaded(ServiceError):

@@ -160,7 +160,7 @@ async def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed() -
         error = await refusal(server.stub.Embed(many))
         assert error.code() is Code.INVALID_ARGUMENT
         assert details(error) == ("REPLY_TOO_LARGE", ["texts"])
-        assert "send at most 2044 at once, or raise server.max_message_bytes" in (error.details() or "")
+        assert "send at most 1573 at once, or raise server.max_message_bytes" in (error.details() or "")
         replies = await stream(server, [pb.EmbedStreamRequest(id=1, request=many)])
         assert replies[1].error.reason == "REPLY_TOO_LARGE"
         documents = ["x"] * 6000
@@ -175,14 +175,14 @@ async def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed() -
 
 async def test_the_largest_answers_that_fit_are_given() -> None:
     async with fake_server(server=dict(SMALL), batching={"max_queue_tokens": 1_000_000}) as server:
-        largest = pb.EmbedRequest(texts=["x"] * 2044)
-        assert (await server.stub.Embed(largest)).count == 2044
+        largest = pb.EmbedRequest(texts=["x"] * 1573)
+        assert (await server.stub.Embed(largest)).count == 1573
         message = pb.EmbedStreamRequest(id=2**64 - 1, request=largest)
-        assert (await stream(server, [message]))[2**64 - 1].response.count == 2044
-        documents = ["x"] * 5946
+        assert (await stream(server, [message]))[2**64 - 1].response.count == 1573
+        documents = ["x"] * 3225
         reply = await server.stub.Rerank(pb.RerankRequest(query="q", documents=documents))
-        assert len(reply.ranks) == 5946
-        reply = await server.stub.Rerank(pb.RerankRequest(query="q", documents=["x"] * 19_000, top_k=10))
+        assert len(reply.ranks) == 3225
+        reply = await server.stub.Rerank(pb.RerankRequest(query="q", documents=["x"] * 7_000, top_k=10))
         assert len(reply.ranks) == 10
         pairs = [pb.Pair(query="q", passage="p")] * 8191
         assert len((await server.stub.Score(pb.ScoreRequest(pairs=pairs))).scores) == 8191

@@ -6,13 +6,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ml_inference_server.backends import create_backend
-from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer
+from ml_inference_server.backends.base import Backend, BackendInfo, Progress, TextTokenizer, TokenBatch
 from ml_inference_server.backends.exported.folder import open_folder
 from ml_inference_server.backends.files.model_errors import shown, start_errors
+from ml_inference_server.backends.files.pooling import pooling_of
 from ml_inference_server.backends.startup import auto, parity
 from ml_inference_server.backends.startup.reference import read_reference, reference_for
 from ml_inference_server.backends.startup.resolve import Resolution, resolve
+from ml_inference_server.backends.text.probes import PROBES
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 from ml_inference_server.utils.installation import pip_install
@@ -24,13 +28,15 @@ log = logging.getLogger(__name__)
 class Described:
     """A started model as the server knows it; can be sent from one process to another.
 
-    `info` is the backend's own, with the measured parity. `auto_choice`: what auto chose and why; else empty.
+    `info` is the backend's own, with the measured parity. `auto_choice`: what auto chose and why; else empty. pooling:
+    cls, mean or last_token, where the model's files say so in one of these words; else empty.
     """
 
     resolution: Resolution
     info: BackendInfo
     tokenizer: TextTokenizer
     auto_choice: str = ""
+    pooling: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +47,11 @@ class Started(Described):
 
     def described(self) -> Described:
         return Described(
-            resolution=self.resolution, info=self.info, tokenizer=self.tokenizer, auto_choice=self.auto_choice
+            resolution=self.resolution,
+            info=self.info,
+            tokenizer=self.tokenizer,
+            auto_choice=self.auto_choice,
+            pooling=self.pooling,
         )
 
 
@@ -83,9 +93,34 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
         info = dataclasses.replace(info, concurrency=resolution.model.streams)
     if measured is not None:
         info = dataclasses.replace(info, parity_mean=measured.mean, parity_min=measured.least)
+    info = dataclasses.replace(info, normalized=_is_normalized(backend))
     return Started(
-        resolution=resolution, backend=backend, info=info, tokenizer=backend.tokenizer, auto_choice=auto_choice
+        resolution=resolution,
+        backend=backend,
+        info=info,
+        tokenizer=backend.tokenizer,
+        auto_choice=auto_choice,
+        pooling=pooling(resolution.model) if folder is None else folder.manifest.source.pooling,
     )
+
+
+def pooling(model: ModelSettings) -> str:
+    """As `pooling_of`, of the model that the settings name; empty for the fake backend."""
+    if model.backend == "fake":
+        return ""
+    from ml_inference_server.backends.model.loading import locate
+
+    files, kind = locate(model)
+    return pooling_of(files.folder, kind)
+
+
+def _is_normalized(backend: Backend) -> bool:
+    """Whether its vectors have length 1: a model's files may say so in several ways, its answers in one."""
+    if backend.info.task == "cross_encoder":
+        return False
+    name = next(iter(backend.tokenizer.prompts)) if backend.tokenizer.needs_prompt_name else None
+    rows = backend.infer(TokenBatch.of(backend.tokenizer.encode(PROBES, name)))
+    return bool(np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2))
 
 
 def need_libraries(model: ModelSettings) -> None:

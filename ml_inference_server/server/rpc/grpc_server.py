@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
-from ml_inference_server.server.rpc.native import SERVICE, NativeServicer
+from ml_inference_server.server.rpc.services import Servicer
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import ConfigError, PortInUse
 
@@ -56,27 +56,34 @@ class GrpcServer:
 
     server: grpc.aio.Server
     health: Any
-    port: int
+    servicers: Sequence[Servicer]
+    port: int = 0
     serving: bool = False
 
     async def set_serving(self, serving: bool) -> None:
-        """What health clients and watchers get, for the whole server and for its service."""
+        """What health clients and watchers get, for the whole server and for each service.
+
+        A service that the loaded model can do nothing for stays NOT_SERVING, as in Text Embeddings Inference.
+        """
         self.serving = serving
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
+        services = {name: able for servicer in self.servicers for name, able in servicer.services().items()}
+        for name, able in {"": True, **services}.items():
+            up = serving and able
+            status = health_pb2.HealthCheckResponse.SERVING if up else health_pb2.HealthCheckResponse.NOT_SERVING
             await self.health.set(name, status)
 
 
-async def start_grpc(settings: ServerSettings, servicer: NativeServicer) -> GrpcServer:
+async def start_grpc(settings: ServerSettings, servicers: Sequence[Servicer]) -> GrpcServer:
     """Bind and listen. PortInUse or ConfigError if that cannot be done."""
     _check_bindable(settings.host, settings.port)
     with _socket_threads_wait_their_turn():
         server = grpc.aio.server(options=server_options(settings))
     health_servicer = health.aio.HealthServicer()
-    described = reflection.aio.ReflectionServicer((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
-    handlers = servicer.handlers(), health_handlers(health_servicer), reflection_handlers(described)
-    server.add_generic_rpc_handlers(handlers)
-    built = GrpcServer(server, health_servicer, 0)
+    names = [name for servicer in servicers for name in servicer.services()]
+    described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    handlers = [handler for servicer in servicers for handler in servicer.handlers()]
+    server.add_generic_rpc_handlers([*handlers, health_handlers(health_servicer), reflection_handlers(described)])
+    built = GrpcServer(server, health_servicer, servicers)
     await built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:

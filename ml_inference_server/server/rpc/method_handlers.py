@@ -1,46 +1,42 @@
-"""What every RPC has in common: decoding, request id, deadline, and the only way out with an error."""
+"""What every RPC has in common: decoding, its call, and the only way out with an error."""
 
 import asyncio
-import itertools
 import math
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.rpc.observation import Observation, Reply, expected
-from ml_inference_server.server.rpc.status import grpc_code, status_text, trailing_metadata
-from ml_inference_server.utils.errors import InvalidRequest, ServiceError
+from ml_inference_server.server.calls import Calls
+from ml_inference_server.server.observation import Observation, Reply, expected
+from ml_inference_server.server.rpc.status import OWN_WIRE, RpcDialect, status_text, trailing_metadata
+from ml_inference_server.server.rpc.streams import answer_in_order, collect
+from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest, ServiceError
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+Metadata = tuple[tuple[str, str], ...]
+Work = Callable[[Any, Call], Awaitable[Reply[Message]]]
 
 
 class MethodHandlers:
-    """Makes gRPC's handlers round the methods of a servicer. `prefix` makes request ids unique among processes."""
+    """Makes gRPC's handlers round the methods of a servicer, which speaks `dialect`."""
 
-    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str) -> None:
-        self._metrics = metrics
-        self._default_timeout_s = default_timeout_s
-        self._prefix = prefix
-        self._ids = itertools.count(1)
-        self.last_call_at = 0.0  # on the event loop's clock
+    def __init__(self, calls: Calls, dialect: RpcDialect = OWN_WIRE) -> None:
+        self._calls = calls
+        self._dialect = dialect
 
     def work(
         self, method: str, request: type[Message], run: Callable[[Any, Call], Awaitable[Reply[Message]]]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """The handler of a unary RPC that asks for work: `run` answers it, and it is counted."""
 
-        async def observed(raw: bytes, call: Call) -> bytes:
+        async def observed(raw: bytes, call: Call) -> tuple[bytes, Metadata]:
             with self.observe(method, call) as request_:
                 reply = await run(decoded(request, raw), request_.call)
                 body = reply.message.SerializeToString()
                 request_.reply = reply
-            return body
+            return body, reply.metadata
 
         return self._unary(observed)
 
@@ -49,27 +45,82 @@ class MethodHandlers:
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """The handler of a unary RPC that asks about the server: it is no work, and is not counted."""
 
-        async def answered(raw: bytes, call: Call) -> bytes:
+        async def answered(raw: bytes, call: Call) -> tuple[bytes, Metadata]:
             try:
-                return run(decoded(request, raw)).SerializeToString()
+                return run(decoded(request, raw)).SerializeToString(), ()
             except Exception as error:
                 raise expected(error, method, call) from error
 
         return self._unary(answered)
 
-    def _unary(self, run: Callable[[bytes, Call], Awaitable[bytes]]) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _unary(
+        self, run: Callable[[bytes, Call], Awaitable[tuple[bytes, Metadata]]]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Bytes in, bytes out: decoding and encoding are part of what is observed."""
+        return grpc.unary_unary_rpc_method_handler(self._answering(run))
 
-        async def handle(raw: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+    def _answering(
+        self, run: Callable[[Any, Call], Awaitable[tuple[bytes, Metadata]]]
+    ) -> Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[bytes]]:
+        """One answer to whatever the client sends."""
+
+        async def handle(given: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
             call = self._call(context)
             try:
-                body = await run(raw, call)
+                body, metadata = await run(given, call)
             except ServiceError as error:
-                await refuse(context, error, call.request_id)
+                await self._refuse(context, error, call)
+            if metadata:
+                await context.send_initial_metadata(metadata)
             context.set_trailing_metadata((("request-id", call.request_id),))
             return body
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return handle
+
+    def collected(
+        self, method: str, request: type[Message], run: Work, *, max_messages: int, max_bytes: int
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler of an RPC that takes a stream and answers once: `run` gets the list of its messages.
+
+        It is a request of its own from when the last message is in; its caller may take the usual time to send them.
+        """
+
+        async def observed(messages: AsyncIterator[bytes], call: Call) -> tuple[bytes, Metadata]:
+            refusal: ServiceError | None = None
+            found: list[Any] = []
+            try:
+                async with asyncio.timeout_at(call.deadline):
+                    found = await collect(_each(request, messages), max_messages=max_messages, max_bytes=max_bytes)
+            except TimeoutError:
+                refusal = DeadlinePassed("the deadline passed before the last message was in")
+            except ServiceError as error:
+                refusal = error
+            with self.observe(method, self.of_message(call)) as request_:
+                if refusal is not None:
+                    raise refusal
+                reply = await run(found, request_.call)
+                body = reply.message.SerializeToString()
+                request_.reply = reply
+            return body, reply.metadata
+
+        return grpc.stream_unary_rpc_method_handler(self._answering(observed))
+
+    def ordered(
+        self, method: str, request: type[Message], run: Work, draining: asyncio.Event
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler of a bidirectional RPC that gives `run`'s answer to each message, in order; each is counted."""
+
+        async def answer(message: Any, stream: Call) -> Message:
+            with self.observe(method, self.of_message(stream)) as request_:
+                request_.reply = reply = await run(message, request_.call)
+            return reply.message
+
+        async def answered(
+            messages: AsyncIterator[Any], write: Callable[[Message], Awaitable[None]], call: Call
+        ) -> None:
+            await answer_in_order(messages, lambda message: answer(message, call), write, draining)
+
+        return self.stream(request, answered)
 
     def stream(
         self,
@@ -84,10 +135,6 @@ class MethodHandlers:
         async def handle(messages: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
             call = self._call(context, math.inf)
 
-            async def each() -> AsyncIterator[Any]:
-                async for raw in messages:
-                    yield decoded(request, raw)
-
             async def write(message: Message) -> None:
                 try:
                     await context.write(message)
@@ -95,9 +142,9 @@ class MethodHandlers:
                     raise asyncio.CancelledError from None
 
             try:
-                await run(each(), write, call)
+                await run(_each(request, messages), write, call)
             except ServiceError as error:
-                await refuse(context, error, call.request_id)
+                await self._refuse(context, error, call)
 
         return grpc.stream_stream_rpc_method_handler(
             handle, response_serializer=lambda answer: answer.SerializeToString()
@@ -105,29 +152,30 @@ class MethodHandlers:
 
     def of_message(self, stream: Call) -> Call:
         """A message that has just come in on a stream, as a request of its own."""
-        now = asyncio.get_running_loop().time()
-        return replace(stream, received_at=now, deadline=min(stream.deadline, now + self._default_timeout_s))
+        return self._calls.of_message(stream)
 
     def observe(self, method: str, call: Call) -> Observation:
         """One request that is counted under `method`."""
-        return Observation(self._metrics, method, call)
+        return self._calls.observe(method, call)
 
     def _call(self, context: "grpc.aio.ServicerContext[Any, Any]", limit_s: float | None = None) -> Call:
         """Copied at entry: the context must not be touched once the call has ended."""
-        remaining_s = context.time_remaining()
-        limit_s = self._default_timeout_s if limit_s is None else limit_s
-        timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         metadata = dict(context.invocation_metadata() or ())
-        given, parent = metadata.get("x-request-id"), metadata.get("traceparent")
-        if not isinstance(given, str) or not _REQUEST_ID.fullmatch(given):
-            given = f"{self._prefix}-{next(self._ids)}"
-        now = self.last_call_at = asyncio.get_running_loop().time()
-        return Call(
-            given,
-            received_at=now,
-            deadline=now + timeout_s,
-            traceparent=parent if isinstance(parent, str) else "",
+        return self._calls.begin(
+            request_id=metadata.get("x-request-id"),
+            traceparent=metadata.get("traceparent"),
+            expect_space_id=metadata.get("x-expect-space-id"),
+            timeout_s=context.time_remaining(),
+            limit_s=limit_s,
         )
+
+    async def _refuse(self, context: "grpc.aio.ServicerContext[Any, Any]", error: ServiceError, call: Call) -> NoReturn:
+        await refuse(context, error, call.request_id, self._dialect)
+
+
+async def _each(request: type[Message], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for raw in messages:
+        yield decoded(request, raw)
 
 
 def decoded(request: type[Message], raw: bytes) -> Any:
@@ -139,6 +187,12 @@ def decoded(request: type[Message], raw: bytes) -> Any:
         raise InvalidRequest(text, reason="MALFORMED_REQUEST") from None
 
 
-async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: ServiceError, request_id: str = "") -> NoReturn:
+async def refuse(
+    context: "grpc.aio.ServicerContext[Any, Any]",
+    error: ServiceError,
+    request_id: str = "",
+    dialect: RpcDialect = OWN_WIRE,
+) -> NoReturn:
     """abort, and nothing else: only a reply without message and initial metadata is retried by stock clients."""
-    await context.abort(grpc_code(error), status_text(error), trailing_metadata(error, request_id))
+    trailers = trailing_metadata(error, request_id, dialect)
+    await context.abort(dialect.code(error), status_text(error, dialect), trailers)

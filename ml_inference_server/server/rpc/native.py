@@ -6,24 +6,46 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-import numpy as np
 from google.protobuf.message import Message
 
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.call import Call
+from ml_inference_server.server.encodings import Encoding, bytes_per_vector, encode_rows
+from ml_inference_server.server.observation import Reply
+from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
-from ml_inference_server.server.rpc.observation import Reply
 from ml_inference_server.server.rpc.status import grpc_code
+from ml_inference_server.server.rpc.streams import MAX_STREAM_IN_FLIGHT, next_or_none
+from ml_inference_server.server.service import Answered
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError, Unavailable
-from ml_inference_server.utils.stages import Stamps, wire_us
+from ml_inference_server.utils.stages import wire_us
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-# Unanswered requests of one stream; beyond it the server stops reading, which the client feels as flow control.
-MAX_STREAM_IN_FLIGHT = 64
-# Bytes of an answer: a number of an embedding, a rank (its index below 65,536), and all that does not grow with it.
-_FLOAT_BYTES, _RANK_BYTES, _REST_BYTES = 4, 11, 128
+# Bytes of an answer: a rank (its index below 65,536), what is told of the length of a text, and all that does not grow
+# with it.
+_RANK_BYTES, _LENGTHS_BYTES, _REST_BYTES = 11, 9, 1024
+
+
+_OVERFLOWS: dict[int, Overflow] = {
+    pb.OVERFLOW_UNSPECIFIED: Overflow.CUT,
+    pb.OVERFLOW_CUT: Overflow.CUT,
+    pb.OVERFLOW_CUT_LEFT: Overflow.CUT_LEFT,
+    pb.OVERFLOW_REFUSE: Overflow.REFUSE,
+    pb.OVERFLOW_CHUNK: Overflow.CHUNK,
+}
+_ENCODING_NUMBERS: dict[Encoding, pb.Encoding] = {
+    Encoding.FLOAT32: pb.ENCODING_FLOAT32,
+    Encoding.FLOAT16: pb.ENCODING_FLOAT16,
+    Encoding.INT8: pb.ENCODING_INT8,
+    Encoding.BINARY: pb.ENCODING_BINARY,
+    Encoding.UBINARY: pb.ENCODING_UBINARY,
+}
+_ENCODINGS: dict[int, Encoding] = {
+    pb.ENCODING_UNSPECIFIED: Encoding.FLOAT32,
+    **{number: encoding for encoding, number in _ENCODING_NUMBERS.items()},
+}
 
 
 class NativeServicer:
@@ -32,58 +54,74 @@ class NativeServicer:
         self._metrics = metrics
         self._handlers = handlers
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Built by hand and not by the generated code, whose deserialiser answers UNKNOWN to a broken message."""
         make = self._handlers
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Embed": make.work("Embed", pb.EmbedRequest, self.embed),
-                "EmbedStream": make.stream(pb.EmbedStreamRequest, self.embed_stream),
-                "Score": make.work("Score", pb.ScoreRequest, self.score),
-                "Rerank": make.work("Rerank", pb.RerankRequest, self.rerank),
-                "GetMetrics": make.question("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
-                "GetServerInfo": make.question("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
-            },
-        )
+        methods = {
+            "Embed": make.work("Embed", pb.EmbedRequest, self.embed),
+            "EmbedStream": make.stream(pb.EmbedStreamRequest, self.embed_stream),
+            "Score": make.work("Score", pb.ScoreRequest, self.score),
+            "Rerank": make.work("Rerank", pb.RerankRequest, self.rerank),
+            "GetMetrics": make.question("GetMetrics", pb.GetMetricsRequest, self.get_metrics),
+            "GetServerInfo": make.question("GetServerInfo", pb.GetServerInfoRequest, self.get_server_info),
+        }
+        return [grpc.method_handlers_generic_handler(SERVICE, methods)]
+
+    def services(self) -> dict[str, bool]:
+        return {SERVICE: True}
 
     async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply[pb.EmbedResponse]:
         model, count = self._state.require_model(), len(request.texts)
-        self._check_reply_size("texts", count, count, model.info.dimension * _FLOAT_BYTES)
+        encoding = _encoding(request)
+        dimensions = request.dimensions if request.HasField("dimensions") else None
+        self._check_reply_size("texts", count, bytes_per_vector(dimensions or model.info.dimension, encoding))
         answer = await model.service.embed(
             request.texts,
             call,
-            prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
-            truncate=_truncate(request),
+            EmbedOptions(
+                prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
+                role=request.input_type,
+                overflow=_overflow(request),
+                dimensions=dimensions,
+                expect_space_id=request.expect_space_id,
+                model=request.model,
+            ),
         )
         count, dimension = answer.values.shape
+        encoded = encode_rows(answer.values, encoding)
         message = pb.EmbedResponse(
-            embeddings=np.ascontiguousarray(answer.values, "<f4").tobytes(),
+            embeddings=encoded.tobytes(),
             count=count,
             dimension=dimension,
-            timing=_timing(answer.stamps),
-            truncated=answer.truncated,
+            space_id=answer.space_id,
+            prompt_name=answer.prompt_name,
+            encoding=_ENCODING_NUMBERS[encoding],
+            scales=encoded.scales,
+            **_told(answer),
         )
         return Reply(message, texts=count, truncated=answer.truncated, stamps=answer.stamps)
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> Reply[pb.ScoreResponse]:
         """A score is smaller than the pair that asks for it, so the answer always fits where the request did."""
+        service = self._state.require_model().service
+        service.check_count("pairs", len(request.pairs))
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
-        answer = await self._state.require_model().service.score(pairs, call, truncate=_truncate(request))
-        message = pb.ScoreResponse(scores=answer.values, timing=_timing(answer.stamps), truncated=answer.truncated)
+        options = ScoreOptions(overflow=_overflow(request), model=request.model)
+        answer = await service.score(pairs, call, options)
+        message = pb.ScoreResponse(scores=answer.values, **_told(answer))
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
 
     async def rerank(self, request: pb.RerankRequest, call: Call) -> Reply[pb.RerankResponse]:
         service, count = self._state.require_model().service, len(request.documents)
-        self._check_reply_size("documents", count, min(count, request.top_k or count), _RANK_BYTES)
-        ranking = await service.rerank(
-            request.query, request.documents, request.top_k, call, truncate=_truncate(request)
+        self._check_reply_size("documents", count, _RANK_BYTES, request.top_k)
+        options = RerankOptions(
+            overflow=_overflow(request),
+            model=request.model,
+            max_document_tokens=request.max_document_tokens or None,
         )
-        message = pb.RerankResponse(
-            ranks=[pb.Rank(index=index, score=score) for index, score in ranking.ranks],
-            timing=_timing(ranking.stamps),
-            truncated=ranking.truncated,
-        )
+        ranking = await service.rerank(request.query, request.documents, request.top_k, call, options)
+        ranks = [pb.Rank(index=index, score=score) for index, score in ranking.ranks]
+        message = pb.RerankResponse(ranks=ranks, **_told(ranking))
         return Reply(message, pairs=count, truncated=ranking.truncated, stamps=ranking.stamps)
 
     async def embed_stream(
@@ -114,7 +152,7 @@ class NativeServicer:
         draining = asyncio.create_task(self._state.draining.wait())
         try:
             async with asyncio.TaskGroup() as group:
-                while (message := await _next_or_none(messages, draining)) is not None:
+                while (message := await next_or_none(messages, draining)) is not None:
                     await free.acquire()
                     group.create_task(answer_and_make_room(message))
         except BaseExceptionGroup as errors:
@@ -127,15 +165,19 @@ class NativeServicer:
         if self._state.draining.is_set():
             raise Unavailable("the server is shutting down; open the stream to another one")
 
-    def _check_reply_size(self, field: str, items: int, rows: int, row_bytes: int) -> None:
-        """InvalidRequest where gRPC could not send the answer: before it is computed and not afterwards."""
+    def _check_reply_size(self, field: str, items: int, row_bytes: int, most_rows: int = 0) -> None:
+        """InvalidRequest where gRPC could not send the answer: before it is computed and not afterwards.
+
+        most_rows: how many rows it has at most; 0: one for each item.
+        """
         limits = self._state.settings.server
-        most = (limits.max_message_bytes - _REST_BYTES) // row_bytes
-        if rows <= most or items > limits.max_texts:  # too many items are refused for that
+        needed = items * _LENGTHS_BYTES + min(items, most_rows or items) * row_bytes + _REST_BYTES
+        if needed <= limits.max_message_bytes or items > limits.max_texts:  # too many items are refused for that
             return
-        split = f"send at most {most} at once, or " if most else ""
+        most = (limits.max_message_bytes - _REST_BYTES) // (row_bytes + _LENGTHS_BYTES)
+        split = f"send at most {most} at once, or " if most > 0 else ""
         message = (
-            f"the answer would have {rows * row_bytes} bytes, the limit is {limits.max_message_bytes}: "
+            f"the answer could have {needed} bytes, the limit is {limits.max_message_bytes}: "
             f"{split}raise server.max_message_bytes"
         )
         raise InvalidRequest(f"{field}: {message}", reason="REPLY_TOO_LARGE", violations=[(field, message)])
@@ -184,25 +226,44 @@ class NativeServicer:
             instance_id=info["instance_id"],
             pid=info["pid"],
             auto_choice=info["auto_choice"],
+            space_ids=info["space_ids"],
+            models=info["models"],
         )
 
 
-async def _next_or_none(messages: AsyncIterator[Any], draining: asyncio.Task[Any]) -> Any:
-    """The next message; None at the end of the stream or when the server drains."""
-    following = asyncio.ensure_future(anext(messages, None))
-    try:
-        await asyncio.wait({following, draining}, return_when=asyncio.FIRST_COMPLETED)
-        return following.result() if following.done() else None
-    finally:
-        following.cancel()
+def _overflow(request: Any) -> Overflow:
+    """InvalidRequest for a number that is none, and for two answers to one question."""
+    overflow = _OVERFLOWS.get(request.overflow)
+    if overflow is None:
+        message = f"expected 0 to {max(_OVERFLOWS)}"
+        raise InvalidRequest(f"overflow: {message}", violations=[("overflow", message)])
+    if not request.HasField("truncate"):
+        return overflow
+    if request.overflow and request.truncate == (overflow is Overflow.REFUSE):
+        message = "says another thing than overflow: send one of them"
+        raise InvalidRequest(f"truncate: {message}", violations=[("truncate", message)])
+    return overflow if request.truncate else Overflow.REFUSE
 
 
-def _truncate(request: Any) -> bool:
-    return bool(request.truncate) if request.HasField("truncate") else True
+def _encoding(request: pb.EmbedRequest) -> Encoding:
+    encoding = _ENCODINGS.get(request.encoding)
+    if encoding is None:
+        message = f"expected 0 to {max(_ENCODINGS)}"
+        raise InvalidRequest(f"encoding: {message}", violations=[("encoding", message)])
+    return encoding
 
 
-def _timing(stamps: Stamps) -> pb.Timing:
-    return pb.Timing(**wire_us(stamps))
+def _told(answer: Answered) -> dict[str, Any]:
+    """The fields that every answer has."""
+    lengths = answer.lengths
+    return {
+        "timing": pb.Timing(**wire_us(answer.stamps), shared_texts=answer.shared, cached_texts=answer.cached),
+        "truncated": lengths.truncated,
+        "token_counts": lengths.total,
+        "truncated_rows": lengths.truncated_rows,
+        "used_token_counts": lengths.used,
+        "warnings": answer.warnings,
+    }
 
 
 def _stream_error(error: ServiceError) -> pb.StreamError:

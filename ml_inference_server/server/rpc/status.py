@@ -1,55 +1,74 @@
-"""Error to gRPC status: the one place where an error meets a number of gRPC."""
+"""An error as gRPC carries it: code, text, rich details and hints."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from ml_inference_server.utils.errors import (
-    BackendFailure,
-    DeadlinePassed,
-    InvalidRequest,
-    NonFiniteOutput,
-    Overloaded,
-    ServiceError,
-    Unavailable,
-    WrongTask,
-)
+from ml_inference_server.server.field_names import renamed
+from ml_inference_server.server.status import status_of
+from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
 DOMAIN = "ml_inference_server"
 MAX_MESSAGE_BYTES = 512
 
-# UNKNOWN never stands here and is never sent.
-STATUS: dict[type[ServiceError], grpc.StatusCode] = {
-    ServiceError: grpc.StatusCode.INTERNAL,
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    WrongTask: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    BackendFailure: grpc.StatusCode.INTERNAL,
-    NonFiniteOutput: grpc.StatusCode.INTERNAL,
-}
+
+def _our_words(reason: str, at: str, message: str) -> str:
+    return message
+
+
+@dataclass(frozen=True)
+class RpcDialect:
+    """What a protocol has of its own in errors; all of it left out is the server's own wire.
+
+    codes: by reason, where they differ from server/status.py. fields: what it calls the service's fields. worded: its
+    message, of the reason, the field where the error lies (or empty), and our message.
+    """
+
+    codes: Mapping[str, grpc.StatusCode] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    worded: Callable[[str, str, str], str] = _our_words
+
+    def code(self, error: ServiceError) -> grpc.StatusCode:
+        return self.codes.get(error.reason, grpc_code(error))
+
+    def violations(self, error: ServiceError) -> list[tuple[str, str]]:
+        """(field, what is wrong with it)."""
+        if not isinstance(error, InvalidRequest):
+            return []
+        return [(renamed(at, self.fields), what) for at, what in error.violations]
+
+    def text(self, error: ServiceError) -> str:
+        at = next((at for at, _ in self.violations(error)), "")
+        return self.worded(error.reason, at, renamed(str(error), self.fields))
+
+
+OWN_WIRE = RpcDialect()
 
 
 def grpc_code(error: ServiceError) -> grpc.StatusCode:
-    return STATUS[type(error)]
+    return grpc.StatusCode[status_of(error).grpc]
 
 
-def status_text(error: ServiceError) -> str:
+def status_text(error: ServiceError, dialect: RpcDialect = OWN_WIRE) -> str:
     """The message as it may travel in a header: printable ASCII, at most 512 bytes."""
-    printable = "".join(c if " " <= c <= "~" else "?" for c in str(error))
+    printable = "".join(c if " " <= c <= "~" else "?" for c in dialect.text(error))
     return printable[:MAX_MESSAGE_BYTES]
 
 
-def trailing_metadata(error: ServiceError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+def trailing_metadata(
+    error: ServiceError, request_id: str, dialect: RpcDialect = OWN_WIRE
+) -> tuple[tuple[str, str | bytes], ...]:
     """Rich error details: ErrorInfo always, BadRequest for input faults, RetryInfo and pushback where waiting helps."""
-    status = status_pb2.Status(code=grpc_code(error).value[0], message=status_text(error))
+    status = status_pb2.Status(code=dialect.code(error).value[0], message=status_text(error, dialect))
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id})
     status.details.add().Pack(info)
-    if isinstance(error, InvalidRequest) and error.violations:
+    if violations := dialect.violations(error):
         bad = error_details_pb2.BadRequest()
-        for field, description in error.violations:
-            bad.field_violations.add(field=field, description=description)
+        for at, description in violations:
+            bad.field_violations.add(field=at, description=description)
         status.details.add().Pack(bad)
     trailers: list[tuple[str, str | bytes]] = [("request-id", request_id)]
     if error.retry_after_ms is not None:

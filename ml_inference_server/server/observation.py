@@ -7,29 +7,30 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, TypeVar
 
-import grpc
-from google.protobuf.message import Message
-
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.rpc.status import grpc_code
+from ml_inference_server.server.status import status_of
 from ml_inference_server.utils.errors import ServiceError
 from ml_inference_server.utils.logging import log_event
 from ml_inference_server.utils.stages import Stamps, spans
 
 log = logging.getLogger(__name__)
-M = TypeVar("M", bound=Message, covariant=True)
+M = TypeVar("M", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply(Generic[M]):
-    """A message to send, and what it answers: texts embedded or pairs scored, texts cut, and the stage timestamps."""
+    """An answer to send, and what it answers: texts embedded or pairs scored, texts cut, and the stage timestamps.
+
+    metadata: what gRPC sends before the answer.
+    """
 
     message: M
     texts: int = 0
     pairs: int = 0
     truncated: int = 0
     stamps: Stamps | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class Observation:
@@ -44,7 +45,7 @@ class Observation:
         self._metrics = metrics
         self.method = method
         self.call = call
-        self.reply: Reply[Message] | None = None
+        self.reply: Reply[object] | None = None
 
     def __enter__(self) -> "Observation":
         self._metrics.request_started(self.method)
@@ -59,18 +60,18 @@ class Observation:
     ) -> None:
         ended_at = asyncio.get_running_loop().time()
         if error is None:
-            self._record(grpc.StatusCode.OK, "", ended_at)
+            self._record("OK", "", ended_at)
         elif isinstance(error, asyncio.CancelledError):
             late = ended_at >= self.call.deadline
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            self._record(code, code.name, ended_at)
+            code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+            self._record(code, code, ended_at)
         else:
             answered_with = expected(error, self.method, self.call)
-            self._record(grpc_code(answered_with), answered_with.reason, ended_at)
+            self._record(status_of(answered_with).grpc, answered_with.reason, ended_at)
             if answered_with is not error:
                 raise answered_with from error
 
-    def _record(self, code: grpc.StatusCode, reason: str, ended_at: float) -> None:
+    def _record(self, code: str, reason: str, ended_at: float) -> None:
         """Count the request that ended, end its span, and at DEBUG write its line. Its texts go nowhere."""
         call, reply = self.call, self.reply
         stamps = reply.stamps if reply is not None else None
@@ -78,7 +79,7 @@ class Observation:
         trace_id = call.trace.trace_id if call.trace is not None else ""
         self._metrics.request_finished(
             self.method,
-            code.name,
+            code,
             ended_at - call.received_at,
             texts=texts,
             pairs=pairs,
@@ -89,12 +90,12 @@ class Observation:
             trace_id=trace_id,
         )
         if call.trace is not None and self._metrics.tracer is not None:
-            self._metrics.tracer.end_request(call.trace, code.name, stamps, ended_at, texts=texts, pairs=pairs)
+            self._metrics.tracer.end_request(call.trace, code, stamps, ended_at, texts=texts, pairs=pairs)
         if log.isEnabledFor(logging.DEBUG):
             fields: dict[str, object] = {
                 "request_id": call.request_id,
                 "method": self.method,
-                "code": code.name,
+                "code": code,
                 "reason": reason,
                 "duration_ms": round(1e3 * (ended_at - call.received_at), 3),
                 "texts": texts,

@@ -1,0 +1,62 @@
+"""How every request begins, whatever protocol it came by: its id, its deadline, and its place in the metrics."""
+
+import asyncio
+import itertools
+import re
+from dataclasses import replace
+
+from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.server.call import Call
+from ml_inference_server.server.observation import Observation
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MOST_HEADER_CHARACTERS = 256
+
+
+class Calls:
+    """Makes a `Call` of what a caller sent. `prefix` makes request ids unique among processes."""
+
+    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str) -> None:
+        self._metrics = metrics
+        self._prefix = prefix
+        self._ids = itertools.count(1)
+        self.default_timeout_s = default_timeout_s
+        self.last_call_at = 0.0  # on the event loop's clock
+
+    def begin(
+        self,
+        *,
+        request_id: object = None,
+        traceparent: object = None,
+        expect_space_id: object = None,
+        timeout_s: float | None = None,
+        limit_s: float | None = None,
+    ) -> Call:
+        """A call that has just come in. What its headers hold may be anything; an id that is no good gets another.
+
+        timeout_s: what the caller asks for. limit_s: the most that it gets; None: server.default_timeout_ms.
+        """
+        limit_s = self.default_timeout_s if limit_s is None else limit_s
+        if not isinstance(request_id, str) or not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"{self._prefix}-{next(self._ids)}"
+        now = self.last_call_at = asyncio.get_running_loop().time()
+        return Call(
+            request_id,
+            received_at=now,
+            deadline=now + (limit_s if timeout_s is None else min(timeout_s, limit_s)),
+            traceparent=_header(traceparent),
+            expect_space_id=_header(expect_space_id),
+        )
+
+    def of_message(self, stream: Call) -> Call:
+        """A message that has just come in on a stream, as a request of its own."""
+        now = asyncio.get_running_loop().time()
+        return replace(stream, received_at=now, deadline=min(stream.deadline, now + self.default_timeout_s))
+
+    def observe(self, method: str, call: Call) -> Observation:
+        """One request that is counted under `method`."""
+        return Observation(self._metrics, method, call)
+
+
+def _header(value: object) -> str:
+    return value[:_MOST_HEADER_CHARACTERS] if isinstance(value, str) else ""

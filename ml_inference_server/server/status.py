@@ -1,0 +1,42 @@
+"""Error to status: the one table where an error meets a name of gRPC and a number of HTTP."""
+
+from typing import NamedTuple
+
+from ml_inference_server.utils.errors import (
+    BackendFailure,
+    DeadlinePassed,
+    InvalidRequest,
+    ModelNotFound,
+    NonFiniteOutput,
+    Overloaded,
+    ServiceError,
+    SpaceMismatch,
+    Unavailable,
+    WrongTask,
+)
+
+
+class ErrorStatus(NamedTuple):
+    """grpc: the name of a gRPC status code. http: a status of HTTP; a dialect may have one of its own instead."""
+
+    grpc: str
+    http: int
+
+
+# UNKNOWN never stands here and is never sent.
+STATUS: dict[type[ServiceError], ErrorStatus] = {
+    ServiceError: ErrorStatus("INTERNAL", 500),
+    InvalidRequest: ErrorStatus("INVALID_ARGUMENT", 400),
+    WrongTask: ErrorStatus("FAILED_PRECONDITION", 400),
+    ModelNotFound: ErrorStatus("NOT_FOUND", 404),
+    SpaceMismatch: ErrorStatus("FAILED_PRECONDITION", 412),
+    Overloaded: ErrorStatus("RESOURCE_EXHAUSTED", 429),
+    DeadlinePassed: ErrorStatus("DEADLINE_EXCEEDED", 504),
+    Unavailable: ErrorStatus("UNAVAILABLE", 503),
+    BackendFailure: ErrorStatus("INTERNAL", 500),
+    NonFiniteOutput: ErrorStatus("INTERNAL", 500),
+}
+
+
+def status_of(error: ServiceError) -> ErrorStatus:
+    return STATUS[type(error)]
