@@ -24,9 +24,11 @@ from ml_inference_server.benchmark.studies.calls import (
 )
 from ml_inference_server.benchmark.studies.calls_grpc import GrpcDialects
 from ml_inference_server.benchmark.studies.calls_http import HttpDialects
-from ml_inference_server.benchmark.studies.dialect_cost import CostLoad, CostRounds, cost_table
+from ml_inference_server.benchmark.studies.dialect_cost import CostBench, CostLoad, CostRounds, cost_table
 from ml_inference_server.benchmark.studies.dialect_equality import Equality, equality_table
 from ml_inference_server.benchmark.studies.own_server import OwnServer
+from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.utils.errors import StartError
 from ml_inference_server.utils.experiment import QualitySettings
 from tests.conftest import fake_server
 from tests.integration.benchmark_kit import write_pairs
@@ -219,6 +221,27 @@ async def test_a_server_that_is_gone_or_speaks_otherwise_is_a_failed_request(bar
         with pytest.raises(RequestFailed) as caught:
             await rpc.embeds()[0].call(["a"])
         assert caught.value.code == "UNAVAILABLE"
+
+
+async def test_failed_requests_are_counted_and_a_server_that_is_gone_ends_the_load() -> None:
+    load = CostLoad(Workload("queries", ("a", "b")), 1, 2)
+    turns: list[None] = []
+    async with fake_server() as server, Target("127.0.0.1", server.server.grpc_port) as target:
+        own = OwnServer(target, {}, server.server.grpc_port, server.server.http_port, 0)
+        bench = CostBench(own, 0.05, Stop(), lambda: turns.append(None))
+        found = await bench.measure(load, [embed_dialect("Embed", embed), embed_dialect("failing", failing)], 2)
+    assert len(turns) == 4
+    assert found["Embed"].failed.total() == 0 < found["failing"].failed["HTTP 500: out of ideas"]
+    assert [len(each.texts_per_s) for each in found.values()] == [2, 2]
+    assert found["failing"].texts_per_s == [0.0, 0.0]
+
+    async def unavailable(texts: Sequence[str]) -> Floats:
+        raise RequestFailed("UNAVAILABLE", "connection refused")
+
+    async with Target("127.0.0.1", 1) as target:
+        bench = CostBench(OwnServer(target, {}, 1, 1, 0), 0.05, Stop(), lambda: None)
+        with pytest.raises(StartError, match="gone: the server no longer answers"):
+            await bench.measure(load, [embed_dialect("gone", unavailable)], 1)
 
 
 def test_the_table_of_costs_has_ratios_round_by_round_and_failures() -> None:
