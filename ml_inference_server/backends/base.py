@@ -21,16 +21,23 @@ class Encoded:
 
     ids: (length,) int32. type_ids: (length,) int32, or None where the model has no segments or they are all 0.
     variant: which of the model's ways this text takes; 0 but for a few kinds (see `loading.LoadedModel`).
+    uncut_tokens: how many it had before it was cut; 0 where nothing was cut.
     """
 
     ids: NDArray[np.int32]
     type_ids: NDArray[np.int32] | None = None
     truncated: bool = False
     variant: int = 0
+    uncut_tokens: int = 0
 
     @property
     def length(self) -> int:
         return len(self.ids)
+
+    @property
+    def total_tokens(self) -> int:
+        """Before anything was cut, prompt and special tokens included; of a pair, both parts."""
+        return self.uncut_tokens or len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +204,25 @@ class BackendInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a text, and where it stands: at [start, stop) of the prompt and the text, in characters.
+
+    special: not of the text itself, but put round it for the model; its `text` is then its name in the vocabulary.
+    start, stop: None for a special token, and where the tokenizer cannot tell.
+    """
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class NoSpans(ValueError):
+    """The tokenizer cannot tell where in a text its tokens stand."""
+
+
 class TextTokenizer(Protocol):
     """Text to token ids; safe to call from several threads.
 
@@ -214,6 +240,22 @@ class TextTokenizer(Protocol):
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """One Encoded for each (query, passage), as one sequence with segments; the longer part is cut first."""
+        ...
+
+    def spans(self, text: str) -> NDArray[np.int32]:
+        """(tokens, 2): the characters [start, end) of each token of `text`, without prompt and special tokens.
+
+        Starts never go back; tokens that share a character, as the bytes of an emoji do, have the same one. NoSpans
+        where the tokenizer cannot tell.
+        """
+        ...
+
+    def tokens(self, text: str, prompt_name: str | None = None, special: bool = True) -> list[Token]:
+        """All tokens of `text` behind its prompt, uncut. special: with what is put round them for the model."""
+        ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens. ValueError for an id that is none."""
         ...
 
 
@@ -269,9 +311,6 @@ def enable_faults(backend: Backend) -> None:
 # Names under which models keep the prompt of a document, in the order in which sentence-transformers looks for them.
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
-# (texts, tokens) run before the server says it is ready: allocators, thread pools and kernels are then warm.
-_WARMUP_SHAPES = ((1, 16), (1, 128), (8, 16), (8, 64), (8, 256), (32, 32))
-
 
 def packed_sizes(most: int) -> list[int]:
     """All values of `packed_size` up to that of `most`."""
@@ -279,25 +318,3 @@ def packed_sizes(most: int) -> list[int]:
     while sizes[-1] < most:
         sizes.append(packed_size(sizes[-1] + 1))
     return sizes
-
-
-def run_warmup(backend: Backend, progress: Progress, shapes: Sequence[tuple[int, int]] = _WARMUP_SHAPES) -> None:
-    """Run `shapes` of (texts, tokens) through `infer`. ModelError if an answer is not finite or has a wrong shape."""
-    text = _some_text(backend, max(tokens for _, tokens in shapes))
-    # Where texts take several ways through a model, the limit of this one may be below the model's.
-    limit = text.length if text.truncated else backend.info.max_tokens
-    for done, (texts, tokens) in enumerate(shapes):
-        row = Encoded(np.resize(text.ids, min(tokens, limit)))
-        rows = backend.infer(TokenBatch.of([row] * texts))
-        if rows.shape != (texts, backend.info.dimension) or not np.isfinite(rows).all():
-            raise ModelError(f"the model's warm-up answer has shape {rows.shape} or is not finite: not fit to serve")
-        progress(done + 1, len(shapes))
-
-
-def _some_text(backend: Backend, tokens: int) -> Encoded:
-    """A text of `tokens` or more: of words, since not every number below the vocabulary's size need be a token."""
-    sentence = " ".join("the quick brown fox jumps over the lazy dog" for _ in range(1 + tokens // 9))
-    if backend.info.task == "cross_encoder":
-        return backend.tokenizer.encode_pairs([(sentence, sentence)])[0]
-    name = next(iter(backend.tokenizer.prompts)) if backend.tokenizer.needs_prompt_name else None
-    return backend.tokenizer.encode([sentence], name)[0]

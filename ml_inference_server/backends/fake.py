@@ -7,22 +7,26 @@ text that holds one of FAULTS makes its batch misbehave.
 
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import BackendInfo, Encoded, Progress, TokenBatch
+from ml_inference_server.backends.base import BackendInfo, Encoded, Progress, Token, TokenBatch
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.errors import ModelError
 
 DIMENSION = 8
 _START, _END = 1, 2
 _FIRST_WORD = 1000
+_SPECIAL = {_START: "[START]", _END: "[END]"}
+_MOST_SEEN_WORDS = 10_000
+_word = re.compile(r"\S+")
 
 # Fault word -> token id. A word may carry a number behind a colon (!slow:50), which becomes the next token.
 FAULTS = {"!raise": 10, "!raise-once": 11, "!nan": 12, "!short": 13, "!slow": 14, "!inf": 15, "!crash": 16}
@@ -33,16 +37,32 @@ def _word_id(word: str) -> int:
     return _FIRST_WORD + int.from_bytes(digest, "little") % (2**31 - 2 * _FIRST_WORD)
 
 
-def _text_ids(text: str, max_tokens: int) -> tuple[list[int], bool]:
+def _text_ids(text: str) -> list[int]:
     ids = [_START]
     for word in text.split():
-        name, _, number = word.partition(":")
-        if name in FAULTS:
-            ids += [FAULTS[name], _FIRST_WORD + int(number)] if number.isdigit() else [FAULTS[name]]
-        else:
-            ids.append(_word_id(word))
-    cut = len(ids) + 1 > max_tokens
-    return [*ids[: max_tokens - 1], _END], cut
+        ids += _word_ids(word) if word[0] == "!" else [_word_id(word)]
+    ids.append(_END)
+    return ids
+
+
+def _word_ids(word: str) -> list[int]:
+    """One token for a word, and one more for the number of a fault word."""
+    name, _, number = word.partition(":")
+    if name not in FAULTS:
+        return [_word_id(word)]
+    return [FAULTS[name], _FIRST_WORD + int(number)] if number.isdigit() else [FAULTS[name]]
+
+
+def _words(text: str) -> Iterator[tuple[int, int, int]]:
+    """(token id, start, stop), as `_text_ids` has them."""
+    for found in _word.finditer(text):
+        for token in _word_ids(found[0]):
+            yield token, *found.span()
+
+
+def _cut(ids: list[int], max_tokens: int) -> list[int]:
+    """The end token stays."""
+    return ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], _END]
 
 
 def _row(ids: Sequence[int]) -> NDArray[np.float32]:
@@ -53,12 +73,14 @@ def _row(ids: Sequence[int]) -> NDArray[np.float32]:
 
 def fake_embedding(text: str, max_tokens: int = 256) -> NDArray[np.float32]:
     """What the fake backend answers for `text`: (8,) float32 of length 1."""
-    return _row(_text_ids(text, max_tokens)[0])
+    return _row(_cut(_text_ids(text), max_tokens))
 
 
-def _pair_ids(query: str, passage: str, max_tokens: int) -> tuple[list[int], bool]:
-    ids = [*_text_ids(query, max_tokens)[0], *_text_ids(passage, max_tokens)[0][1:]]
-    return ids[:max_tokens], len(ids) > max_tokens
+def _pair_ids(query: str, passage: str, max_tokens: int) -> tuple[list[int], int]:
+    """(ids, how many there were before they were cut)."""
+    parts = _text_ids(query), _text_ids(passage)
+    ids = [*_cut(parts[0], max_tokens), *_cut(parts[1], max_tokens)[1:]]
+    return ids[:max_tokens], len(parts[0]) + len(parts[1]) - 1
 
 
 def fake_logit(query: str, passage: str, max_tokens: int = 256) -> float:
@@ -67,28 +89,59 @@ def fake_logit(query: str, passage: str, max_tokens: int = 256) -> float:
 
 
 class FakeTokenizer:
-    """One token for each word, plus a start and an end token."""
+    """One token for each word, plus a start and an end token.
+
+    A token is a hash of its word: `decode` knows the words that `tokens` has seen, up to a number of them.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.pad_id = 0
         self.prompts: Mapping[str, str] = {}
         self.needs_prompt_name = False
+        self._seen: dict[int, str] = {}
 
     def encode(self, texts: Sequence[str], prompt_name: str | None = None) -> list[Encoded]:
         out = []
         for text in texts:
-            ids, cut = _text_ids(text, self.max_tokens)
-            out.append(Encoded(np.array(ids, np.int32), None, cut))
+            full = _text_ids(text)
+            ids = _cut(full, self.max_tokens)
+            out.append(_encoded(ids, None, len(full)))
         return out
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         out = []
         for query, passage in pairs:
-            ids, cut = _pair_ids(query, passage, self.max_tokens)
+            ids, total = _pair_ids(query, passage, self.max_tokens)
             types = np.array([0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2), np.int32)
-            out.append(Encoded(np.array(ids, np.int32), types, cut))
+            out.append(_encoded(ids, types, total))
         return out
+
+    def spans(self, text: str) -> NDArray[np.int32]:
+        return np.array([(start, stop) for _, start, stop in _words(text)], np.int32).reshape(-1, 2)
+
+    def tokens(self, text: str, prompt_name: str | None = None, special: bool = True) -> list[Token]:
+        if prompt_name is not None:
+            raise KeyError(prompt_name)
+        own = [Token(token, text[start:stop], False, start, stop) for token, start, stop in _words(text)]
+        seen = self._seen | {token.id: token.text for token in own}
+        self._seen = dict(list(seen.items())[-_MOST_SEEN_WORDS:])
+        if not special:
+            return own
+        start, end = (Token(token, _SPECIAL[token], True, None, None) for token in (_START, _END))
+        return [start, *own, end]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        known = _SPECIAL | self._seen
+        for token in ids:
+            if token not in known:
+                raise ValueError(f"token id {token} is of no word that was tokenised before: tokenise its text first")
+        return " ".join(known[token] for token in ids if not (skip_special and token in _SPECIAL))
+
+
+def _encoded(ids: list[int], types: NDArray[np.int32] | None, total: int) -> Encoded:
+    is_cut = total > len(ids)
+    return Encoded(np.array(ids, np.int32), types, is_cut, uncut_tokens=total if is_cut else 0)
 
 
 @dataclass(frozen=True, slots=True)

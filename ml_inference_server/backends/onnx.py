@@ -16,7 +16,6 @@ from ml_inference_server.backends.base import (
     TextTokenizer,
     TokenBatch,
     run_in_company,
-    run_warmup,
 )
 from ml_inference_server.backends.exported.folder import exported_graph
 from ml_inference_server.backends.model.export import (
@@ -27,6 +26,7 @@ from ml_inference_server.backends.model.export import (
     export,
     graph_inputs,
 )
+from ml_inference_server.backends.model.warmup import run_warmup
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set

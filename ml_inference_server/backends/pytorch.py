@@ -19,10 +19,10 @@ from ml_inference_server.backends.base import (
     TextTokenizer,
     TokenBatch,
     run_in_company,
-    run_warmup,
 )
 from ml_inference_server.backends.model.loading import load_model
 from ml_inference_server.backends.model.quantize_torch import choose_engine, count_quantized, quantize_linears
+from ml_inference_server.backends.model.warmup import run_warmup
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_name, instruction_set
 

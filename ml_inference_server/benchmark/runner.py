@@ -54,7 +54,9 @@ class Experiment:
 
     def settings(self, variant: str = "") -> Settings:
         """Those of the server that is measured: on free ports of this machine, unless somebody names others."""
-        free = [Given(key, 0, "a free port of the runner") for key in ("server.port", "metrics.port")]
+        # A row would say how often the texts of a dataset repeat, and not how fast the server is.
+        distinct = Given("batching.share_equal_texts", False, "the runner")
+        free = [distinct, *(Given(key, 0, "a free port of the runner") for key in ("server.port", "metrics.port"))]
         flags = [
             *(Given(key, LOOPBACK, "the runner") for key in ("server.host", "metrics.host")),
             *([] if self.port is None else [Given("server.port", self.port, f"--port {self.port}")]),

@@ -43,6 +43,7 @@ class Metrics:
         self._queue_tokens: Callable[[], int] = int
         self._batches_in_flight: Callable[[], int] = int
         self._restarts: Callable[[], int] = int
+        self._cache_bytes: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
         self._in_flight: defaultdict[str, int] = defaultdict(int)
@@ -103,7 +104,9 @@ class Metrics:
         ok: bool,
         lengths: Sequence[int] = (),
     ) -> None:
-        """padded_tokens: rows times length, so that padding is `padded_tokens - tokens`. queue_s: one wait per text.
+        """padded_tokens: rows times length, so that padding is `padded_tokens - tokens`.
+
+        queue_s: a wait for each text, and of a text that several requests share for each of them.
 
         lengths: the tokens of each text. A batch that raised (not ok) counts as such and nowhere else: its texts come
         back in later batches. closed_by: one of CLOSED_BY.
@@ -118,6 +121,17 @@ class Metrics:
         self._batches += (texts, tokens, padded_tokens, compute_s, closed_by)
         self._waits_s += queue_s
         self._lengths += lengths
+
+    def texts_shared(self, texts: int) -> None:
+        """So many texts got the row of an equal one that was computed for another request."""
+        if self.enabled:
+            self._series.numbers["mlis_shared_texts_total"][()] += texts
+
+    def cache_looked_up(self, *, hits: int, misses: int) -> None:
+        """The texts of one request that the cache had, and those that it had not."""
+        if self.enabled:
+            self._series.numbers["mlis_cache_hits_total"][()] += hits
+            self._series.numbers["mlis_cache_misses_total"][()] += misses
 
     def _open_slot(self) -> None:
         """Before something is noted: what was noted in an earlier slot, or piles up, is counted."""
@@ -153,10 +167,12 @@ class Metrics:
         slots: int = 1,
         pids: Callable[[], Sequence[int]] = tuple,
         restarts: Callable[[], int] = int,
+        cache_bytes: Callable[[], int] = int,
     ) -> None:
         """Where to look up the queue when somebody asks; until then it is empty. slots: batches at a time.
 
-        pids: of the processes that the model runs in, besides this one; restarts: how many were replaced.
+        pids: of the processes that the model runs in, besides this one; restarts: how many were replaced. cache_bytes:
+        what the cache of finished rows holds.
         """
         self._queue_texts = queue_texts
         self._queue_tokens = queue_tokens
@@ -164,6 +180,7 @@ class Metrics:
         self._slots = slots
         self._system.pids = pids
         self._restarts = restarts
+        self._cache_bytes = cache_bytes
 
     def observe_loop_lag(self, seconds: float) -> None:
         """How late the event loop ran a callback that was due."""
@@ -227,6 +244,7 @@ class Metrics:
             ("mlis_in_flight_batches", now.batches_in_flight),
             ("mlis_batch_slots", now.slots),
             ("mlis_engine_restarts_total", self._restarts()),
+            ("mlis_cache_bytes", self._cache_bytes()),
             ("mlis_uptime_seconds", now.uptime_s),
             ("mlis_gpu_memory_bytes", now.system.gpu["memory_bytes"] if now.system.gpu else 0),
             ("process_cpu_seconds_total", now.system.cpu_seconds),

@@ -184,6 +184,18 @@ TABLE = (
     ),
     MetricRow("mlis_padding_tokens_total", "counter", "tokens", (), "Padding in answered batches."),
     MetricRow(
+        "mlis_shared_texts_total",
+        "counter",
+        "texts",
+        (),
+        "Texts answered by the computation of an equal one of another request in flight.",
+    ),
+    MetricRow("mlis_cache_hits_total", "counter", "hits", (), "Texts answered out of the cache of finished rows."),
+    MetricRow(
+        "mlis_cache_misses_total", "counter", "misses", (), "Texts that the cache did not have; none while it is off."
+    ),
+    MetricRow("mlis_cache_bytes", "gauge", "bytes", (), "What the cache holds, of cache.max_mb."),
+    MetricRow(
         "mlis_event_loop_lag_seconds", "histogram", "seconds", (), "How late the event loop ran what was due.", _SECONDS
     ),
     MetricRow(

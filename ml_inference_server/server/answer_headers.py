@@ -1,10 +1,12 @@
 """What an answer tells beside its body, where the body has no room: as headers of HTTP or initial metadata of gRPC."""
 
+from collections.abc import Sequence
+
 from ml_inference_server.server.service import TextLengths
-from ml_inference_server.utils.stages import Stamps
 
 # A line that every client takes.
 _MOST_BYTES = 4096
+_MOST_WARNING_BYTES = 1024
 
 
 def length_headers(lengths: TextLengths) -> dict[str, str]:
@@ -18,20 +20,7 @@ def length_headers(lengths: TextLengths) -> dict[str, str]:
     return {"x-truncated-texts": str(lengths.truncated), **kept}
 
 
-def timing_headers(stamps: Stamps, device: str, characters: int, tokens: int) -> dict[str, str]:
-    """TEI's own, in whole milliseconds. The stages are those of the whole request, where TEI tells means over texts."""
-    total = _ms(stamps.gathered_at - stamps.received_at)
-    return {
-        "x-compute-type": device,
-        "x-compute-time": total,
-        "x-compute-characters": str(characters),
-        "x-compute-tokens": str(tokens),
-        "x-total-time": total,
-        "x-tokenization-time": _ms(stamps.tokenized_at - stamps.admitted_at),
-        "x-queue-time": _ms(stamps.engine_started_at - stamps.tokenized_at),
-        "x-inference-time": _ms(stamps.engine_ended_at - stamps.engine_started_at),
-    }
-
-
-def _ms(seconds: float) -> str:
-    return str(max(0, int(1e3 * seconds)))
+def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
+    """Sentences for people."""
+    printable = "".join(c if " " <= c <= "~" else "?" for c in "; ".join(warnings))
+    return {"x-warnings": printable[:_MOST_WARNING_BYTES]} if printable else {}

@@ -1,53 +1,34 @@
 """One batch on its way through the engine: run, retried where it raised, and its rows given to their requests."""
 
 import asyncio
+import itertools
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.admission import Reservation
 from ml_inference_server.server.batching import Batch, ClosedBy, Item, Limits
-from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.pending import Subscriptions
 from ml_inference_server.server.workers import Output, Worker
-from ml_inference_server.utils.errors import BackendFailure, DeadlinePassed, NonFiniteOutput, ServiceError
+from ml_inference_server.utils.errors import BackendFailure, NonFiniteOutput, ServiceError
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A request whose texts wait or are being computed."""
-
-    call: Call
-    reservation: Reservation
-    future: asyncio.Future[NDArray[np.float32]]
-    items: list[Item] = field(default_factory=list)
-    rows: NDArray[np.float32] | None = None
-    missing: int = 0
-    is_dispatched: bool = False
-    engine_started_at: float = math.inf
-    engine_ended_at: float = 0.0
-
-    def fail(self, error: ServiceError) -> None:
-        """Answer with `error`, unless it is answered already."""
-        if not self.future.done():
-            self.future.set_exception(error)
-            # Its caller may have left in this very turn; an error that nobody reads is no event worth a log line.
-            self.future.exception()
+# Requests that a log line names, of all that wait for one text.
+_MOST_NAMED = 4
 
 
 class BatchRunner:
-    """Whatever happens to a batch, each of its texts gets its row, or its request one error."""
+    """Whatever happens to a batch, each who waits for one of its texts gets the row, or one error."""
 
-    def __init__(self, worker: Worker, limits: Limits, rate: EngineRate, metrics: Metrics) -> None:
+    def __init__(
+        self, worker: Worker, limits: Limits, rate: EngineRate, metrics: Metrics, subscriptions: Subscriptions
+    ) -> None:
         self._worker = worker
+        self._subscriptions = subscriptions
         self._limits = limits
         self._rate = rate
         self._metrics = metrics
@@ -57,18 +38,16 @@ class BatchRunner:
     async def run(self, batch: Batch) -> None:
         """All of one batch that was taken out of the queue, with its retries."""
         try:
-            for item in batch.items:
-                item.owner.reservation.give_back(item.length)
             await self._answer(batch.items, batch.closed_by)
         finally:
             # Whatever went wrong above, nobody is left without an answer.
             for item in batch.items:
-                if not item.owner.future.done() and item.payload is not None:
-                    item.owner.fail(ServiceError("internal error in the batcher"))
+                if item.payload is not None:
+                    self._subscriptions.fail(item, ServiceError, "internal error in the batcher")
 
     async def _answer(self, items: Sequence[Item], closed_by: ClosedBy) -> None:
         """Run those that are still wanted. A batch that raises is halved until only the guilty are left."""
-        if not (wanted := self._wanted(items)):
+        if not (wanted := self._subscriptions.wanted(items)):
             return
         try:
             output = await self._attempt(wanted, closed_by)
@@ -87,29 +66,27 @@ class BatchRunner:
 
     async def _try_once_more(self, item: Item) -> None:
         """A text that failed on its own gets a second try, as the cause may lie outside of it."""
-        if not self._wanted([item]):
+        if not self._subscriptions.wanted([item]):
             return
         try:
             output = await self._attempt([item], ClosedBy.RETRY)
         except Exception as error:
             self.failures_in_a_row += 1
-            name = item.owner.call.request_id
-            log.error("the model failed on one text, twice, on its own (request %s)", name, exc_info=error)
-            _settle_failure(item, BackendFailure("the model failed on this input, twice, on its own"))
+            names = [pending.call.request_id for pending in itertools.islice(item.subscribers, _MOST_NAMED)]
+            said = ", ".join(names) or "whose caller has left"
+            log.error("the model failed on one text, twice, on its own (request %s)", said, exc_info=error)
+            message = "the model failed on this input, twice, on its own"
+            self._subscriptions.fail(item, BackendFailure, message)
         else:
             self._scatter([item], output)
-
-    def _wanted(self, items: Sequence[Item]) -> list[Item]:
-        """Without those whose caller has left or whose deadline has passed."""
-        now = self._loop.time()
-        return [item for item in items if _is_wanted(item, now)]
 
     async def _attempt(self, items: Sequence[Item], closed_by: ClosedBy) -> Output:
         """Run the items together, once. Raises what the backend raised, or RuntimeError for a wrong count of rows."""
         batch = Batch(list(items), closed_by)
         dispatched_at = self._loop.time()
         for item in items:
-            item.owner.is_dispatched = True
+            for pending in item.subscribers:
+                pending.is_dispatched = True
         try:
             output = await self._worker.run(TokenBatch.of([item.payload for item in items]))
             _check(output, len(items))
@@ -121,23 +98,15 @@ class BatchRunner:
         return output
 
     def _scatter(self, items: Sequence[Item], output: Output) -> None:
-        """Give each text its row, and each request its answer once it has all of them."""
+        """Give each text's row to those who wait for it."""
         rows = np.asarray(output.rows, np.float32)
         finite = np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
         for item, row, is_finite in zip(items, rows, finite, strict=True):
-            pending: Pending = item.owner
-            item.payload = None
-            if not is_finite:
-                _settle_failure(item, NonFiniteOutput("the model answered NaN or infinity for this input"))
-            elif not pending.future.done():
-                if pending.rows is None:
-                    pending.rows = np.empty((len(pending.items), *row.shape), np.float32)
-                pending.rows[item.row] = row
-                pending.missing -= 1
-                pending.engine_started_at = min(pending.engine_started_at, output.started_at)
-                pending.engine_ended_at = max(pending.engine_ended_at, output.ended_at)
-                if not pending.missing:
-                    pending.future.set_result(pending.rows)
+            if is_finite:
+                self._subscriptions.answer(item, row, output.started_at, output.ended_at)
+            else:
+                message = "the model answered NaN or infinity for this input"
+                self._subscriptions.fail(item, NonFiniteOutput, message)
 
     def _record(self, batch: Batch, dispatched_at: float, *, started_at: float, ended_at: float, ok: bool) -> None:
         """What a batch took: for the predictions, the metrics and the traces."""
@@ -154,7 +123,7 @@ class BatchRunner:
             texts=len(batch.items),
             tokens=batch.tokens,
             padded_tokens=padded_tokens,
-            queue_s=[started_at - item.enqueued_at for item in batch.items],
+            queue_s=_waits_s(batch.items, started_at),
             compute_s=compute_s,
             closed_by=batch.closed_by.value,
             ok=ok,
@@ -162,7 +131,7 @@ class BatchRunner:
         )
         if self._metrics.tracer is not None:
             self._metrics.tracer.batch(
-                [item.owner.call.trace for item in batch.items],
+                [pending.call.trace for item in batch.items for pending in item.subscribers],
                 dispatched_at=dispatched_at,
                 started_at=started_at,
                 ended_at=ended_at,
@@ -174,14 +143,10 @@ class BatchRunner:
             )
 
 
-def _is_wanted(item: Item, now: float) -> bool:
-    pending: Pending = item.owner
-    if pending.future.done():
-        return False
-    if pending.call.deadline <= now:
-        pending.fail(DeadlinePassed("the deadline passed in the queue; nothing was computed for it"))
-        return False
-    return True
+def _waits_s(items: Sequence[Item], started_at: float) -> list[float]:
+    """Of each who waits for one of the texts: his own wait, none if he came while it was being computed."""
+    since = [pending.enqueued_at for item in items for pending in item.subscribers]
+    return [started_at - at if at < started_at else 0.0 for at in since]
 
 
 def _check(output: Output, expected: int) -> None:
@@ -189,8 +154,3 @@ def _check(output: Output, expected: int) -> None:
     shape = np.shape(output.rows)
     if not shape or shape[0] != expected:
         raise RuntimeError(f"the backend returned shape {shape} for {expected} texts")
-
-
-def _settle_failure(item: Item, error: ServiceError) -> None:
-    item.payload = None
-    item.owner.fail(error)

@@ -46,18 +46,37 @@ class ClosedBy(Enum):
     RETRY = "retry"  # part of a batch that raised
 
 
+Places = int | list[int]
+"""Where in a request a row goes; several where texts of the request are equal."""
+
+
+def count_of(places: Places) -> int:
+    return 1 if isinstance(places, int) else len(places)
+
+
 @dataclass(slots=True, eq=False)
 class Item:
-    """One text that waits. `owner` and `row` say whose it is; the policy does not look at them."""
+    """One text to compute. owner: the request that pays for it; the policy only asks whether two have the same.
+
+    subscribers: all requests that are to get its row, each with the places where it goes; the first to come is first.
+    """
 
     owner: Any
-    row: int
     length: int
     enqueued_at: float
     payload: Any = None
+    key: Any = None
+    subscribers: dict[Any, Places] = field(default_factory=dict)
     tag: float = 0.0
     seq: int = 0
     waiting: bool = False
+
+    def add_place(self, subscriber: Any, place: int) -> None:
+        places = self.subscribers[subscriber]
+        if isinstance(places, int):
+            self.subscribers[subscriber] = [places, place]
+        else:
+            places.append(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +139,29 @@ class BatchQueue:
     _seq: int = 0
 
     def add(self, items: Sequence[Item]) -> None:
-        """Queue the texts of one request, in their order."""
-        limits, ahead = self.limits, 0
-        for position, item in enumerate(items):
-            self._seq += 1
-            item.seq, item.waiting = self._seq, True
-            if limits.enabled:  # else equal tags: arrival order
-                portion = max(ahead // limits.max_batch_tokens, position // limits.max_batch_size)
+        """Put the texts of one request in line, in their order.
+
+        One that waits already, for another request, moves forward to the turn that it would get now, where that is an
+        earlier one. So who shares a text never waits longer for it than he would alone.
+        """
+        limits, placed, ahead = self.limits, 0, 0
+        for item in items:
+            tag = 0.0  # without batching: equal tags, arrival order
+            if limits.enabled:
+                portion = max(ahead // limits.max_batch_tokens, placed // limits.max_batch_size)
                 # One more, so that who comes next goes before a second portion.
-                item.tag = self._virtual_time + portion * (limits.max_batch_tokens + 1)
-            ahead += item.length
-            heapq.heappush(self._turns, (item.tag, item.seq, item))
+                tag = self._virtual_time + portion * (limits.max_batch_tokens + 1)
+            if item.waiting:
+                if item.tag <= tag:
+                    continue
+                self.remove([item])
+            self._seq += 1
+            item.tag, item.seq, item.waiting = tag, self._seq, True
+            heapq.heappush(self._turns, (tag, item.seq, item))
             bisect.insort(self._by_length, item, key=_length_key)
             self.texts += 1
             self.tokens += item.length
+            placed, ahead = placed + 1, ahead + item.length
         self._virtual_time += min(ahead, limits.max_batch_tokens)
 
     def remove(self, items: Sequence[Item]) -> None:
@@ -173,7 +201,7 @@ class BatchQueue:
         return can_grow and self.tokens < worth and running_tokens < 2 * worth
 
     def _first(self) -> Item | None:
-        while self._turns and not self._turns[0][2].waiting:
+        while self._turns and not _is_current(self._turns[0]):
             heapq.heappop(self._turns)
         return self._turns[0][2] if self._turns else None
 
@@ -195,7 +223,7 @@ class BatchQueue:
         """The first texts in line, at least max_batch_size of them where so many wait."""
         gone = len(self._turns) - self.texts
         first = heapq.nsmallest(self.limits.max_batch_size + gone, self._turns)
-        return [item for _, _, item in first if item.waiting]
+        return [turn[2] for turn in first if _is_current(turn)]
 
     def _fit(self, items: Sequence[Item]) -> list[Item]:
         """The longest prefix of `items` within both budgets, at least one."""
@@ -237,6 +265,12 @@ class BatchQueue:
 
     def _position(self, item: Item) -> int:
         return bisect.bisect_left(self._by_length, _length_key(item), key=_length_key)
+
+
+def _is_current(turn: tuple[float, int, Item]) -> bool:
+    """Not of a text that has left, or has moved to another turn."""
+    _, seq, item = turn
+    return item.waiting and item.seq == seq
 
 
 def _length_key(item: Item) -> tuple[int, int]:

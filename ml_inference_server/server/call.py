@@ -10,7 +10,7 @@ class Call:
     """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
 
     expect_space_id: which space its vectors must be of, as a header said it; empty: any. trace: the request's own span,
-    where traces are sent.
+    where traces are sent. fresh: the model must run; no answer out of the cache will do.
     """
 
     request_id: str
@@ -19,3 +19,4 @@ class Call:
     traceparent: str = ""
     expect_space_id: str = ""
     trace: RequestTrace | None = None
+    fresh: bool = False

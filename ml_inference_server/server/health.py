@@ -44,7 +44,7 @@ async def watch_health(state: ServerState, health: Health) -> None:
 async def _probe(state: ServerState) -> None:
     """A text through the real queue and the real model: its success resets the count of failures."""
     now = asyncio.get_running_loop().time()
-    call = Call("health-probe", received_at=now, deadline=now + _INTERVAL_S * _PROBE_EVERY)
+    call = Call("health-probe", received_at=now, deadline=now + _INTERVAL_S * _PROBE_EVERY, fresh=True)
     try:
         await state.require_model().service.embed(["health probe"], call)
     except ServiceError as error:

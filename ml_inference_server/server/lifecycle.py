@@ -146,7 +146,7 @@ async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncItera
         raise
     try:
         info = described.info
-        log.info("running %s", title(described.resolution, info))
+        log.info("running %s", title(described.resolution, info, state.settings.cache.max_mb))
         if info.parity_mean is not None and info.parity_min is not None:
             log.info("parity to FP32: mean %.5f, lowest %.5f", info.parity_mean, info.parity_min)
         log.info(

@@ -11,6 +11,7 @@ from ml_inference_server.backends.base import BackendInfo, enable_faults
 from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.answer_cache import BYTES_PER_MB, AnswerCache
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.process_worker import ProcessWorker
@@ -67,7 +68,14 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
         )
     rate = EngineRate()
     admission = Admission(settings.batching, rate)
-    batcher = DynamicBatcher(worker, batch_limits(settings.batching, info), rate, metrics)
+    batcher = DynamicBatcher(
+        worker,
+        batch_limits(settings.batching, info),
+        rate,
+        metrics,
+        share_equal_texts=settings.batching.share_equal_texts,
+        cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
+    )
     names = ModelNames(
         settings.model.name,
         (info.model, *settings.server.model_aliases),

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from ml_inference_server.backends.base import BackendInfo, Encoded
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Reservation
-from ml_inference_server.server.batch_runner import BatchRunner, Pending
-from ml_inference_server.server.batching import BatchQueue, Item, Limits, Running
+from ml_inference_server.server.answer_cache import AnswerCache
+from ml_inference_server.server.batch_runner import BatchRunner
+from ml_inference_server.server.batching import BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.pending import Pending, Subscriptions
 from ml_inference_server.server.workers import Worker
 from ml_inference_server.utils.config import BatchingSettings
-from ml_inference_server.utils.errors import DeadlinePassed, ServiceError, Unavailable
+from ml_inference_server.utils.errors import ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,18 @@ def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
 
 
 class Computed(NamedTuple):
-    """One row for each text, in order: (texts, dimension). The times are those of the same names in Stamps."""
+    """One row for each text, in order: (texts, dimension). The times are those of the same names in Stamps.
+
+    shared: texts that were computed for another request in flight; cached: that came out of the cache. A request with
+    nothing left to compute enters the engine when it is tokenised, and leaves it at once.
+    """
 
     rows: NDArray[np.float32]
     tokenized_at: float
     engine_started_at: float
     engine_ended_at: float
+    shared: int = 0
+    cached: int = 0
 
 
 class _InFlight(NamedTuple):
@@ -56,13 +64,28 @@ class _InFlight(NamedTuple):
 
 
 class DynamicBatcher:
-    """Computes requests of one or more texts and answers each exactly once: with its rows, or with one error."""
+    """Computes requests of one or more texts and answers each exactly once: with its rows, or with one error.
 
-    def __init__(self, worker: Worker, limits: Limits, rate: EngineRate, metrics: Metrics) -> None:
+    share_equal_texts: compute texts of different requests once if they are equal and in flight at the same time;
+    without batching each request runs by itself all the same. cache: of finished rows; None for none.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        limits: Limits,
+        rate: EngineRate,
+        metrics: Metrics,
+        *,
+        share_equal_texts: bool = True,
+        cache: AnswerCache | None = None,
+    ) -> None:
         self._worker = worker
         self._queue = BatchQueue(limits)
         self._rate = rate
-        self._runner = BatchRunner(worker, limits, rate, metrics)
+        share = share_equal_texts and limits.enabled
+        self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
+        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions)
         self._free_slots = worker.slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
@@ -77,31 +100,37 @@ class DynamicBatcher:
             slots=worker.slots,
             pids=lambda: worker.pids,
             restarts=lambda: worker.restarts,
+            cache_bytes=lambda: 0 if cache is None else cache.held_bytes,
         )
 
     async def compute(self, texts: Sequence[Encoded], call: Call, reservation: Reservation) -> Computed:
         """The texts may travel in different batches; `reservation` shrinks as batches take them.
 
-        Raises DeadlinePassed, BackendFailure, NonFiniteOutput, Unavailable. Leaving this call (a cancelled caller)
-        takes the texts that have not started out of the queue.
+        It holds the texts that nobody else pays for: those of the cache, and those that another request waits for, are
+        no part of it. Raises DeadlinePassed, BackendFailure, NonFiniteOutput, Unavailable. Leaving this call (a
+        cancelled caller) takes the texts that have not started out of the queue, unless another request needs them.
         """
         if self._closed:
             raise _shutting_down()
         now = self._loop.time()
-        reservation.resize(sum(text.length for text in texts))
-        pending = Pending(call, reservation, self._loop.create_future(), missing=len(texts))
-        pending.items = [Item(pending, row, text.length, now, text) for row, text in enumerate(texts)]
+        count = len(texts)
+        pending = Pending(call, reservation, self._loop.create_future(), now, texts=count, missing=count)
+        to_queue = self._subscriptions.enter(pending, texts)
+        if pending.rows is not None and not pending.missing:
+            return Computed(pending.rows, now, now, now, cached=pending.cached)
         self._pending.add(pending)
-        self._queue.add(pending.items)
+        self._queue.add(to_queue)
         self._pump_soon()
-        timer = self._loop.call_at(call.deadline, _expire, pending)
+        timer = self._loop.call_at(call.deadline, pending.expire)
         try:
             rows = await pending.future
         finally:
             timer.cancel()
             self._pending.discard(pending)
-            self._queue.remove(pending.items)
-        return Computed(rows, now, pending.engine_started_at, pending.engine_ended_at)
+            self._queue.remove(self._subscriptions.leave(pending))
+        return Computed(
+            rows, now, pending.engine_started_at, pending.engine_ended_at, shared=pending.shared, cached=pending.cached
+        )
 
     def _pump_soon(self) -> None:
         """All texts that arrive in one turn of the event loop are there before the first batch is chosen."""
@@ -122,8 +151,7 @@ class DynamicBatcher:
                 log.exception("the batching policy failed; every waiting request is answered with an error")
                 for pending in self._pending:
                     pending.fail(ServiceError("internal error in the batcher"))
-                    for item in pending.items:
-                        item.waiting = False
+                self._subscriptions.abandon(self._pending)
                 self._queue = BatchQueue(self._queue.limits)
                 return
             if chosen is None:
@@ -131,6 +159,8 @@ class DynamicBatcher:
             if isinstance(chosen, float):
                 self._window = self._loop.call_at(chosen, self._pump)
                 return
+            for item in chosen.items:
+                item.owner.reservation.give_back(item.length)
             self._free_slots -= 1
             task = self._loop.create_task(self._runner.run(chosen))
             self._running[task] = _InFlight(self._loop.time(), chosen.tokens, self._queue.limits.cost_tokens(chosen))
@@ -184,8 +214,3 @@ def _by_tokens(batch: _InFlight) -> int:
 
 def _shutting_down() -> Unavailable:
     return Unavailable("the server is shutting down; the request was not finished")
-
-
-def _expire(pending: Pending) -> None:
-    where = "while the request ran" if pending.is_dispatched else "in the queue"
-    pending.fail(DeadlinePassed(f"the deadline passed {where}; nothing more is computed for it"))

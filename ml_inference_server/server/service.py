@@ -170,13 +170,17 @@ class InferenceService:
         self._check_pair_overflow(options.overflow)
         named = [(f"documents[{i}]", document) for i, document in enumerate(documents)]
         warnings: tuple[str, ...] = ()
+        most_tokens = options.max_document_tokens
+        if most_tokens is not None and most_tokens < 1:
+            message = "expected 1 or more"
+            raise InvalidRequest(f"max_document_tokens: {message}", violations=[("max_document_tokens", message)])
         if self._is_cross_encoder:
-            jobs = [pair_job(document[0], ("query", query), document) for document in named]
+            jobs = [pair_job(document[0], ("query", query), document, most_tokens) for document in named]
             rows = await self._rows(jobs, call, options.overflow)
             scores, lengths = rows.values[:, 0], rows.lengths
         else:
             jobs = [embedding_job("query", query, self._query_prompt)]
-            jobs += [embedding_job(*document, self._document_prompt) for document in named]
+            jobs += [embedding_job(*document, self._document_prompt, most_tokens) for document in named]
             rows = await self._rows(jobs, call, options.overflow)
             scores = similarity(self._info.similarity, rows.values[:1], rows.values[1:])
             lengths = _without_first(rows.lengths)
@@ -274,6 +278,8 @@ class InferenceService:
             stamps=stamps,
             lengths=lengths,
             tokens=sum(lengths.used),
+            shared=computed.shared,
+            cached=computed.cached,
         )
 
     def _mean_of_windows(self, rows: NDArray[np.float32], texts: Sequence[Tokens]) -> NDArray[np.float32]:

@@ -59,6 +59,12 @@ class ServerState:
             "quantization": model.requested_quantization(asked_on),
         }
 
+    def _title(self) -> str:
+        if self.model is None:
+            return self.settings.model.name
+        described = self.model.described
+        return title(described.resolution, described.info, self.settings.cache.max_mb)
+
     def as_dict(self) -> dict[str, Any]:
         """What GetServerInfo and /info answer: requested, resolved, and each difference in words."""
         described = self.model.described if self.model is not None else None
@@ -69,7 +75,7 @@ class ServerState:
             "requested": self.requested(),
             "resolved": dataclasses.asdict(described.info) if described else None,
             "fallbacks": list(described.resolution.fallbacks) if described else [],
-            "title": title(described.resolution, described.info) if described else self.settings.model.name,
+            "title": self._title(),
             "settings": self.settings.model_dump(mode="json"),
             "pid": os.getpid(),
             "instance_id": self.instance_id,

@@ -2,16 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ml_inference_server.backends.base import Encoded, TextTokenizer
+from ml_inference_server.backends.base import Encoded, NoSpans, TextTokenizer
+from ml_inference_server.backends.text.windows import head, keep_end, windows
 from ml_inference_server.server.options import Overflow
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import InvalidRequest
 
 # Invisible characters that str.strip() leaves: zero-width space and byte-order mark.
 _INVISIBLE = "\u200b\ufeff"
-Key = tuple[str | None, str]
-"""What a row depends on: (prompt name, text) for an embedding, (query, passage) for a cross-encoder."""
+# So many tokens at the end of a window begin the next one.
+OVERLAP_TOKENS = 32
+
+
+class Key(NamedTuple):
+    """What a row depends on. first: the prompt's name, or a cross-encoder's query.
+
+    most_tokens: use no more tokens of the text than that; None: what the model takes.
+    """
+
+    first: str | None
+    text: str
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +36,22 @@ class Job:
     texts: tuple[tuple[str, str], ...]
 
 
-def embedding_job(field: str, text: str, prompt_name: str | None) -> Job:
-    return Job(field, (prompt_name, text), ((field, text),))
+def embedding_job(field: str, text: str, prompt_name: str | None, most_tokens: int | None = None) -> Job:
+    return Job(field, Key(prompt_name, text, most_tokens), ((field, text),))
 
 
-def pair_job(field: str, query: tuple[str, str], passage: tuple[str, str]) -> Job:
-    """query, passage: each with its own field in front."""
-    return Job(field, (query[1], passage[1]), (query, passage))
+def pair_job(field: str, query: tuple[str, str], passage: tuple[str, str], most_tokens: int | None = None) -> Job:
+    """query, passage: each with its own field in front. most_tokens: of the passage."""
+    return Job(field, Key(query[1], passage[1], most_tokens), (query, passage))
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One row's tokens: `parts` are its windows, one but for OVERFLOW chunk. total: before anything was cut."""
+    """One row's tokens: `parts` are its windows, one but for Overflow.CHUNK. total: before anything was cut."""
 
     parts: list[Encoded]
     total: int
+    is_truncated: bool
 
     @property
     def used(self) -> int:
@@ -46,10 +60,6 @@ class Tokens:
     @property
     def is_chunked(self) -> bool:
         return len(self.parts) > 1
-
-    @property
-    def is_truncated(self) -> bool:
-        return any(part.truncated for part in self.parts)
 
 
 class Texts:
@@ -95,16 +105,55 @@ class Texts:
         return sum(min(limit, size // 4 + 2) for size in sizes)
 
     def encode(self, keys: Sequence[Key], overflow: Overflow) -> list[Tokens]:
-        """Pairs at once, texts with one call for each prompt in use (at most two). Safe to call from any thread."""
+        """Pairs at once, texts with one call for each prompt in use (at most two). Safe to call from any thread.
+
+        InvalidRequest where the model's tokenizer cannot do what is asked of a long text.
+        """
+        try:
+            texts = [key.text if key.most_tokens is None else self._beginning(key) for key in keys]
+            found = self._tokens([key.first for key in keys], texts, overflow)
+            return [
+                tokens if text == key.text else self._shortened(tokens, key.text, text)
+                for tokens, key, text in zip(found, keys, texts, strict=True)
+            ]
+        except NoSpans as error:
+            message = f"cannot be had from this model ({error}): cut the text yourself, or leave the model to cut it"
+            raise InvalidRequest(f"overflow: {message}", violations=[("overflow", message)]) from None
+
+    def _tokens(self, firsts: Sequence[str | None], texts: Sequence[str], overflow: Overflow) -> list[Tokens]:
         if self._is_cross_encoder:
-            pairs = self._tokenizer.encode_pairs([(query or "", passage) for query, passage in keys])
+            pairs = self._tokenizer.encode_pairs(
+                [(query or "", text) for query, text in zip(firsts, texts, strict=True)]
+            )
             return [_whole(encoded) for encoded in pairs]
         out: dict[int, Tokens] = {}
-        for prompt_name in {name for name, _ in keys}:
-            places = [i for i, (name, _) in enumerate(keys) if name == prompt_name]
-            encoded = self._tokenizer.encode([keys[i][1] for i in places], prompt_name)
-            out.update((place, _whole(one)) for place, one in zip(places, encoded, strict=True))
-        return [out[i] for i in range(len(keys))]
+        for prompt_name in dict.fromkeys(firsts):
+            places = [i for i, name in enumerate(firsts) if name == prompt_name]
+            encoded = self._tokenizer.encode([texts[i] for i in places], prompt_name)
+            for place, one in zip(places, encoded, strict=True):
+                is_long = one.truncated and overflow in (Overflow.CUT_LEFT, Overflow.CHUNK)
+                out[place] = self._long(texts[place], prompt_name, one, overflow) if is_long else _whole(one)
+        return [out[i] for i in range(len(texts))]
+
+    def _long(self, text: str, prompt_name: str | None, cut: Encoded, overflow: Overflow) -> Tokens:
+        """cut: the text as it is cut at the model's limit."""
+        try:
+            if overflow is Overflow.CHUNK:
+                return Tokens(windows(self._tokenizer, text, prompt_name, OVERLAP_TOKENS), cut.total_tokens, False)
+            return Tokens([keep_end(self._tokenizer, text, prompt_name)], cut.total_tokens, True)
+        except NoSpans:
+            raise
+        except ValueError as error:  # the prompt leaves no room
+            raise InvalidRequest(f"overflow: {error}", violations=[("overflow", str(error))]) from None
+
+    def _beginning(self, key: Key) -> str:
+        """As much of the text as its limit allows; a text of no such token stays, and is refused for that."""
+        return head(self._tokenizer, key.text, key.most_tokens or 0) or key.text
+
+    def _shortened(self, tokens: Tokens, text: str, beginning: str) -> Tokens:
+        """Of a text of which only the beginning was tokenised."""
+        left_out = len(self._tokenizer.spans(text)) - len(self._tokenizer.spans(beginning))
+        return Tokens(tokens.parts, tokens.total + left_out, True)
 
     def check_tokens(
         self, jobs: Sequence[Job], where: Sequence[int], tokens: Sequence[Tokens], overflow: Overflow
@@ -123,7 +172,7 @@ class Texts:
             wrong = [
                 (field, f"{each.total} tokens, the model takes {limit}, and cutting is refused (truncate, overflow)")
                 for field, each in long
-                if each.is_truncated
+                if any(part.truncated for part in each.parts)  # not at a limit that the request itself set
             ]
             _raise_violations(wrong, {"TEXT_TOO_LONG"})
 
@@ -150,7 +199,7 @@ class _BadText(Exception):
 
 
 def _whole(encoded: Encoded) -> Tokens:
-    return Tokens([encoded], encoded.length)
+    return Tokens([encoded], encoded.total_tokens, encoded.truncated)
 
 
 def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> None:

@@ -138,8 +138,21 @@ class BatchingSettings(Section):
         le=1_000_000,
         description="What starting a batch costs, in tokens of work; 0: 64 on cpu, 4096 elsewhere.",
     )
+    share_equal_texts: bool = Field(
+        True, description="Compute equal texts of different requests once while they wait or run; needs `enabled`."
+    )
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Accepted requests that may wait or run.")
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")
+
+
+class CacheSettings(Section):
+    max_mb: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Keep so many megabytes (10^6 bytes) of finished rows, and answer equal texts out of them; 0: "
+        "none. Said in every title.",
+    )
 
 
 class ServerSettings(Section):
@@ -201,6 +214,7 @@ class Settings(Section):
     description: str = Field("", description="One line for people.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     batching: BatchingSettings = Field(default_factory=BatchingSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     experiment: ExperimentSettings = Field(default_factory=ExperimentSettings)

@@ -99,8 +99,9 @@ def test_cancelled_calls_are_counted_as_cancelled(tmp_path: Path) -> None:
             for text in ("!slow:20 a", "b"):
                 calls = [stub.Embed(pb.EmbedRequest(texts=[f"{text} {i}"])) for i in range(20)]
                 streams = [stub.EmbedStream() for _ in range(CLIENTS)]
-                for stream in streams:
-                    await stream.write(pb.EmbedStreamRequest(id=1, request=pb.EmbedRequest(texts=[text])))
+                for number, stream in enumerate(streams):
+                    own = pb.EmbedRequest(texts=[f"{text} of stream {number}"])
+                    await stream.write(pb.EmbedStreamRequest(id=1, request=own))
                 await calls[0]
                 for call in [*calls, *streams]:
                     call.cancel()

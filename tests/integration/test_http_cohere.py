@@ -64,13 +64,31 @@ async def test_inputs_of_one_text_each_are_texts(http: HttpClient) -> None:
 async def test_embed_tells_what_was_done_to_each_text(http: HttpClient) -> None:
     reply = await http.post("/v2/embed", {"texts": ["one", LONG], "truncate": "END"})
     meta = reply.json["meta"]
-    assert meta["used_token_counts"] == [3, 256]
+    assert (meta["token_counts"], meta["used_token_counts"]) == ([3, 302], [3, 256])
     assert meta["truncated_rows"] == [1]
     assert meta["billed_units"] == {"input_tokens": 259}
     assert meta["space_id"] == reply.headers["x-space-id"]
     reply = await http.post("/v2/embed", {"texts": ["one", LONG], "truncate": "NONE"})
     assert reply.status == 400
     assert reply.json["message"].startswith("texts[1]: ")
+
+
+async def test_start_is_cut_off_a_long_text_where_it_is_asked_for(http: HttpClient) -> None:
+    answer = await http.ask("/v2/embed", {"texts": [LONG + "end"], "truncate": "START"})
+    assert (float32(answer["embeddings"]["float"]) == [fake_embedding("word " * 253 + "end")]).all()
+    assert answer["meta"]["truncated_rows"] == [0]
+
+
+async def test_no_more_tokens_of_a_document_are_used_than_asked_for(http: HttpClient) -> None:
+    body = {"query": "one two", "documents": ["one two three four", "three"], "max_tokens_per_doc": 2}
+    answer = await http.ask("/v2/rerank", body)
+    assert answer["results"][0] == {
+        "index": 0,
+        "relevance_score": pytest.approx(1.0),
+        "raw_score": pytest.approx(1.0),
+    }
+    assert answer["meta"]["truncated_rows"] == [0]
+    assert answer["meta"]["token_counts"] == [6, 3]
 
 
 async def test_a_role_that_changes_nothing_is_told(http: HttpClient) -> None:

@@ -59,10 +59,23 @@ async def test_a_long_text_is_cut_unless_that_is_refused(http: HttpClient) -> No
         reply = await http.post("/embed", {"inputs": ["short", LONG], **truncate})
         assert (float32(reply.json[1]) == fake_embedding(LONG)).all()
         assert (reply.headers["x-truncated-texts"], reply.headers["x-truncated-rows"]) == ("1", "1")
-        assert reply.headers["x-used-token-counts"] == "3,256"
+        assert (reply.headers["x-token-counts"], reply.headers["x-used-token-counts"]) == ("3,302", "3,256")
     reply = await http.post("/embed", {"inputs": ["short", LONG], "truncate": False})
     assert (reply.status, reply.json["error_type"]) == (422, "Validation")
     assert reply.json["error"].startswith("Input validation error: inputs[1]: ")
+
+
+@pytest.mark.parametrize("direction", ["Left", "left"])
+async def test_the_end_of_a_long_text_is_kept_where_the_left_is_cut(http: HttpClient, direction: str) -> None:
+    reply = await http.post("/embed", {"inputs": LONG + "end", "truncation_direction": direction})
+    assert (float32(reply.json) == [fake_embedding("word " * 253 + "end")]).all()
+    assert (reply.headers["x-token-counts"], reply.headers["x-used-token-counts"]) == ("303", "256")
+
+
+async def test_a_cross_encoder_cuts_no_pair_on_the_left(pairs: HttpClient) -> None:
+    reply = await pairs.post("/rerank", {"query": "q", "texts": ["a"], "truncation_direction": "Left"})
+    assert (reply.status, reply.json["error_type"]) == (422, "Validation")
+    assert "cross-encoder" in reply.json["error"]
 
 
 async def test_answers_tell_their_times_counts_and_space(http: HttpClient) -> None:
@@ -184,6 +197,36 @@ async def test_health_is_an_empty_200_or_says_why_not(http: HttpClient) -> None:
     http.server.state.draining.clear()
 
 
+async def test_tokenize_tells_each_token_and_decode_makes_the_text_of_them(http: HttpClient) -> None:
+    rows = await http.ask("/tokenize", {"inputs": ["one two", "one"]})
+    assert [[token["text"] for token in row] for row in rows] == [
+        ["[START]", "one", "two", "[END]"],
+        ["[START]", "one", "[END]"],
+    ]
+    start, one, two, _ = rows[0]
+    assert (start["special"], start["start"], start["stop"]) == (True, None, None)
+    assert (two["special"], two["start"], two["stop"]) == (False, 4, 7)
+    assert list(one) == ["id", "text", "special", "start", "stop"]
+    bare = await http.ask("/tokenize", {"inputs": "one two", "add_special_tokens": False, "prompt_name": None})
+    assert bare == [[one, two]]
+    ids = [[token["id"] for token in row] for row in rows]
+    assert await http.ask("/decode", {"ids": ids}) == ["one two", "one"]
+    assert await http.ask("/decode", {"ids": ids[1]}) == ["one"]
+    shown = await http.ask("/decode", {"ids": ids[1], "skip_special_tokens": False})
+    assert shown == ["[START] one [END]"]
+
+
+async def test_a_text_is_tokenized_to_its_end(http: HttpClient) -> None:
+    (row,) = await http.ask("/tokenize", {"inputs": LONG})
+    assert len(row) == 302
+
+
+async def test_the_prompts_that_there_are_stand_in_the_error(http: HttpClient) -> None:
+    for path in ("/embed", "/tokenize"):
+        reply = await http.post(path, {"inputs": "a", "prompt_name": "nobody"})
+        assert reply.json["error"].endswith("prompts. Available prompts: []")
+
+
 async def test_info_has_the_keys_of_tei_beside_the_servers_own(http: HttpClient, pairs: HttpClient) -> None:
     info = (await http.get("/info")).json
     assert info["instance_id"] == http.server.state.instance_id
@@ -254,6 +297,24 @@ BAD: list[tuple[str, Any, int]] = [
     ("/predict", {"inputs": {"a": "b"}}, 422),
     ("/predict", {"inputs": ["a", "b", "c"]}, 422),
     ("/predict", {"inputs": [["a", 1]]}, 422),
+    ("/tokenize", {"inputs": []}, 400),
+    ("/tokenize", {"inputs": [1]}, 422),
+    ("/tokenize", {"inputs": "a", "add_special_tokens": "no"}, 422),
+    ("/tokenize", {"inputs": "a", "prompt_name": "nobody"}, 422),
+    ("/tokenize", {"inputs": ["a"] * 1025}, 422),
+    ("/tokenize", {"inputs": "\ud800"}, 422),
+    ("/tokenize", {"inputs": "a " * 600_000}, 422),
+    ("/decode", {"ids": []}, 400),
+    ("/decode", {"ids": "a"}, 422),
+    ("/decode", {"ids": [1.5]}, 422),
+    ("/decode", {"ids": [True]}, 422),
+    ("/decode", {"ids": [-1]}, 422),
+    ("/decode", {"ids": [2**31]}, 422),
+    ("/decode", {"ids": [99]}, 422),
+    ("/decode", {"ids": [[1], 2]}, 422),
+    ("/decode", {"ids": [[[1]]]}, 422),
+    ("/decode", {"ids": [[1]] * 1025}, 422),
+    ("/decode", {"ids": [1] * 300_000}, 422),
 ]
 
 
@@ -268,7 +329,7 @@ async def test_nonsense_is_answered_in_teis_form_and_the_server_goes_on(http: Ht
         assert (float32(await http.ask("/embed", {"inputs": "one"})) == [fake_embedding("one")]).all()
 
 
-@pytest.mark.parametrize("path", ["/embed", "/", "/rerank"])
+@pytest.mark.parametrize("path", ["/embed", "/", "/rerank", "/tokenize"])
 async def test_a_body_that_is_no_object_is_refused(http: HttpClient, path: str) -> None:
     for name, body in NO_OBJECTS.items():
         reply = await http.send(path, body)
@@ -286,7 +347,7 @@ async def test_what_is_no_post_of_json_is_refused_in_teis_form(http: HttpClient)
     ):
         reply = await http.send("/embed", good, headers)
         assert (reply.status, set(reply.json)) == (status, {"error", "error_type"})
-    for path in ("/embed", "/rerank", "/similarity", "/predict", "/invocations"):
+    for path in ("/embed", "/rerank", "/similarity", "/predict", "/tokenize", "/decode", "/invocations"):
         for method in ("GET", "PUT", "DELETE"):
             reply = await http.send(path, b"", {}, method=method)
             assert (reply.status, set(reply.json)) == (405, {"error", "error_type"}), (method, path)

@@ -148,6 +148,8 @@ async def test_parameters_are_those_of_embed(server: FakeServer) -> None:
     answer = await call(inference({"TEXT": ["word " * 300, "b"]}))
     assert parameters(answer)["truncated"] == 1
     assert arrays(answer)["USED_TOKENS"].tolist() == [256, 3]
+    reply = await server.stub.Embed(own.EmbedRequest(texts=["word " * 300, "b"]))
+    assert arrays(answer)["TOTAL_TOKENS"].tolist() == list(reply.token_counts)
     ignored = {"binary_data_output": True, "triton_enable_empty_final_response": True, "timeout": 0}
     await call(inference({"TEXT": ["a"]}, parameters=ignored))
     space = parameters(answer)["space_id"]

@@ -28,7 +28,7 @@ async def test_every_example_fits_its_own_schema_and_is_answered() -> None:
                 example = api["components"]["schemas"][name]["example"]
                 whole = {"components": api["components"], **each}
                 jsonschema.Draft202012Validator(whole).validate(example)
-                if "Predict" not in name:  # of cross-encoders
+                if name not in ("TeiPredictRequest", "TeiDecodeRequest"):  # of cross-encoders, of a real vocabulary
                     reply = await client.post(path.replace("{version}", "1"), example)
                     assert reply.status == 200, (path, reply.body)
                     tried += 1

@@ -259,11 +259,15 @@ def test_an_engine_that_is_killed_is_replaced_and_the_server_goes_on(tmp_path: P
 
 
 def test_a_model_that_always_fails_turns_health_until_a_probe_succeeds(tmp_path: Path) -> None:
+    """A cache that has the probe's text does not stand in for the model."""
+
     async def check() -> None:
-        with server_process(tmp_path, "--set", "server.enable_test_faults=true") as server:
+        settings = ("--set", "server.enable_test_faults=true", "--set", "cache.max_mb=1")
+        with server_process(tmp_path, *settings) as server:
             port = server.ready()["grpc_port"]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 stub = rpc.InferenceServiceStub(channel)
+                await stub.Embed(pb.EmbedRequest(texts=["health probe"]))
                 for _ in range(3):
                     with pytest.raises(grpc.aio.AioRpcError):
                         await stub.Embed(pb.EmbedRequest(texts=["!raise"]))

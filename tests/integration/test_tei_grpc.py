@@ -20,7 +20,6 @@ from tests.integration.foreign_kit import foreign_stub, told
 
 Code = grpc.StatusCode
 SERVICES = pb.DESCRIPTOR.services_by_name
-SERVED = [name for name in SERVICES if name != "Tokenize"]
 LONG = "word " * 300
 CROSS_ENCODER = {"name": "fake", "task": "cross_encoder"}
 
@@ -31,6 +30,10 @@ def stub(server: FakeServer, service: str) -> Any:
 
 def embed(text: str, **options: Any) -> pb.EmbedRequest:
     return pb.EmbedRequest(inputs=text, **options)
+
+
+def encode(text: str, **options: Any) -> pb.EncodeRequest:
+    return pb.EncodeRequest(inputs=text, **options)
 
 
 def sigmoid(logits: Sequence[float]) -> list[float]:
@@ -64,7 +67,7 @@ async def test_a_long_text_is_refused_unless_truncate_says_otherwise(server: Fak
     error = await refusal(stub(server, "Embed").Embed(embed(LONG)))
     assert error.code() is Code.INVALID_ARGUMENT
     assert told(error) == ("TEXT_TOO_LONG", ["inputs[0]"])
-    assert (error.details() or "").startswith("inputs[0]: ")
+    assert (error.details() or "").startswith("Input validation error: inputs[0]: ")
     call = stub(server, "Embed").Embed(embed(LONG, truncate=True))
     np.testing.assert_array_equal(np.float32((await call).embeddings), fake_embedding(LONG))
     assert dict(await call.initial_metadata())["x-truncated-texts"] == "1"
@@ -76,8 +79,9 @@ async def test_dimensions_and_normalize(server: FakeServer) -> None:
     reply = await server.stub.Embed(own.EmbedRequest(texts=["a"], dimensions=4))
     assert np.float32(small.embeddings).tobytes() == reply.embeddings
     for normalize in (True, False):  # the fake model's vectors have length 1 whatever is asked
-        answer = await stub(server, "Embed").Embed(embed("a", normalize=normalize))
-        np.testing.assert_array_equal(np.float32(answer.embeddings), fake_embedding("a"))
+        call = stub(server, "Embed").Embed(embed("a", normalize=normalize))
+        np.testing.assert_array_equal(np.float32((await call).embeddings), fake_embedding("a"))
+        assert ("x-warnings" in dict(await call.initial_metadata())) is not normalize
 
 
 EMBED_FAULTS: list[tuple[str, pb.EmbedRequest, str, list[str]]] = [
@@ -119,6 +123,7 @@ async def test_overload_is_refused_at_once_with_a_hint() -> None:
         await until(lambda: server.model.admission.requests == 1)
         error = await refusal(stub(server, "Embed").Embed(embed("b")))
         assert (error.code(), told(error)[0]) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert (error.details() or "").startswith("Model is overloaded")
         assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
         server.backend.release()
         await held
@@ -193,16 +198,19 @@ async def test_an_idle_rerank_stream_ends_at_the_servers_own_deadline() -> None:
 
 
 async def test_rerank_refuses_by_its_own_fields(server: FakeServer) -> None:
-    for request, reason, fields in (
-        (pb.RerankRequest(query="q"), "EMPTY_REQUEST", ["texts"]),
-        (pb.RerankRequest(texts=["a"]), "EMPTY_TEXT", ["query"]),
-        (pb.RerankRequest(query="q", texts=["a", ""]), "EMPTY_TEXT", ["texts[1]"]),
-        (pb.RerankRequest(query="q", texts=["a", LONG]), "TEXT_TOO_LONG", ["texts[1]"]),
-        (pb.RerankRequest(query="q", texts=["a"] * 1025), "TOO_MANY_TEXTS", ["texts"]),
-    ):
+    wrong = "Input validation error: "
+    for request, reason, field, said in (
+        (pb.RerankRequest(query="q"), "EMPTY_REQUEST", "texts", "`texts` cannot be empty"),
+        (pb.RerankRequest(texts=["a"]), "EMPTY_TEXT", "query", f"{wrong}query: text is empty"),
+        (pb.RerankRequest(query="q", texts=["a", ""]), "EMPTY_TEXT", "texts[1]", f"{wrong}texts[1]: text is empty"),
+        (pb.RerankRequest(query="q", texts=["a", LONG]), "TEXT_TOO_LONG", "texts[1]", f"{wrong}texts[1]: "),
+        (pb.RerankRequest(query="q", texts=["a"] * 1025), "TOO_MANY_TEXTS", "texts",
+         "batch size 1025 > maximum allowed batch size 1024"),
+    ):  # fmt: skip
         error = await refusal(stub(server, "Rerank").Rerank(request))
         assert error.code() is Code.INVALID_ARGUMENT
-        assert told(error) == (reason, fields)
+        assert told(error) == (reason, [field])
+        assert (error.details() or "").startswith(said)
 
 
 async def test_an_embedding_model_predicts_nothing(server: FakeServer) -> None:
@@ -298,6 +306,46 @@ async def test_a_stream_reads_no_more_than_it_may_work_on(server: FakeServer) ->
     assert len([answer async for answer in call]) == 300
 
 
+async def test_tokenize_tells_each_token_and_decode_makes_the_text_of_them(server: FakeServer) -> None:
+    tokenize = stub(server, "Tokenize")
+    (start, *own_tokens, end) = (await tokenize.Tokenize(encode("one two", add_special_tokens=True))).tokens
+    assert [(t.text, t.special, t.start, t.stop) for t in own_tokens] == [("one", False, 0, 3), ("two", False, 4, 7)]
+    assert [t.special for t in (start, end)] == [True, True]
+    assert not any(t.HasField("start") or t.HasField("stop") for t in (start, end))
+    bare = (await tokenize.Tokenize(encode("one two"))).tokens  # left out, it is false
+    assert [t.id for t in bare] == [t.id for t in own_tokens]
+    ids = [t.id for t in (start, *own_tokens, end)]
+    assert (await tokenize.Decode(pb.DecodeRequest(ids=ids, skip_special_tokens=True))).text == "one two"
+    shown = (await tokenize.Decode(pb.DecodeRequest(ids=ids))).text
+    assert shown == f"{start.text} one two {end.text}"
+    assert (await tokenize.Decode(pb.DecodeRequest())).text == ""
+    counted = server.metrics.snapshot()["totals"]["by_method_and_code"]
+    assert (counted["tei.tokenize"], counted["tei.decode"]) == ({"OK": 2}, {"OK": 3})
+    assert server.backend.log == []
+
+
+async def test_tokens_come_in_streams_too(server: FakeServer) -> None:
+    tokenize = stub(server, "Tokenize")
+    texts = [" ".join(["word"] * (1 + i * 7 % 11)) for i in range(100)]
+    answers = [answer async for answer in tokenize.TokenizeStream(iter([encode(text) for text in texts]))]
+    assert [len(answer.tokens) for answer in answers] == [len(text.split()) for text in texts]
+    messages = [pb.DecodeRequest(ids=[token.id for token in answer.tokens]) for answer in answers]
+    assert [answer.text async for answer in tokenize.DecodeStream(iter(messages))] == texts
+
+
+async def test_what_is_no_text_and_no_token_is_refused(server: FakeServer) -> None:
+    tokenize = stub(server, "Tokenize")
+    for call, reason, field in (
+        (tokenize.Tokenize(encode("")), "EMPTY_TEXT", "inputs[0]"),
+        (tokenize.Tokenize(encode("x" * 2_000_000)), "TEXT_TOO_LONG", "inputs[0]"),
+        (tokenize.Tokenize(encode("a", prompt_name="nope")), "INVALID_FIELD", "prompt_name"),
+        (tokenize.Decode(pb.DecodeRequest(ids=[2**32 - 1])), "INVALID_FIELD", "ids[0]"),
+    ):
+        error = await refusal(call)
+        assert (error.code(), told(error)) == (Code.INVALID_ARGUMENT, (reason, [field]))
+    await assert_still_serving(server)
+
+
 @pytest.mark.parametrize("method", ["EmbedSparse", "EmbedSparseStream", "EmbedAll", "EmbedAllStream"])
 async def test_what_is_not_served_says_so(server: FakeServer, method: str) -> None:
     request: Message = getattr(pb, f"{method.removesuffix('Stream')}Request")(inputs="a")
@@ -320,14 +368,14 @@ async def test_info_says_what_is_served(server: FakeServer) -> None:
 async def serving(server: FakeServer) -> dict[str, bool]:
     health = health_pb2_grpc.HealthStub(server.channel)
     found = {}
-    for name in SERVED:
+    for name in SERVICES:
         reply = await health.Check(health_pb2.HealthCheckRequest(service=f"tei.v1.{name}"))
         found[name] = reply.status == health_pb2.HealthCheckResponse.SERVING
     return found
 
 
 async def test_health_says_which_services_the_model_is_good_for(server: FakeServer) -> None:
-    both = {"Info": True, "Rerank": True}
+    both = {"Info": True, "Rerank": True, "Tokenize": True}
     assert await serving(server) == both | {"Embed": True, "Predict": False}
     async with fake_server(model=CROSS_ENCODER) as other:
         assert await serving(other) == both | {"Embed": False, "Predict": True}
@@ -341,5 +389,5 @@ async def test_reflection_lists_and_describes_the_services(server: FakeServer) -
     ]
     answers = [answer async for answer in stub_.ServerReflectionInfo(iter(asked))]
     names = {service.name for service in answers[0].list_services_response.service}
-    assert {f"tei.v1.{name}" for name in SERVED} <= names
+    assert {f"tei.v1.{name}" for name in SERVICES} <= names
     assert answers[1].file_descriptor_response.file_descriptor_proto

@@ -14,7 +14,7 @@ LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
 
 def request(*lengths: int, now: float = 0.0) -> list[Item]:
     owner = object()
-    return [Item(owner, row, length, now) for row, length in enumerate(lengths)]
+    return [Item(owner, length, now) for length in lengths]
 
 
 def take(queue: BatchQueue, now: float = 0.0) -> Batch:
@@ -221,6 +221,102 @@ def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None
     pytest.fail("the rare length was passed over 20 times")
 
 
+@pytest.mark.parametrize("grouping", [True, False])
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_text_of_a_late_portion_moves_forward_for_one_who_needs_it_now(grouping: bool, padding_free: bool) -> None:
+    queue = BatchQueue(replace(LIMITS, length_grouping=grouping, padding_free=padding_free))
+    bulk = request(*[20] * 40)
+    queue.add(bulk)
+    take(queue)
+    wanted = bulk[-1]
+    queue.add([wanted])
+    assert (queue.texts, queue.tokens) == (36, 36 * 20)
+    batches = drain(queue)
+    assert next(place for place, batch in enumerate(batches) if wanted in batch.items) == 0
+    served = [id(item) for batch in batches for item in batch.items]
+    assert len(served) == len(set(served)) == 36
+    assert (queue.texts, queue.tokens) == (0, 0)
+
+
+def test_a_text_that_has_moved_forward_is_not_served_a_second_time_at_its_old_turn() -> None:
+    queue = BatchQueue(replace(LIMITS, length_grouping=False))
+    bulk = request(*[20] * 5)
+    queue.add(bulk)
+    queue.add(bulk[4:])
+    queue.remove(bulk[:3])
+    assert take(queue).items == bulk[3:]
+    assert queue.next_batch(0.0) is None
+
+
+def test_a_text_never_moves_backward() -> None:
+    queue = BatchQueue(LIMITS)
+    single, bulk = request(20), request(*[20] * 40)
+    queue.add(single)
+    before = (single[0].tag, single[0].seq)
+    queue.add([*bulk, *single])
+    queue.add(single)
+    assert (single[0].tag, single[0].seq) == before
+    assert single[0] in take(queue).items
+
+
+def test_texts_that_wait_where_they_are_put_nothing_of_a_request_back() -> None:
+    """A request is what it puts in line: here one text, which is of its first portion."""
+    queue = BatchQueue(LIMITS)
+    waiting, own = request(*[20] * 4), request(20)
+    queue.add(waiting)
+    queue.add([*waiting, *own])
+    other = request(20)
+    queue.add(other)
+    assert own[0].tag < other[0].tag
+
+
+def test_who_moves_texts_forward_does_not_pass_over_those_who_come_next_for_ever() -> None:
+    """Each portion that moves counts as one that came now, so that a bulk request cannot be made a single one."""
+    queue = BatchQueue(replace(LIMITS, length_grouping=False))
+    bulk = request(*[25] * 40)
+    queue.add(bulk)
+    take(queue)
+    queue.add(bulk[20:])  # five portions
+    single = request(25)
+    queue.add(single)
+    served_after = next(place for place, batch in enumerate(drain(queue)) if single[0] in batch.items)
+    assert served_after <= 2
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=6),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 100)), min_size=1, max_size=20),
+    st.integers(0, 4),
+)
+@settings(max_examples=300, deadline=None)
+def test_nobody_gets_a_later_turn_for_a_text_than_he_would_get_alone(
+    before: list[list[int]], wanted: list[tuple[bool, int]], served: int
+) -> None:
+    queues = [BatchQueue(LIMITS), BatchQueue(LIMITS)]
+    waiting: list[list[Item]] = []
+    for queue in queues:
+        items = [request(*each) for each in before]
+        for each in items:
+            queue.add(each)
+        for _ in range(served):
+            if queue.texts:
+                take(queue)
+        waiting.append([item for each in items for item in each if item.waiting])
+    sharing: list[Item] = []
+    for is_known, number in wanted:
+        known = waiting[0][number % len(waiting[0])] if is_known and waiting[0] else None
+        sharing.append(known or request(number + 1)[0])
+    alone = request(*(item.length for item in sharing))
+    tags = {id(item): item.tag for item in waiting[0]}
+    queues[0].add(sharing)
+    queues[1].add(alone)
+    for shared, fresh in zip(sharing, alone, strict=True):
+        assert shared.tag <= fresh.tag
+        assert shared.tag <= tags.get(id(shared), shared.tag)  # nor does who waited before
+    texts = list({id(item): item for item in [*waiting[0], *sharing]}.values())
+    assert (queues[0].texts, queues[0].tokens) == (len(texts), sum(item.length for item in texts))
+
+
 @given(
     st.lists(st.lists(st.integers(1, 120), min_size=1, max_size=12), min_size=1, max_size=12),
     st.integers(1, 6),
@@ -234,7 +330,8 @@ def test_no_length_starves_under_an_endless_stream_of_another(rare: int) -> None
 def test_every_text_is_served_exactly_once_within_the_budgets(
     requests: list[list[int]], size: int, tokens: int, enabled: bool, grouping: bool, packed: bool, seed: int
 ) -> None:
-    """Whatever arrives and leaves, in any order: nothing is lost, nothing twice, no budget broken, counters right."""
+    """Whatever arrives, is asked for again and leaves, in any order: nothing is lost, nothing twice, no budget broken,
+    counters right."""
     rng = random.Random(seed)
     limits = Limits(size, tokens, enabled=enabled, length_grouping=grouping, overhead_tokens=16, padding_free=packed)
     queue = BatchQueue(limits)
@@ -242,7 +339,8 @@ def test_every_text_is_served_exactly_once_within_the_budgets(
     served: set[int] = set()
     for each in requests:
         items = request(*each)
-        queue.add(items)
+        also = rng.sample(list(waiting.values()), min(len(waiting), rng.randint(0, 3))) if enabled else []
+        queue.add(rng.sample([*items, *also], len(items) + len(also)))
         waiting |= {id(item): item for item in items}
         if rng.random() < 0.3:
             left = rng.sample(items, rng.randint(1, len(items)))

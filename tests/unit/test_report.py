@@ -313,6 +313,24 @@ def test_everything_doubtful_is_said() -> None:
     assert report.warnings(make_document([make_run()])) == []
 
 
+def test_a_report_says_which_rows_did_not_compute_every_text() -> None:
+    counted = {"padding_share": 0.1, "mean_batch": 8.0, "tokens": 9000}
+    runs = [
+        make_run(batches=counted),  # of a server that has neither
+        make_run(batches=counted | {"shared_texts": 0, "cached_texts": 0}),
+        make_run(batches=counted | {"shared_texts": 12, "cached_texts": 0}),
+        make_run(batches=counted | {"shared_texts": 0, "cached_texts": 34}, repeat=2),
+        make_run(batches=counted | {"shared_texts": 5, "cached_texts": 6}, repeat=3),
+    ]
+    row = "in the row batch size 4, concurrency 2"
+    assert [text for _, text in report.warnings(make_document(runs))] == [
+        f"{row}, not every text was computed: 12 shared the computation of an equal text in flight",
+        f"{row}, repeat 2, not every text was computed: 34 came out of the cache",
+        f"{row}, repeat 3, not every text was computed: 5 shared the computation of an equal text in flight and 6 came"
+        " out of the cache",
+    ]
+
+
 def test_variants_are_compared_under_the_same_load() -> None:
     half = dict.fromkeys(("avg", "p50", "p95", "p99"), 5.0)
     runs = [

@@ -95,6 +95,12 @@ def test_a_fallback_stands_in_the_title(machine: Callable[..., None]) -> None:
     assert "requested" not in title(resolution, loaded(resolution.model))
 
 
+def test_a_cache_stands_in_the_title() -> None:
+    resolution = resolve(model())
+    assert title(resolution, loaded(resolution.model), cache_mb=64).endswith(", cache 64 MB")
+    assert "cache" not in title(resolution, loaded(resolution.model))
+
+
 def test_random_weights_stand_in_the_title() -> None:
     resolution = resolve(model())
     assert "RANDOM WEIGHTS" in title(resolution, loaded(resolution.model, random_weights=True))

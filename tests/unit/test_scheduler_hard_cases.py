@@ -4,20 +4,13 @@ The clock jumps instead of ticking, so deadlines and windows cost no time and ev
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from ml_inference_server.backends.base import Encoded, TokenBatch
-from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.admission import Admission
-from ml_inference_server.server.batching import BatchQueue, Limits
+from ml_inference_server.backends.base import Encoded
+from ml_inference_server.server.batching import BatchQueue
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.engine_rate import EngineRate
-from ml_inference_server.server.scheduler import DynamicBatcher
-from ml_inference_server.server.workers import Output
-from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import (
     BackendFailure,
     DeadlinePassed,
@@ -27,79 +20,7 @@ from ml_inference_server.utils.errors import (
     Unavailable,
 )
 from tests.conftest import virtual_time
-
-POISON = 666
-HOUR = 3600.0
-
-
-class StubWorker:
-    """A worker without threads: a text's row is its first token id. Holds batches while `gate` is closed."""
-
-    pids: Sequence[int] = ()
-    restarts = 0
-    trouble = ""
-
-    def __init__(self, slots: int = 1) -> None:
-        self.slots = slots
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.batches: list[list[int]] = []
-        self.transform: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
-        self.raises: Callable[[list[int]], bool] = lambda ids: POISON in ids
-        self.closed = False
-        self.takes_s = 0.0
-
-    async def run(self, batch: TokenBatch) -> Output:
-        ids = batch.ids[batch.starts[:-1]].tolist()
-        self.batches.append(ids)
-        now = asyncio.get_running_loop().time()
-        await self.gate.wait()
-        if self.takes_s:
-            await asyncio.sleep(self.takes_s)  # on the test's virtual clock
-        if self.raises(ids):
-            raise RuntimeError("the model raised")
-        return Output(self.transform(np.array([[i] for i in ids], np.float32)), now, asyncio.get_running_loop().time())
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Rig:
-    """Admission and a batcher over a stub worker, and callers."""
-
-    def __init__(self, *, slots: int = 1, timeout_s: float = 0.0, **settings: int) -> None:
-        self.worker = StubWorker(slots)
-        limits = Limits(max_batch_size=settings.pop("max_batch_size", 8), max_batch_tokens=4096, timeout_s=timeout_s)
-        self.metrics = Metrics(window_s=30)
-        rate = EngineRate()
-        self.admission = Admission(BatchingSettings.model_validate(settings), rate)
-        self.batcher = DynamicBatcher(self.worker, limits, rate, self.metrics)
-
-    def call(self, *ids: int, timeout_s: float = HOUR, tokens: int | None = None) -> asyncio.Task[list[float]]:
-        return asyncio.create_task(self._call(ids, timeout_s, tokens))
-
-    async def _call(self, ids: Sequence[int], timeout_s: float, tokens: int | None) -> list[float]:
-        texts = [Encoded(np.array([i, 0, 0], np.int32)) for i in ids]
-        now = asyncio.get_running_loop().time()
-        call = Call("test", received_at=now, deadline=now + timeout_s)
-        with self.admission.admit(3 * len(ids) if tokens is None else tokens, call.deadline) as reservation:
-            computed = await self.batcher.compute(texts, call, reservation)
-        return [float(value) for value in computed.rows[:, 0]]
-
-    def assert_at_rest(self) -> None:
-        """Nothing is left of anybody: no request, no text, no token, no batch."""
-        assert (self.admission.requests, self.admission.reserved_tokens) == (0, 0)
-        queue = self.metrics.snapshot()["queue"]
-        assert (queue["texts"], queue["tokens"], queue["batches_in_flight"]) == (0, 0, 0)
-        # The reserve itself: a request that fills the whole queue is admitted.
-        whole = BatchingSettings().max_queue_tokens
-        with self.admission.admit(whole, asyncio.get_running_loop().time() + HOUR):
-            pass
-
-
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
+from tests.unit.scheduler_kit import HOUR, POISON, Rig, turns
 
 
 @virtual_time

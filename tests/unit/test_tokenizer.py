@@ -45,7 +45,9 @@ TEXTS = [
 def test_ids_equal_the_models_own(vocabulary: str, text: str, limit: int) -> None:
     encoded = ours(vocabulary, limit).encode([text])[0]
     assert encoded.ids.tolist() == plain(vocabulary, text, limit)
-    assert encoded.truncated == (len(plain(vocabulary, text, 1_000_000)) > limit)
+    total = len(plain(vocabulary, text, 1_000_000))
+    assert encoded.truncated == (total > limit)
+    assert encoded.total_tokens == total
 
 
 def test_a_batch_is_encoded_in_order(vocabulary: str) -> None:

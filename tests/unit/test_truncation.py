@@ -26,9 +26,9 @@ def ours(tokenizer: Tokenizer, limit: int, side: str) -> FastTokenizer:
     return FastTokenizer(copy, max_tokens=limit, pad_id=0, side=side, prompts={})
 
 
-def seen(encoded: Encoded) -> tuple[list[int], list[int], bool]:
+def seen(encoded: Encoded) -> tuple[list[int], list[int], bool, int]:
     types = [0] * encoded.length if encoded.type_ids is None else encoded.type_ids.tolist()
-    return encoded.ids.tolist(), types, encoded.truncated
+    return encoded.ids.tolist(), types, encoded.truncated, encoded.total_tokens
 
 
 def test_the_frames_are_all_tried() -> None:
@@ -114,7 +114,8 @@ def test_a_limit_beyond_all_texts_cuts_nothing() -> None:
     tokenizer = build("unigram", "roberta")
     fast = ours(tokenizer, int(1e30), "right")
     text = "the word " * 5000
-    assert seen(fast.encode([text])[0]) == (tokenizer.encode(text).ids, tokenizer.encode(text).type_ids, False)
+    ids = tokenizer.encode(text).ids
+    assert seen(fast.encode([text])[0]) == (ids, tokenizer.encode(text).type_ids, False, len(ids))
 
 
 def test_it_can_be_sent_to_another_process() -> None:

@@ -82,9 +82,10 @@ def build(kind: str, frame: str = "") -> Tokenizer:
 
 def library_answer(
     tokenizer: Tokenizer, texts: tuple[str, ...], limit: int, side: str
-) -> tuple[list[int], list[int], bool]:
-    """(ids, type ids, truncated) with the library's own truncation; `tokenizer` is left without one."""
+) -> tuple[list[int], list[int], bool, int]:
+    """(ids, type ids, truncated, tokens without truncation) by the library; `tokenizer` is left without truncation."""
+    pair = texts[1] if len(texts) > 1 else None
     tokenizer.enable_truncation(limit, strategy="longest_first", direction=side)
-    found = tokenizer.encode(texts[0], texts[1] if len(texts) > 1 else None)
+    found = tokenizer.encode(texts[0], pair)
     tokenizer.no_truncation()
-    return found.ids, found.type_ids, bool(found.overflowing)
+    return found.ids, found.type_ids, bool(found.overflowing), len(tokenizer.encode(texts[0], pair).ids)

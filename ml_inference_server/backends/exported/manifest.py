@@ -59,7 +59,7 @@ class TextRules(_Part):
 
 
 class Source(_Part):
-    """The model that was exported: its name as it was given, and what `ModelFiles` says of its files."""
+    """The model that was exported: its name as it was given, and what its files say. pooling: see `pooling_of`."""
 
     model: str
     found_in: str
@@ -67,6 +67,7 @@ class Source(_Part):
     model_sha256: Sha256
     parameters: int
     random_weights: bool
+    pooling: str = ""
 
 
 class MeasuredParity(_Part):

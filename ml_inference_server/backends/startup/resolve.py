@@ -126,8 +126,8 @@ def _can_compile(model: ModelSettings, device: str, quantization: Quantization, 
     return not obstacle
 
 
-def title(resolution: Resolution, info: BackendInfo) -> str:
-    """What ran, fit for the title of a result; a fallback stands in it."""
+def title(resolution: Resolution, info: BackendInfo, cache_mb: int = 0) -> str:
+    """What ran, fit for the title of a result; a fallback stands in it, and that answers may come out of a cache."""
     precision = PRECISION_NAMES.get(info.dtype, info.dtype)
     ran = f"{info.device} {precision}"
     compiled = " compiled" if info.compiled else ""
@@ -141,4 +141,6 @@ def title(resolution: Resolution, info: BackendInfo) -> str:
         text += f": requested {wanted_device} {wanted}{asked_compiled} -> ran {ran}{compiled}"
     if info.random_weights:
         text += ", RANDOM WEIGHTS"
+    if cache_mb:
+        text += f", cache {cache_mb} MB"
     return text

@@ -100,11 +100,12 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
         info=info,
         tokenizer=backend.tokenizer,
         auto_choice=auto_choice,
-        pooling=_pooling(resolution.model) if folder is None else "",
+        pooling=pooling(resolution.model) if folder is None else folder.manifest.source.pooling,
     )
 
 
-def _pooling(model: ModelSettings) -> str:
+def pooling(model: ModelSettings) -> str:
+    """As `pooling_of`, of the model that the settings name; empty for the fake backend."""
     if model.backend == "fake":
         return ""
     from ml_inference_server.backends.model.loading import locate

@@ -26,7 +26,7 @@ from ml_inference_server.backends.model.export import Exported, GraphFacts, expo
 from ml_inference_server.backends.startup.own_process import in_own_process
 from ml_inference_server.backends.startup.reference import reference_for, write_reference
 from ml_inference_server.backends.startup.resolve import resolve
-from ml_inference_server.backends.startup.start import need_libraries, start_backend
+from ml_inference_server.backends.startup.start import need_libraries, pooling, start_backend
 from ml_inference_server.backends.text.tokenizer import FastTokenizer
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ConfigError, ModelError
@@ -125,6 +125,7 @@ def _fill(draft: Path, model: ModelSettings, step: Callable[[str], None]) -> Man
             model_sha256=exported.files.model_sha256,
             parameters=exported.parameters,
             random_weights=model.random_weights,
+            pooling=pooling(model),
         ),
         parity=None,
         made_with={"ml-inference-server": __version__} | {name: importlib.metadata.version(name) for name in packages},

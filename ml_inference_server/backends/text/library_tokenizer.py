@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from sentence_transformers.base.modules import InputModule, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.base import Encoded, Token
+from ml_inference_server.backends.text.reading import count, read
+from ml_inference_server.backends.text.vocabulary import Vocabulary
 from ml_inference_server.utils.errors import ModelError
 
 # What Encoded holds; all else that `preprocess` gives is passed to the model with each text (see `Variant`).
@@ -28,6 +30,8 @@ _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "offsets")
 _CHARACTERS_PER_TOKEN = 16
 _GROWTH = 4
 _MARGIN_TOKENS = 256
+# A longer text is counted by parts, where that gives what the library gives: see `reading`.
+_MOST_CHARACTERS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class LibraryTokenizer:
         self._side = truncation_side
         self.reason = reason
         self._lock = threading.Lock()  # the library keeps the settings of the last call in the tokenizer
+        self._vocabulary = Vocabulary(None if isinstance(module, Router) else getattr(module, "tokenizer", None))
         self.max_tokens = max(way.max_tokens for way in ways.values())
         self.pad_id = pad_id
         self.prompts = prompts
@@ -133,6 +138,44 @@ class LibraryTokenizer:
         with self._lock:
             return [self._one(pair, way) for pair in pairs]
 
+    def spans(self, text: str) -> NDArray[np.int32]:
+        """As TextTokenizer has it. NoSpans for a tokenizer in Python, and for several of them behind a Router."""
+        with self._lock:
+            plain = self._vocabulary.plain
+        if plain is None:
+            raise self._vocabulary.no_spans()
+        return read(plain, text).spans
+
+    def tokens(self, text: str, prompt_name: str | None = None, special: bool = True) -> list[Token]:
+        """As TextTokenizer has it; without places where the model's own code changes a text before it tokenises it."""
+        way = self._ways[prompt_name]
+        with self._lock:
+            found = self._uncut(text, way)
+            ids = found.tolist()
+            names, plain = self._vocabulary.names(ids), self._vocabulary.plain
+            special_ids = self._vocabulary.special_ids
+        full = way.prompt + text
+        own = None if plain is None else read(plain, full)
+        at = None if own is None else _find(found, own.ids)
+        if own is None or at is None:
+            everything = [
+                Token(token, name, token in special_ids, None, None) for token, name in zip(ids, names, strict=True)
+            ]
+        else:
+            end = at + len(own.ids)
+            framed = [Token(token, name, True, None, None) for token, name in zip(ids, names, strict=True)]
+            inside = [
+                Token(token, full[start:stop], False, start, stop)
+                for token, (start, stop) in zip(ids[at:end], own.spans.tolist(), strict=True)
+            ]
+            everything = [*framed[:at], *inside, *framed[end:]]
+        return everything if special else [token for token in everything if not token.special]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """As TextTokenizer has it. ValueError for an id that is none, and for several tokenizers behind a Router."""
+        with self._lock:
+            return self._vocabulary.decode(ids, skip_special)
+
     def _one(self, text: str | tuple[str, str], way: Way) -> Encoded:
         if isinstance(text, tuple):
             short: str | tuple[str, str] = (self._shortened(text[0], way), self._shortened(text[1], way))
@@ -140,9 +183,37 @@ class LibraryTokenizer:
             short = self._shortened(text, way)
         features = self._preprocess(short, way)
         ids = self._row(features, "input_ids")
-        is_cut = short != text or (len(ids) >= way.max_tokens and self._uncut_tokens(short, way) > len(ids))
+        total = 0
+        if short != text:
+            total = self._total(text, short, way)
+        elif len(ids) >= way.max_tokens:
+            total = self._uncut_tokens(text, way)
+        is_cut = total > len(ids)
         segments = self._row(features, "token_type_ids") if "token_type_ids" in features else None
-        return Encoded(ids, segments if segments is not None and segments.any() else None, is_cut, way.variant)
+        types = segments if segments is not None and segments.any() else None
+        return Encoded(ids, types, is_cut, way.variant, total if is_cut else 0)
+
+    def _total(self, text: str | tuple[str, str], short: str | tuple[str, str], way: Way) -> int:
+        """The tokens of `text`, of which `short` is a part. Long parts of a pair are counted alone."""
+        if isinstance(text, str):
+            return self._long_tokens(text, way)
+        added = [
+            self._long_tokens(whole, way) - self._uncut_tokens(part, way)
+            for whole, part in zip(text, short, strict=True)
+            if whole != part
+        ]
+        return self._uncut_tokens(short, way) + sum(added)
+
+    def _long_tokens(self, text: str, way: Way) -> int:
+        """As `_uncut_tokens`, in little memory where the library only puts something round the tokens of a text."""
+        if len(text) <= _MOST_CHARACTERS_AT_ONCE or text != text.strip() or (plain := self._vocabulary.plain) is None:
+            return self._uncut_tokens(text, way)
+        sample = text[: way.max_tokens * _CHARACTERS_PER_TOKEN].strip()
+        bare = read(plain, way.prompt + sample).ids
+        framed = self._uncut(sample, way)
+        if _find(framed, bare) is None:
+            return self._uncut_tokens(text, way)
+        return count(plain, way.prompt + text) + len(framed) - len(bare)
 
     def _shortened(self, text: str, way: Way) -> str:
         """The part of a long text that fills the limit, with a margin; all of it where no such part does.
@@ -158,8 +229,11 @@ class LibraryTokenizer:
         return text
 
     def _uncut_tokens(self, text: str | tuple[str, str], way: Way) -> int:
+        return len(self._uncut(text, way))
+
+    def _uncut(self, text: str | tuple[str, str], way: Way) -> NDArray[np.int32]:
         features = self._preprocess(text, way, processing_kwargs={"text": {"truncation": False}})
-        return len(self._row(features, "input_ids"))
+        return self._row(features, "input_ids")
 
     def _preprocess(self, text: str | tuple[str, str], way: Way, **options: Any) -> dict[str, Any]:
         if way.task is not None:
@@ -174,3 +248,11 @@ class LibraryTokenizer:
             values = values[features["attention_mask"].reshape(-1).bool()]
         ids: NDArray[np.int32] = values.numpy().astype(np.int32)
         return ids
+
+
+def _find(ids: NDArray[np.int32], part: NDArray[np.int32]) -> int | None:
+    """Where `part` stands in `ids` as a whole."""
+    for at in range(len(ids) - len(part) + 1):
+        if np.array_equal(ids[at : at + len(part)], part):
+            return at
+    return None

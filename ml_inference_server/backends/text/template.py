@@ -41,16 +41,29 @@ class Template:
         """How many of max_tokens are left for the sequences."""
         return max(0, max_tokens - self._special_tokens)
 
-    def join(self, sequences: Sequence[list[int]], truncated: bool) -> Encoded:
-        """The sequences, already cut, as one."""
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The special tokens before the first sequence and behind the last one."""
+        places = [i for i, part in enumerate(self._parts) if isinstance(part, int)]
+        before, after = self._parts[: places[0]], self._parts[places[-1] + 1 :]
+        return _special(before), _special(after)
+
+    def join(self, sequences: Sequence[list[int]], uncut_tokens: int = 0) -> Encoded:
+        """The sequences, already cut, as one. uncut_tokens: of all of them before they were cut; 0: nothing was cut."""
         ids: list[int] = []
         for part in self._parts:
             ids += sequences[part] if isinstance(part, int) else part
+        if uncut_tokens:
+            uncut_tokens += self._special_tokens
         if self._types is None:
-            return Encoded(np.array(ids, np.int32), None, truncated)
+            return Encoded(np.array(ids, np.int32), None, uncut_tokens > 0, 0, uncut_tokens)
         lengths = [len(sequences[part] if isinstance(part, int) else part) for part in self._parts]
         types = np.repeat(self._types, lengths)
-        return Encoded(np.array(ids, np.int32), types if types.any() else None, truncated)
+        return Encoded(np.array(ids, np.int32), types if types.any() else None, uncut_tokens > 0, 0, uncut_tokens)
+
+
+def _special(parts: Sequence[int | list[int]]) -> list[int]:
+    return [token for part in parts if isinstance(part, list) for token in part]
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """How a loaded model takes text: its tokenizer, its limit, its prompts, and what else it is given with each text."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +8,20 @@ from typing import Any
 import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Router, Transformer
-from tokenizers import Tokenizer
 
 from ml_inference_server.backends.base import DOCUMENT_PROMPTS, Encoded, TextTokenizer
 from ml_inference_server.backends.files.model_files import ModelFiles
 from ml_inference_server.backends.text import limits
-from ml_inference_server.backends.text.library_tokenizer import LibraryTokenizer, Variant, Way, input_module, variant_of
+from ml_inference_server.backends.text.library_tokenizer import (
+    LibraryTokenizer,
+    Variant,
+    Way,
+    input_module,
+    variant_of,
+)
 from ml_inference_server.backends.text.probes import PROBES
 from ml_inference_server.backends.text.tokenizer import FastTokenizer
+from ml_inference_server.backends.text.vocabulary import without_limits
 from ml_inference_server.utils.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -176,13 +181,11 @@ def _why_not_fast(module: Any, variants: Sequence[Variant]) -> str:
 def _fast(
     tokenizer: Any, limit: int, pad_id: int, prompts: Mapping[str, str], takes_segments: bool
 ) -> FastTokenizer | None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    plain = without_limits(tokenizer)
+    if plain is None:
         return None
-    # transformers keeps padding and truncation of the last call in the shared object: take our own.
-    description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     return FastTokenizer(
-        Tokenizer.from_str(json.dumps(description)),
+        plain,
         max_tokens=limit,
         pad_id=pad_id,
         side=tokenizer.truncation_side,
@@ -202,7 +205,8 @@ def _agree(fast: TextTokenizer, exact: TextTokenizer, names: Sequence[str | None
 
 def _same(a: Encoded, b: Encoded) -> bool:
     segments = [None if each.type_ids is None else each.type_ids.tolist() for each in (a, b)]
-    return a.ids.tolist() == b.ids.tolist() and segments[0] == segments[1] and a.truncated == b.truncated
+    cut = [(each.truncated, each.total_tokens) for each in (a, b)]
+    return a.ids.tolist() == b.ids.tolist() and segments[0] == segments[1] and cut[0] == cut[1]
 
 
 def _encode(tokenizer: TextTokenizer, name: str | None, is_pairs: bool) -> list[Encoded]:

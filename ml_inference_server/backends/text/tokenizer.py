@@ -1,24 +1,28 @@
 """Text to token ids: the only tokenizer call of the project.
 
-A long text is read from the end that is kept, and no further than it takes to fill the limit. Whatever the text, time
-and memory grow in proportion to it; and what is kept is what the library would keep.
+A long text is read from the end that is kept, no further than it takes to fill the limit; the rest is only counted.
+Whatever the text, time and memory grow in proportion to it; and what is kept is what the library would keep.
 """
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ml_inference_server.backends.base import Encoded
+from ml_inference_server.backends.base import Encoded, Token
+from ml_inference_server.backends.text.reading import count, decode, end_of, read, start_of
 from ml_inference_server.backends.text.template import Template, longest_first
 from ml_inference_server.backends.text.word_cache import WordCache
 
 # A longer text is read in part first: so many characters for each token of the limit, then _GROWTH times as many.
 _CHARACTERS_PER_TOKEN = 16
 _GROWTH = 4
+# Up to here it takes no longer to read all of a text than to read a part of it and to count the rest.
+_MOST_CHARACTERS_AS_A_WHOLE = 1 << 15
 # The words next to where a text was parted may be others in the whole text.
 _MARGIN_WORDS = 8
 # More text than this at once goes to the library, which lets the event loop run meanwhile: looking words up holds
@@ -26,8 +30,6 @@ _MARGIN_WORDS = 8
 _MOST_CHARACTERS_FROM_WORDS = 1 << 16
 # The library gets so much text at once: what it answers takes 50 to 400 times the memory of the text.
 _MOST_CHARACTERS_AT_ONCE = 1 << 17
-
-_blank = re.compile(r"\s")
 
 
 class FastTokenizer:
@@ -54,7 +56,7 @@ class FastTokenizer:
         self.max_tokens = max_tokens
         self.pad_id = pad_id
         self.prompts = prompts
-        self.most_characters = max_tokens * _CHARACTERS_PER_TOKEN
+        self.most_characters = max(max_tokens * _CHARACTERS_PER_TOKEN, _MOST_CHARACTERS_AS_A_WHOLE)
         self.takes_segments = takes_segments
         self._keeps_start = side == "right"
         self._words = WordCache(tokenizer) if WordCache.fits(tokenizer) else None
@@ -77,49 +79,78 @@ class FastTokenizer:
         prompt = self.prompts[prompt_name] if prompt_name is not None else self.prompts.get("", "")
         full = [prompt + text for text in texts] if prompt else texts
         room, join = self._room, self._text.join
+        if self._are_short(full):
+            return [
+                join([ids]) if len(ids) <= room else join([self._cut(ids, room)], len(ids))
+                for ids in self._tokenize_short(full)
+            ]
+        unread: set[str] = set()
         return [
-            join([ids], False) if len(ids) <= room else join([self._cut(ids, room)], True)
-            for ids in self._tokenize(full, room)
+            join([ids]) if len(ids) <= room else join([self._cut(ids, room)], self._total(text, ids, unread))
+            for text, ids in zip(full, self._tokenize_mixed(full, room, unread), strict=True)
         ]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """One Encoded for each pair, the longer part cut first until both fit into max_tokens."""
-        if prompt := self.prompts.get("", ""):
+        if prompt := self._prompt(None):
             pairs = [(prompt + query, passage) for query, passage in pairs]
         room = self._pair_room
         texts = list(dict.fromkeys(chain.from_iterable(pairs)))  # a query has many documents
         unread: set[str] = set()
         known: dict[str, list[int]] = {}
-        counts: dict[str, int] = {}
-        for text, ids in zip(texts, self._tokenize(texts, room, unread), strict=True):
-            known[text], counts[text] = self._cut(ids, room), len(ids)
+        totals: dict[str, int] = {}
+        for text, ids in zip(texts, self._tokenize_mixed(texts, room, unread), strict=True):
+            known[text], totals[text] = self._cut(ids, room), self._total(text, ids, unread)
         out = []
         for pair in pairs:
-            if room % 2 and not self._is_order_known(pair, counts, unread, room):
-                for text in unread.intersection(pair):
-                    counts[text] = self._count(text)
-                unread.difference_update(pair)
-            first, second = (counts[text] for text in pair)
+            first, second = (totals[text] for text in pair)
             kept = longest_first(first, second, room)
             cut = [self._cut(known[text], length) for text, length in zip(pair, kept, strict=True)]
-            out.append(self._pair.join(cut, first + second > room))
+            out.append(self._pair.join(cut, first + second if first + second > room else 0))
         return out
+
+    def spans(self, text: str) -> NDArray[np.int32]:
+        """(tokens, 2): the characters [start, end) of each token of `text`, without prompt and special tokens."""
+        return read(self._tokenizer, text).spans
+
+    def tokens(self, text: str, prompt_name: str | None = None, special: bool = True) -> list[Token]:
+        """All tokens of `text` behind its prompt, uncut. KeyError for an unknown prompt."""
+        full = self._prompt(prompt_name) + text
+        found = read(self._tokenizer, full)
+        own = [
+            Token(token, full[start:stop], False, start, stop)
+            for token, (start, stop) in zip(found.ids.tolist(), found.spans.tolist(), strict=True)
+        ]
+        if not special:
+            return own
+        before, after = self._text.around
+        names = self._tokenizer.id_to_token
+        put = [[Token(token, names(token) or "", True, None, None) for token in ids] for ids in (before, after)]
+        return [*put[0], *own, *put[1]]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens. ValueError for an id that is none."""
+        return decode(self._tokenizer, ids, skip_special)
+
+    def _prompt(self, name: str | None) -> str:
+        return self.prompts[name] if name is not None else self.prompts.get("", "")
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
         if len(ids) <= length:
             return ids
         return ids[:length] if self._keeps_start else ids[len(ids) - length :]
 
-    def _tokenize(self, texts: Sequence[str], room: int, unread: set[str] | None = None) -> Iterable[list[int]]:
+    def _are_short(self, texts: Sequence[str]) -> bool:
+        return max(map(len, texts), default=0) <= self.most_characters
+
+    def _tokenize_mixed(self, texts: Sequence[str], room: int, unread: set[str]) -> Iterator[list[int]]:
         """All tokens of each text without special ones; or more than there is room for, from the end that is kept.
 
         unread: receives the texts of which that is not all.
         """
-        if max(map(len, texts), default=0) <= self.most_characters:
-            return self._tokenize_short(texts)
-        return self._tokenize_mixed(texts, room, set() if unread is None else unread)
-
-    def _tokenize_mixed(self, texts: Sequence[str], room: int, unread: set[str]) -> Iterator[list[int]]:
+        if self._are_short(texts):
+            yield from self._tokenize_short(texts)
+            return
         short = iter(self._tokenize_short([text for text in texts if len(text) <= self.most_characters]))
         for text in texts:
             if len(text) <= self.most_characters:
@@ -146,9 +177,9 @@ class FastTokenizer:
 
     def _settled(self, text: str, room: int) -> list[int] | None:
         """More tokens than there is room for, from the end that is kept; None if it takes all of the text."""
-        size = self.most_characters
+        size = min(self.most_characters, self.max_tokens * _CHARACTERS_PER_TOKEN)
         while size < len(text):
-            part = _start(text, size) if self._keeps_start else _end(text, size)
+            part = start_of(text, size) if self._keeps_start else end_of(text, size)
             encoding = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
             ids: list[int] = encoding.ids
             words: Sequence[Any] = encoding.word_ids
@@ -161,31 +192,12 @@ class FastTokenizer:
             size *= _GROWTH
         return None
 
-    @staticmethod
-    def _is_order_known(pair: tuple[str, str], counts: Mapping[str, int], unread: Set[str], room: int) -> bool:
-        """Whether it is clear which text has more tokens, or does not matter. `unread` ones have at least `counts`."""
-        first, second = pair
-        if 2 * min(counts[first], counts[second]) <= room or first == second:
-            return True
-        if first not in unread:
-            return second not in unread or counts[second] >= counts[first]
-        return second not in unread and counts[first] > counts[second]
-
-    def _count(self, text: str) -> int:
-        count = self._words.count(text) if self._words is not None else None
-        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]) if count is None else count
-
-
-def _start(text: str, size: int) -> str:
-    """Not parted inside a number: digits may be grouped from their end."""
-    while size and text[size - 1].isnumeric():
-        size -= 1
-    return text[:size]
-
-
-def _end(text: str, size: int) -> str:
-    blank = _blank.search(text, len(text) - size)
-    return text[blank.start() :] if blank else ""
+    def _total(self, text: str, ids: Sequence[int], unread: Set[str]) -> int:
+        """The tokens of `text`, of which `ids` are all, or some if it is in `unread`."""
+        if text not in unread:
+            return len(ids)
+        counted = self._words.count(text) if self._words is not None else None
+        return count(self._tokenizer, text) if counted is None else counted
 
 
 def _groups(texts: Sequence[str], most_characters: int) -> Iterator[list[str]]:

@@ -18,6 +18,7 @@ _MOST_CHARACTERS = 1 << 19  # of all words that are kept: some 75,000 words, 16 
 _CHARACTERS_AT_ONCE = 1 << 15  # when tokens are only counted
 # At blanks, and round each mark of ASCII's punctuation.
 _split = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]").findall
+_next_end = re.compile(r"[ !-/:-@\[-`{-~]").search  # a place at which that parts a text
 
 
 class WordCache:
@@ -62,8 +63,8 @@ class WordCache:
             return None
         count = start = 0
         while start < len(text):
-            blank = text.find(" ", start + _CHARACTERS_AT_ONCE)
-            end = len(text) if blank < 0 else blank
+            found = _next_end(text, start + _CHARACTERS_AT_ONCE)
+            end = len(text) if found is None else found.start()
             if end - start > 2 * _CHARACTERS_AT_ONCE:
                 return None
             ids = self.tokenize([text[start:end]])[0]

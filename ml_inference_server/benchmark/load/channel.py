@@ -136,8 +136,13 @@ class Target:
             return True
         return False
 
-    async def embed(self, texts: Sequence[str], timeout_s: float) -> Any:
-        return await self._stub.Embed(inference_pb2.EmbedRequest(texts=texts), timeout=timeout_s)
+    async def embed(self, texts: Sequence[str], timeout_s: float, **options: Any) -> Any:
+        """options: further fields of the EmbedRequest."""
+        return await self._stub.Embed(inference_pb2.EmbedRequest(texts=texts, **options), timeout=timeout_s)
+
+    async def rerank(self, query: str, documents: Sequence[str], timeout_s: float) -> Any:
+        request = inference_pb2.RerankRequest(query=query, documents=documents)
+        return await self._stub.Rerank(request, timeout=timeout_s)
 
     def embed_stream(self) -> Any:
         """A new bidirectional call, without a deadline of its own."""

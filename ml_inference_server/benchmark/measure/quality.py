@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,16 @@ async def ask(
     """The server's answers; `on_done` hears the share that is done. QualityUnknown says what went wrong."""
     if cross_encoder:
         pairs = [(row.query, row.passage) for row in labelled.rows]
-        scores = await _batches(pairs, lambda batch: _score(target, batch, timeout_s), on_done)
+        scores = await in_batches(pairs, lambda batch: _score(target, batch, timeout_s), on_done)
         return Answers(scores.reshape(-1), None)
+    return by_cosine(
+        labelled, await in_batches(labelled.texts, lambda batch: _embed(target, batch, timeout_s), on_done)
+    )
+
+
+def by_cosine(labelled: Slice, vectors: Floats) -> Answers:
+    """vectors: of `labelled.texts`, in their order."""
     texts = labelled.texts
-    vectors = await _batches(texts, lambda batch: _embed(target, batch, timeout_s), on_done)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     place = {text: number for number, text in enumerate(texts)}
     queries = unit[[place[row.query] for row in labelled.rows]]
@@ -96,7 +102,10 @@ async def ask(
     return Answers((queries * passages).sum(axis=1), vectors)
 
 
-async def _batches(items: Sequence[Any], send: Callable[[Any], Any], on_done: Callable[[float], None]) -> Floats:
+async def in_batches(
+    items: Sequence[Any], send: Callable[[Any], Awaitable[Floats]], on_done: Callable[[float], None]
+) -> Floats:
+    """What `send` gives for all items, a few requests at a time; `on_done` hears the share that is done."""
     starts = range(0, len(items), _BATCH)
     found: dict[int, Floats] = {}
     gate = asyncio.Semaphore(_IN_FLIGHT)

@@ -40,6 +40,7 @@ class Doubt(StrEnum):
     NOT_STARTED = "variant not started"
     SERVER = "server"
     CONDITIONS = "conditions"
+    NOT_COMPUTED = "texts not computed"
     DATASET = "dataset"
 
 
@@ -108,6 +109,7 @@ def warnings(document: Document) -> list[Warned]:
     for server in document.servers:
         found += [Warned(Doubt.SERVER, text) for text in _about_server(server, document)]
     found += [Warned(Doubt.CONDITIONS, text) for text in _about_conditions(rows)]
+    found += [Warned(Doubt.NOT_COMPUTED, _not_computed(run)) for run in rows if _is_partly_computed(run)]
     if document.dataset.note:
         found.append(Warned(Doubt.DATASET, plain(document.dataset.note)))
     return list(dict.fromkeys(found))
@@ -137,6 +139,19 @@ def _about_server(server: MeasuredServer, document: Document) -> list[str]:
     if info.experiment != document.name and document.kind == "suite":
         found.append(f"the server runs the experiment {info.experiment}, not {document.name}")
     return found
+
+
+def _is_partly_computed(run: Run) -> bool:
+    return bool(run.batches and (run.batches.shared_texts or run.batches.cached_texts))
+
+
+def _not_computed(run: Run) -> str:
+    assert run.batches is not None  # noqa: S101 - the caller looked
+    shared, cached = run.batches.shared_texts, run.batches.cached_texts
+    repeat = f", repeat {run.repeat}" if run.repeat > 1 else ""
+    parts = [f"{shared:.0f} shared the computation of an equal text in flight"] * bool(shared)
+    parts += [f"{cached:.0f} came out of the cache"] * bool(cached)
+    return f"in the row {aggregate.described([run])}{repeat}, not every text was computed: {' and '.join(parts)}"
 
 
 def _about_conditions(runs: Sequence[Run]) -> list[str]:

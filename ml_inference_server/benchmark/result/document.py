@@ -119,11 +119,16 @@ class Figures(Part):
 
 
 class Batches(Part):
-    """From the server's counters over the row. tokens: real ones; None in results of earlier versions."""
+    """From the server's counters over the row. tokens: real ones; None in results of earlier versions.
+
+    shared_texts, cached_texts: that were not computed by themselves, see docs/batching.md.
+    """
 
     padding_share: float | None
     mean_batch: float | None
     tokens: float | None = None
+    shared_texts: float = 0
+    cached_texts: float = 0
 
 
 class FirstError(Part):

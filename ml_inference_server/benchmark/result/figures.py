@@ -114,7 +114,7 @@ def _server_ms(answered: Records) -> ServerMs | None:
 
 
 def batch_figures(counters: dict[str, float] | None) -> Batches | None:
-    """padding_share 0..1, mean_batch (texts), and the real tokens, from the server's counters over the row."""
+    """What the server's counters say of the row."""
     if counters is None:
         return None
     tokens, padding = counters["mlis_tokens_total"], counters["mlis_padding_tokens_total"]
@@ -123,6 +123,8 @@ def batch_figures(counters: dict[str, float] | None) -> Batches | None:
         padding_share=padding / (tokens + padding) if tokens + padding else None,
         mean_batch=counters["mlis_batch_texts_sum"] / batches if batches else None,
         tokens=tokens,
+        shared_texts=counters["mlis_shared_texts_total"],
+        cached_texts=counters["mlis_cache_hits_total"],
     )
 
 

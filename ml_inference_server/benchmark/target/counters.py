@@ -18,7 +18,11 @@ COUNTERS = (
     "mlis_padding_tokens_total",
     "mlis_batch_texts_sum",
     "mlis_batch_texts_count",
+    "mlis_shared_texts_total",
+    "mlis_cache_hits_total",
 )
+# Servers of earlier versions lack these: they compute every text.
+_SINCE_SHARING = {"mlis_shared_texts_total", "mlis_cache_hits_total"}
 
 
 class ServerCounters:
@@ -58,7 +62,7 @@ class ServerCounters:
         except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
             log.debug("no counters from %s: %s", self._url, error)
             return None
-        return sums if seen == set(COUNTERS) else None
+        return sums if seen | _SINCE_SHARING == set(COUNTERS) else None
 
     def announce(self, progress: dict[str, Any]) -> None:
         """Tell the server's dashboard how far the benchmark is, at most once a second; nobody waits for it."""

@@ -7,15 +7,11 @@ from typing import Any, TypeVar
 
 import orjson
 
-from ml_inference_server.server.service import TextLengths
-
 T = TypeVar("T")
 
 # Written in well under a millisecond; handing work to a thread and back takes about as long.
 _INLINE_NUMBERS = 16_384
 _CHARACTERS_OF_A_NUMBER = 64
-# A line of a header that every client takes.
-_MOST_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +39,3 @@ def as_numbers(texts: Iterable[str]) -> int:
 async def written(numbers: int, write: Callable[[], T]) -> T:
     """`write()`, in a thread where it writes many `numbers`."""
     return write() if numbers <= _INLINE_NUMBERS else await asyncio.to_thread(write)
-
-
-def length_headers(lengths: TextLengths) -> dict[str, str]:
-    """For answers whose body has no room: how many tokens each text had, were used, and which texts were cut.
-
-    A list that is too long for a header is left out.
-    """
-    lists = {
-        "x-token-counts": ",".join(map(str, lengths.total)),
-        "x-used-token-counts": ",".join(map(str, lengths.used)),
-        "x-truncated-rows": ",".join(map(str, lengths.truncated_rows)),
-    }
-    kept = {name: value for name, value in lists.items() if len(value) <= _MOST_HEADER_BYTES}
-    return {"x-truncated-texts": str(lengths.truncated), **kept}

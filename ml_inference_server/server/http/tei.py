@@ -8,30 +8,34 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
+from ml_inference_server.server.answer_headers import length_headers, warning_headers
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import (
     HttpAnswer,
     as_numbers,
     json_bytes,
     json_list,
-    length_headers,
     written,
 )
 from ml_inference_server.server.http.endpoint import Endpoints, HttpWork
-from ml_inference_server.server.http.tei_answers import DIALECT, LABEL, timing_headers, warning_headers
+from ml_inference_server.server.http.tei_answers import DIALECT
 from ml_inference_server.server.http.tei_schemas import (
     TeiCut,
+    TeiDecodeRequest,
     TeiEmbedRequest,
     TeiPredictRequest,
     TeiRerankRequest,
     TeiSimilarityParameters,
     TeiSimilarityRequest,
+    TeiTokenizeRequest,
 )
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
 from ml_inference_server.server.service import Answered
 from ml_inference_server.server.similarity import probability, similarity
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.tei_words import LABEL, timing_headers
+from ml_inference_server.server.token_service import TokenService
 from ml_inference_server.utils.errors import InvalidRequest, Unavailable, WrongTask
 
 # All of this dialect, but for the root, which is also the page's.
@@ -40,6 +44,8 @@ PATHS = (
     "/rerank",
     "/similarity",
     "/predict",
+    "/tokenize",
+    "/decode",
     "/invocations",
     "/embed_all",
     "/embed_sparse",
@@ -118,6 +124,20 @@ class Tei:
         body = json_bytes(predictions[0]) if request.inputs.single else json_list(predictions)
         return _reply(body, headers, answer, pairs=len(pairs))
 
+    async def tokenize(self, request: TeiTokenizeRequest, call: Call) -> Reply[HttpAnswer]:
+        rows = await self._tokens().tokenize(
+            request.inputs, call, prompt_name=request.prompt_name, special=request.add_special_tokens
+        )
+        body = await written(5 * sum(map(len, rows)), lambda: json_list(rows))
+        return Reply(HttpAnswer(body))
+
+    async def decode(self, request: TeiDecodeRequest, call: Call) -> Reply[HttpAnswer]:
+        texts = await self._tokens().decode(request.ids, call, skip_special=request.skip_special_tokens)
+        return Reply(HttpAnswer(json_bytes(texts)))
+
+    def _tokens(self) -> TokenService:
+        return TokenService(self._state.require_model(), self._state.settings.server)
+
     def health(self, _: web.Request) -> web.Response:
         """200 and nothing else."""
         ready, reason = self._state.readiness()
@@ -164,6 +184,8 @@ def add_routes(endpoints: Endpoints, state: ServerState, cohere_rerank: HttpWork
         ("/embed", embed, "Embeddings"),
         ("/similarity", similar, "Cosines of one sentence to others"),
         ("/predict", predict, "Scores of pairs, by a cross-encoder"),
+        ("/tokenize", HttpWork(DIALECT, "tei.tokenize", TeiTokenizeRequest, tei.tokenize), "The tokens of texts"),
+        ("/decode", HttpWork(DIALECT, "tei.decode", TeiDecodeRequest, tei.decode), "The texts of tokens"),
     ]
     for path, work, summary in routes:
         endpoints.work(path, work.dialect, work.metric, work.schema, work.run, summary)

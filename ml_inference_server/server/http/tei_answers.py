@@ -1,7 +1,6 @@
 """What TEI's answers carry beside their bodies, the form of its errors, and its /info."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_inference_server import __version__
@@ -9,11 +8,8 @@ from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.scheduler import batch_limits
 from ml_inference_server.server.service import TOKENIZE_THREADS
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.utils.stages import Stamps
+from ml_inference_server.server.tei_words import FIELDS, LABEL, worded
 
-# What a model of one output calls it, where its files give it no other name.
-LABEL = "LABEL_0"
-_MOST_WARNING_BYTES = 1024
 # Its own words for what went wrong, by our reasons; all others are a Validation, 422.
 _TYPES = {
     "EMPTY_REQUEST": "Empty",
@@ -38,32 +34,14 @@ _STATUSES = {
     "BACKEND_ERROR": 424,
     "NON_FINITE_OUTPUT": 424,
 }
-# How its messages begin, for clients that look at them.
-_BEGINNINGS = {
-    "QUEUE_FULL": "Model is overloaded: ",
-    "WAIT_TOO_LONG": "Model is overloaded: ",
-    "EMPTY_TEXT": "Input validation error: ",
-    "TEXT_TOO_LONG": "Input validation error: ",
-    "INVALID_FIELD": "Input validation error: ",
-}
 
 
 def _error(refusal: Refusal) -> Mapping[str, Any]:
-    return {"error": _worded(refusal), "error_type": _TYPES.get(refusal.reason, "Validation")}
+    message = worded(refusal.reason, refusal.field, refusal.message)
+    return {"error": message, "error_type": _TYPES.get(refusal.reason, "Validation")}
 
 
-def _worded(refusal: Refusal) -> str:
-    """In its own words where clients may look for them."""
-    if refusal.reason == "EMPTY_REQUEST" and refusal.field:
-        return f"`{refusal.field}` cannot be empty"
-    if refusal.reason == "TOO_MANY_TEXTS" and (
-        numbers := re.search(r"(\d+) items, the limit is (\d+)", refusal.message)
-    ):
-        return f"batch size {numbers[1]} > maximum allowed batch size {numbers[2]}"
-    return _BEGINNINGS.get(refusal.reason, "") + refusal.message
-
-
-DIALECT = Dialect("TEI", _error, _STATUSES, fields={"texts": "inputs", "pairs": "inputs", "documents": "texts"})
+DIALECT = Dialect("TEI", _error, _STATUSES, fields=FIELDS)
 
 
 def info(state: ServerState) -> dict[str, Any]:
@@ -72,7 +50,8 @@ def info(state: ServerState) -> dict[str, Any]:
     if model is None:
         return {}
     settings, found = state.settings, model.info
-    kind: dict[str, Any] = {"embedding": {"pooling": model.described.pooling or None}}
+    # Its clients know four words and refuse anything else, null too: what has no word of its own is nearest to mean.
+    kind: dict[str, Any] = {"embedding": {"pooling": model.described.pooling or "mean"}}
     if found.task == "cross_encoder":
         kind = {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}}
     return {
@@ -92,28 +71,3 @@ def info(state: ServerState) -> dict[str, Any]:
         "sha": None,
         "docker_label": None,
     }
-
-
-def timing_headers(stamps: Stamps, device: str, characters: int, tokens: int) -> dict[str, str]:
-    """In whole milliseconds, as there. The stages are those of the whole request, where TEI tells means over texts."""
-    total = _ms(stamps.gathered_at - stamps.received_at)
-    return {
-        "x-compute-type": device,
-        "x-compute-time": total,
-        "x-compute-characters": str(characters),
-        "x-compute-tokens": str(tokens),
-        "x-total-time": total,
-        "x-tokenization-time": _ms(stamps.tokenized_at - stamps.admitted_at),
-        "x-queue-time": _ms(stamps.engine_started_at - stamps.tokenized_at),
-        "x-inference-time": _ms(stamps.engine_ended_at - stamps.engine_started_at),
-    }
-
-
-def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """Sentences for people, which the bodies have no room for."""
-    printable = "".join(c if " " <= c <= "~" else "?" for c in "; ".join(warnings))
-    return {"x-warnings": printable[:_MOST_WARNING_BYTES]} if printable else {}
-
-
-def _ms(seconds: float) -> str:
-    return str(max(0, int(1e3 * seconds)))

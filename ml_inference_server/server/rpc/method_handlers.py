@@ -194,5 +194,5 @@ async def refuse(
     dialect: RpcDialect = OWN_WIRE,
 ) -> NoReturn:
     """abort, and nothing else: only a reply without message and initial metadata is retried by stock clients."""
-    error, code = dialect.in_its_words(error), dialect.code(error)
-    await context.abort(code, status_text(error), trailing_metadata(error, request_id, code))
+    trailers = trailing_metadata(error, request_id, dialect)
+    await context.abort(dialect.code(error), status_text(error, dialect), trailers)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ml_inference_server import __version__
 from ml_inference_server.proto.foreign import tei_pb2 as pb
-from ml_inference_server.server.answer_headers import length_headers, timing_headers
+from ml_inference_server.server.answer_headers import length_headers, warning_headers
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.observation import Reply
@@ -24,15 +24,15 @@ from ml_inference_server.server.rpc.status import RpcDialect
 from ml_inference_server.server.service import TOKENIZE_THREADS, Answered
 from ml_inference_server.server.similarity import probability
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.server.tei_words import FIELDS, LABEL, timing_headers, worded
+from ml_inference_server.server.token_service import TokenService
 from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
 _SERVICES = pb.DESCRIPTOR.services_by_name
-_LABEL = "LABEL_0"
-"""The one class of a cross-encoder, by transformers' name for classes without a name."""
-
 _DIALECT = RpcDialect(
     codes=dict.fromkeys(("BACKEND_ERROR", "NON_FINITE_OUTPUT"), grpc.StatusCode.FAILED_PRECONDITION),
-    fields={"texts": "inputs", "pairs": "inputs", "documents": "texts"},
+    fields=FIELDS,
+    worded=worded,
 )
 _NO_SPARSE = "this model has no sparse vectors: use Embed"
 _ONE_VECTOR = "this server answers with one vector for a text, not one for each token: use Embed"
@@ -80,6 +80,10 @@ class TeiServicer:
                 "Rerank": make.work("tei.rerank", pb.RerankRequest, self.rerank),
                 "RerankStream": rerank_stream,
             },
+            "Tokenize": {
+                **both("tei.tokenize", "Tokenize", pb.EncodeRequest, self.tokenize),
+                **both("tei.decode", "Decode", pb.DecodeRequest, self.decode),
+            },
         }
         return [service_handlers(_SERVICES[name], methods, _MISSING) for name, methods in served.items()]
 
@@ -87,7 +91,7 @@ class TeiServicer:
         """Embed has nothing to say for a cross-encoder, nor Predict for an embedding model."""
         model = self._state.model
         scores_pairs = model is not None and model.info.task == "cross_encoder"
-        able = {"Info": True, "Embed": not scores_pairs, "Predict": scores_pairs, "Rerank": True}
+        able = {"Info": True, "Embed": not scores_pairs, "Predict": scores_pairs, "Rerank": True, "Tokenize": True}
         return {_SERVICES[name].full_name: is_able for name, is_able in able.items()}
 
     def info(self, request: pb.InfoRequest) -> pb.InfoResponse:
@@ -142,7 +146,7 @@ class TeiServicer:
         score = float(_scores(model, answer.values, raw=request.raw_scores)[0])
         characters = len(pair[0]) + len(pair[1])
         message = pb.PredictResponse(
-            predictions=[pb.Prediction(score=score, label=_LABEL)],
+            predictions=[pb.Prediction(score=score, label=LABEL)],
             metadata=_metadata(answer, characters, answer.tokens),
         )
         return _pairs_reply(message, model, answer, characters, pairs=1)
@@ -160,6 +164,23 @@ class TeiServicer:
                     raise InvalidRequest(f"messages[{place}].{name}: {said}", violations=[(name, said)])
         return await self._rank(first.query, [message.text for message in messages], first, call)
 
+    async def tokenize(self, request: pb.EncodeRequest, call: Call) -> Reply[pb.EncodeResponse]:
+        rows = await self._tokens().tokenize(
+            [request.inputs],
+            call,
+            prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
+            special=request.add_special_tokens,
+        )
+        tokens = [
+            pb.SimpleToken(id=each.id, text=each.text, special=each.special, start=each.start, stop=each.stop)
+            for each in rows[0]
+        ]
+        return Reply(pb.EncodeResponse(tokens=tokens))
+
+    async def decode(self, request: pb.DecodeRequest, call: Call) -> Reply[pb.DecodeResponse]:
+        texts = await self._tokens().decode([list(request.ids)], call, skip_special=request.skip_special_tokens)
+        return Reply(pb.DecodeResponse(text=texts[0]))
+
     async def _rank(self, query: str, texts: Sequence[str], asked: Any, call: Call) -> Reply[pb.RerankResponse]:
         """asked: the message that says how."""
         model = self._state.require_model()
@@ -172,6 +193,9 @@ class TeiServicer:
         characters = sum(map(len, texts)) + len(query) * len(texts)
         message = pb.RerankResponse(ranks=ranks, metadata=_metadata(ranking, characters, ranking.tokens))
         return _pairs_reply(message, model, ranking, characters, pairs=len(texts))
+
+    def _tokens(self) -> TokenService:
+        return TokenService(self._state.require_model(), self._state.settings.server)
 
     def _model_scores_pairs(self) -> bool:
         return self._state.require_model().info.task == "cross_encoder"
@@ -211,7 +235,7 @@ def _ns(seconds: float) -> int:
 
 def _headers(model: ReadyModel, answer: Answered, characters: int) -> tuple[tuple[str, str], ...]:
     timing = timing_headers(answer.stamps, model.info.device, characters, answer.tokens)
-    return tuple((timing | length_headers(answer.lengths)).items())
+    return tuple((timing | length_headers(answer.lengths) | warning_headers(answer.warnings)).items())
 
 
 def _pairs_reply(message: Any, model: ReadyModel, answer: Answered, characters: int, *, pairs: int) -> Reply[Any]:
