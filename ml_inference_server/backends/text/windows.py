@@ -104,14 +104,15 @@ class _Places:
 
     def __init__(self, text: str, spans: NDArray[np.int32]) -> None:
         self._text = text
-        self._starts = spans[:, 0]
+        # Of its own, and of the kind of what is looked for: numpy would copy all of it at each search.
+        self._starts = np.ascontiguousarray(spans[:, 0], np.int32)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def tokens_before(self, place: int) -> int:
         """How many tokens begin before `place`; it is the number of the first that does not."""
-        return int(np.searchsorted(self._starts, place))
+        return int(np.searchsorted(self._starts, np.int32(place)))
 
     def best(self, tokens: Iterable[int], *, words: bool = True, above: int = 0) -> int:
         """Where the first of `tokens` begins that is a good place to cut at; 0 if none begins behind `above`.

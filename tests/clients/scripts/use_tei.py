@@ -10,11 +10,17 @@ from tei_client import GrpcClient, HttpClient
 Client: TypeAlias = GrpcClient | HttpClient
 
 
+def connected(given: Task) -> Client:
+    return GrpcClient(given.grpc) if sys.argv[1] == "grpc" else HttpClient(given.http)
+
+
 def plain(vectors: Any) -> list[list[float]]:
     return [list(vector) for vector in vectors]
 
 
-async def at_once(client: Client, texts: list[str]) -> list[list[float]]:
+async def at_once(given: Task) -> list[list[float]]:
+    """With a client of its own: the one over gRPC belongs to the event loop in which it was made."""
+    client, texts = connected(given), given.texts
     answers = await asyncio.gather(*(client.async_embed(text) for text in texts))
     return [plain(answer)[0] for answer in answers]
 
@@ -39,7 +45,7 @@ def embedder(client: Client, given: Task) -> dict[str, Any]:
         "bare_token_counts": [len(each.tokens) for each in client.tokenize(given.texts, add_special_tokens=False)],
         "decoded": client.decode([each.get_ids() for each in tokens]),
         "prompt_names": client.prompt_names(),
-        "at_once": asyncio.run(at_once(client, given.texts)),
+        "at_once": asyncio.run(at_once(given)),
         "too_long": too_long(client, given.long),
         "rerank": refusal(lambda: client.rerank(given.query, given.documents)),
     }
@@ -64,4 +70,4 @@ def ask(client: Client, given: Task) -> dict[str, Any]:
 
 
 given = task()
-tell(**ask(GrpcClient(given.grpc) if sys.argv[1] == "grpc" else HttpClient(given.http), given))
+tell(**ask(connected(given), given))
