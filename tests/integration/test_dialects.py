@@ -35,7 +35,7 @@ from tests.integration.benchmark_kit import write_pairs
 
 EMBEDDING_INFO = {
     "max_texts": 3,
-    "space_ids": {"": "0" * 16},
+    "space_ids": {"": "0" * 16, "query": "0" * 16},  # an empty prompt leads nowhere else
     "resolved": {"similarity": "cosine", "task": "embedding"},
 }
 
