@@ -48,6 +48,7 @@ class Traffic:
     instances: the servers whose answers they have got. ends: how calls ended, by code.
     """
 
+    channel: grpc.aio.Channel
     stub: Any
     ends: Counter[str] = field(default_factory=Counter)
     instances: set[str] = field(default_factory=set)
@@ -77,7 +78,7 @@ async def traffic(ports: Sequence[int], *, retries: bool, callers: int = CALLERS
     ]
     target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
     async with grpc.aio.insecure_channel(target, options=options) as channel:
-        going_on = Traffic(rpc.InferenceServiceStub(channel))
+        going_on = Traffic(channel, rpc.InferenceServiceStub(channel))
         tasks = [asyncio.create_task(going_on.call_until_over(number)) for number in range(callers)]
         try:
             yield going_on
@@ -104,12 +105,12 @@ class Fleet:
 
     def start(self, port: int) -> None:
         """Until it is ready."""
-        stack = contextlib.ExitStack()
         folder = self.folder / str(port)
         folder.mkdir(exist_ok=True)
-        server = stack.enter_context(server_process(folder, "--port", str(port), *self.settings))
-        self.running[port] = stack, server
-        server.ready()
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(server_process(folder, "--port", str(port), *self.settings))
+            server.ready()
+            self.running[port] = stack.pop_all(), server
 
     def stop(self, port: int) -> None:
         """With SIGTERM, until its process has ended."""
