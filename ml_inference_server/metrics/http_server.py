@@ -13,6 +13,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
+from ml_inference_server.door.door import Door
+from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, OPEN, Needs
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
     allowed_hosts,
@@ -22,10 +24,10 @@ from ml_inference_server.metrics.http_rules import (
     wants_prometheus,
 )
 from ml_inference_server.metrics.live import Live
-from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, LiveRoutes
+from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, FIGURES_PATHS, LiveRoutes
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
-from ml_inference_server.utils.errors import ConfigError, PortInUse
+from ml_inference_server.utils.errors import ConfigError, Forbidden, PortInUse, Unauthenticated
 
 DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 # Path -> (file, content type). Only these are served, from memory: no path of a request ever reaches the disk.
@@ -39,6 +41,15 @@ STATIC_FILES = {
     "/style.css": ("style.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
+
+# What each path asks of a key; the api knows it of its own. Where there is no such path, it takes a key to learn so.
+NEEDS: dict[str, Needs] = {
+    **dict.fromkeys(STATIC_FILES, OPEN),
+    **dict.fromkeys(("/healthz", "/readyz"), OPEN),
+    **dict.fromkeys(("/metrics", "/metrics/prometheus", "/info", *FIGURES_PATHS), METRICS),
+    BENCHMARK_PATH: ADMIN,
+}
+WWW_AUTHENTICATE = 'Bearer realm="ml-inference-server"'
 
 MAX_CONNECTIONS = 256
 FIRST_REQUEST_TIMEOUT_S = 10.0
@@ -62,6 +73,10 @@ class Api(Protocol):
 
     def takes_body(self, request: web.Request) -> bool: ...
 
+    def needs(self, request: web.Request) -> Needs | None:
+        """What this request's route asks of a key; None where it is none of the api's."""
+        ...
+
     def info(self) -> dict[str, Any]:
         """Further keys of /info."""
         ...
@@ -75,6 +90,7 @@ class Sidecar:
     """Serves `metrics`, what three callables say, and the routes of `api`.
 
     server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
+    door: lets callers in; None: everybody.
     """
 
     def __init__(
@@ -86,6 +102,7 @@ class Sidecar:
         readiness: Callable[[], tuple[bool, str]],
         liveness: Callable[[], tuple[bool, str]],
         api: Api | None = None,
+        door: Door | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -93,6 +110,7 @@ class Sidecar:
         self._readiness = readiness
         self._liveness = liveness
         self._api = api
+        self._door = door
         self._live = Live(metrics, server_info, readiness)
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
@@ -112,7 +130,7 @@ class Sidecar:
         app.router.add_get("/info", self._get_info)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/readyz", self._get_readiness)
-        LiveRoutes(self._live).add_to(app.router)
+        LiveRoutes(self._live, self._is_allowed).add_to(app.router)
         for path in self._files:
             app.router.add_get(path, self._get_file)
         if self._api is not None:
@@ -196,6 +214,16 @@ class Sidecar:
             return json_error(
                 421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
             )
+        try:
+            self._let_in(request)
+        except (Unauthenticated, Forbidden) as error:
+            is_known = isinstance(error, Forbidden)
+            response = self._error(request, 403 if is_known else 401, str(error))
+            if not is_known:
+                response.headers["WWW-Authenticate"] = WWW_AUTHENTICATE
+            if request.body_exists:
+                response.force_close()
+            return response
         if request.body_exists and not self._takes_body(request):
             nowhere = request.match_info.http_exception  # no such path, or not this method
             status, message = (nowhere.status, nowhere.reason) if nowhere else (413, "this request takes no body")
@@ -205,6 +233,24 @@ class Sidecar:
             response.force_close()
             return response
         return await handler(request)
+
+    def _let_in(self, request: web.Request) -> None:
+        """Unauthenticated or Forbidden where its caller may not have what it asks for."""
+        if self._door is None:
+            return
+        needs = self._api.needs(request) if self._api is not None else None
+        if needs is None:
+            resource = request.match_info.route.resource
+            needs = NEEDS.get(resource.canonical, ANY_KEY) if resource is not None else ANY_KEY
+        if needs != OPEN:
+            self._door.check(request.headers.getall("Authorization", []), needs)
+
+    def _is_allowed(self, request: web.Request) -> bool:
+        try:
+            self._let_in(request)
+        except (Unauthenticated, Forbidden):
+            return False
+        return True
 
     def _takes_body(self, request: web.Request) -> bool:
         if (request.method, request.path) == ("POST", BENCHMARK_PATH):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ml_inference_server.backends.startup.resolve import title
+from ml_inference_server.door.door import Door, open_door
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
@@ -56,12 +57,19 @@ async def serving(settings: Settings, *, load: Load = load_model, quiet_s: float
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
-    calls = Calls(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix=state.instance_id[:8])
+    door = open_door(settings.server)
+    calls = Calls(
+        metrics,
+        default_timeout_s=settings.server.default_timeout_ms / 1000,
+        prefix=state.instance_id[:8],
+        door=door,
+    )
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, calls, quiet_s) as grpc_server,
-        _sidecar(state, metrics, calls) as http_port,
+        _watched_files(door),
+        _grpc(state, metrics, calls, quiet_s, door) as grpc_server,
+        _sidecar(state, metrics, calls, door) as http_port,
         _model(state, metrics, load) as model,
         _health(state, grpc_server) as health,
     ):
@@ -81,6 +89,19 @@ async def serving(settings: Settings, *, load: Load = load_model, quiet_s: float
 
 
 @contextlib.asynccontextmanager
+async def _watched_files(door: Door | None) -> AsyncIterator[None]:
+    """What lies before the door is read anew when it changes."""
+    if door is None:
+        yield
+        return
+    watcher = asyncio.create_task(door.watch.run())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+@contextlib.asynccontextmanager
 async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
     if not settings.metrics.otlp_endpoint:
         yield
@@ -94,7 +115,9 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float) -> AsyncIterator[GrpcServer]:
+async def _grpc(
+    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float, door: Door | None
+) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING."""
     settings = state.settings.server
     open_inference = OpenInference(state, metrics)
@@ -103,7 +126,7 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers)
+    grpc_server = await start_grpc(settings, servicers, door)
     log.info("gRPC on %s:%d", settings.host, grpc_server.port)
     try:
         yield grpc_server
@@ -114,7 +137,7 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncIterator[int]:
+async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls, door: Door | None) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
         metrics,
@@ -122,6 +145,7 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
         api=HttpApi(state, calls, metrics),
+        door=door,
     )
     port = await sidecar.start()
     log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)

@@ -14,6 +14,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from ml_inference_server.door.door import Door
+from ml_inference_server.server.rpc.doorkeeper import Doorkeeper
 from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
 from ml_inference_server.server.rpc.services import Servicer
 from ml_inference_server.utils.config import ServerSettings
@@ -73,11 +75,15 @@ class GrpcServer:
             await self.health.set(name, status)
 
 
-async def start_grpc(settings: ServerSettings, servicers: Sequence[Servicer]) -> GrpcServer:
-    """Bind and listen. PortInUse or ConfigError if that cannot be done."""
+async def start_grpc(settings: ServerSettings, servicers: Sequence[Servicer], door: Door | None = None) -> GrpcServer:
+    """Bind and listen. PortInUse or ConfigError if that cannot be done.
+
+    door: lets callers in; None: everybody.
+    """
     _check_bindable(settings.host, settings.port)
     with _socket_threads_wait_their_turn():
-        server = grpc.aio.server(options=server_options(settings))
+        interceptors = [] if door is None else [Doorkeeper(door)]
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     health_servicer = health.aio.HealthServicer()
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
