@@ -57,8 +57,11 @@ class _Content(Section):
     @model_validator(mode="after")
     def _check(self) -> "_Content":
         for what, values in (("name", [key.name for key in self.keys]), ("hash", [key.hash for key in self.keys])):
-            if twice := next((place for place, value in enumerate(values) if value in values[:place]), None):
-                raise ValueError(f"keys[{twice}] has the {what} of another key")
+            seen: set[str] = set()
+            for place, value in enumerate(values):
+                if value in seen:
+                    raise ValueError(f"keys[{place}] has the {what} of another key")
+                seen.add(value)
         return self
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from ml_inference_server.utils.errors import ConfigError
@@ -18,6 +18,7 @@ class FileWatch:
     """Calls `reload` after the files have changed. What it refuses is logged once, and what was there stays.
 
     The files are asked for rather than listened to: mounted secrets and network folders send no events.
+    after: awaited after each reload that went well.
     """
 
     def __init__(self, paths: Sequence[Path], reload: Callable[[], str]) -> None:
@@ -25,8 +26,9 @@ class FileWatch:
         self._paths = paths
         self._reload = reload
         self._seen = self._fingerprint()
+        self.after: list[Callable[[], Awaitable[None]]] = []
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Read them if they are others than at the last look."""
         found = self._fingerprint()
         if found == self._seen:
@@ -36,12 +38,15 @@ class FileWatch:
             log.info("%s", self._reload())
         except ConfigError as error:
             log.error("%s; what was read before stays in force", error)
+            return
+        for each in self.after:
+            await each()
 
     async def run(self) -> None:
         """Look for ever."""
         while True:
             await asyncio.sleep(POLL_S)
-            self.look()
+            await self.look()
 
     def _fingerprint(self) -> Fingerprint:
         """Of what the paths lead to: a mounted secret is a link that is turned to another folder."""

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
+from ml_inference_server.door.certificates import TlsFiles
 from ml_inference_server.door.door import Door
 from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, OPEN, Needs
 from ml_inference_server.metrics.http_rules import (
@@ -90,7 +91,7 @@ class Sidecar:
     """Serves `metrics`, what three callables say, and the routes of `api`.
 
     server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
-    door: lets callers in; None: everybody.
+    door: lets callers in; None: everybody. tls: None: in the clear.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Sidecar:
         liveness: Callable[[], tuple[bool, str]],
         api: Api | None = None,
         door: Door | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -111,6 +113,7 @@ class Sidecar:
         self._liveness = liveness
         self._api = api
         self._door = door
+        self._tls = tls
         self._live = Live(metrics, server_info, readiness)
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
@@ -118,6 +121,7 @@ class Sidecar:
             for path, (name, content_type) in STATIC_FILES.items()
         }
         self._runner: web.AppRunner | None = None
+        self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
         self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
 
@@ -149,7 +153,10 @@ class Sidecar:
             auto_decompress=False,  # a compressed body is refused, in the form of its route
         )
         await self._runner.setup()
-        self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
+        self._socket = listening
+        await self._listen()
+        if self._tls is not None:
+            self._tls.watch.after.append(self._listen)
         self._live.start()
         port: int = listening.getsockname()[1]
         return port
@@ -160,12 +167,33 @@ class Sidecar:
         self._listener = self._runner = None
         if listener is not None:
             listener.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         for timer in self._waiting.values():
             timer.cancel()
         self._waiting.clear()
         await self._live.stop()
         if runner is not None:
             await runner.cleanup()
+
+    async def _listen(self) -> None:
+        """Take connections, from now on with the certificate that is in force; those that are open stay as they are.
+
+        A new context, and not the old one with other files: it would go on trusting the authorities that it has, and
+        resume what was begun with them.
+        """
+        if self._socket is None:
+            return
+        before = self._listener
+        tls = None if self._tls is None else self._tls.current.context
+        handshake_s = None if tls is None else FIRST_REQUEST_TIMEOUT_S
+        # Of the socket, the loop gets copies: connections that wait in it belong to whoever listens next.
+        self._listener = await asyncio.get_running_loop().create_server(
+            self._accept, sock=self._socket.dup(), ssl=tls, ssl_handshake_timeout=handshake_s
+        )
+        if before is not None:
+            before.close()
 
     def _accept(self) -> asyncio.BaseProtocol:
         """A connection begins. aiohttp itself would wait for ever for its first request."""

@@ -1,12 +1,12 @@
 """The HTTP of the live page: the stream of figures, the last hour, and the progress that a benchmark announces."""
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Callable
 
 from aiohttp import web
 
+from ml_inference_server.door.exposure import is_loopback
 from ml_inference_server.metrics.benchmark_progress import MAX_BODY_BYTES
 from ml_inference_server.metrics.http_rules import json_error
 from ml_inference_server.metrics.live import Live
@@ -89,10 +89,3 @@ async def _read_at_most(request: web.Request, limit: int) -> bytes:
     while len(body) < limit and (chunk := await request.content.read(limit - len(body))):
         body += chunk
     return body
-
-
-def is_loopback(peer: str) -> bool:
-    """Whether an address is this machine's own, an IPv4 one inside IPv6 included."""
-    address = ipaddress.ip_address(peer.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback

@@ -167,32 +167,32 @@ def test_digests_are_compared_in_constant_time_only() -> None:
     assert "hmac.compare_digest" in ast.unparse(found)
 
 
-def test_a_change_is_read_and_a_broken_one_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_change_is_read_and_a_broken_one_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     door, token = make_door(tmp_path)
     path = tmp_path / "keys.yaml"
     new, content = create_key(path, "new", [Right.INFER])
     path.write_text(content)
-    door.watch.look()
+    await door.watch.look()
     door.check([f"Bearer {new}"], INFER)
     path.write_text("keys: [")
-    door.watch.look()
-    door.watch.look()
+    await door.watch.look()
+    await door.watch.look()
     path.unlink()
-    door.watch.look()
-    door.watch.look()
+    await door.watch.look()
+    await door.watch.look()
     door.check([f"Bearer {token}"], INFER)
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 2
     assert "what was read before stays in force" in errors[0].message
     path.write_text("keys: []")
-    door.watch.look()
+    await door.watch.look()
     with pytest.raises(Unauthenticated):
         door.check([f"Bearer {token}"], INFER)
     with pytest.raises(Unauthenticated):
         door.check_still("search", Right.INFER)
 
 
-def test_a_secret_that_is_mounted_as_a_turning_link_is_read_anew(tmp_path: Path) -> None:
+async def test_a_secret_that_is_mounted_as_a_turning_link_is_read_anew(tmp_path: Path) -> None:
     """As Kubernetes does it: the file is a link into a folder that a link names, and that one is turned."""
     for number in "12":
         (tmp_path / number).mkdir()
@@ -207,7 +207,7 @@ def test_a_secret_that_is_mounted_as_a_turning_link_is_read_anew(tmp_path: Path)
     door.check([f"Bearer {tokens[0]}"], INFER)
     (tmp_path / "next").symlink_to("2")
     (tmp_path / "next").replace(tmp_path / "data")
-    door.watch.look()
+    await door.watch.look()
     door.check([f"Bearer {tokens[1]}"], INFER)
     with pytest.raises(Unauthenticated):
         door.check([f"Bearer {tokens[0]}"], INFER)
