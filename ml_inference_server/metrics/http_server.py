@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from ml_inference_server.door.certificates import TlsFiles
 from ml_inference_server.door.door import Door
-from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, OPEN, Needs
+from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, MODEL_FACTS, OPEN, Needs
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
     allowed_hosts,
@@ -47,7 +47,8 @@ STATIC_FILES = {
 NEEDS: dict[str, Needs] = {
     **dict.fromkeys(STATIC_FILES, OPEN),
     **dict.fromkeys(("/healthz", "/readyz"), OPEN),
-    **dict.fromkeys(("/metrics", "/metrics/prometheus", "/info", *FIGURES_PATHS), METRICS),
+    **dict.fromkeys(("/metrics", "/metrics/prometheus", *FIGURES_PATHS), METRICS),
+    "/info": MODEL_FACTS,
     BENCHMARK_PATH: ADMIN,
 }
 WWW_AUTHENTICATE = 'Bearer realm="ml-inference-server"'

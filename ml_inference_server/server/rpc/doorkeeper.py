@@ -26,8 +26,8 @@ NEEDS: dict[str, Needs] = {
     _REFLECTION: OPEN,
     **{f"/{_OWN}/{name}": INFER for name in ("Embed", "EmbedStream", "Score", "Rerank")},
     f"/{_OWN}/GetMetrics": METRICS,
-    f"/{_OWN}/GetServerInfo": METRICS,
-    f"/{_TEI_INFO}/Info": METRICS,
+    f"/{_OWN}/GetServerInfo": MODEL_FACTS,
+    f"/{_TEI_INFO}/Info": MODEL_FACTS,
     **{
         f"/{service.full_name}/{method.name}": INFER
         for service in tei_pb2.DESCRIPTOR.services_by_name.values()
