@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler
 from ml_inference_server.door.certificates import TlsFiles
 from ml_inference_server.door.door import Door
 from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, MODEL_FACTS, OPEN, Needs
+from ml_inference_server.metrics.http_connections import FIRST_REQUEST_TIMEOUT_S, Connections
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
     allowed_hosts,
@@ -53,8 +54,8 @@ NEEDS: dict[str, Needs] = {
 }
 WWW_AUTHENTICATE = 'Bearer realm="ml-inference-server"'
 
-MAX_CONNECTIONS = 256
-FIRST_REQUEST_TIMEOUT_S = 10.0
+# These get an answer also where there is no room for other connections.
+PROBE_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/metrics/prometheus"})
 KEEPALIVE_TIMEOUT_S = 15.0
 MAX_HEADER_BYTES = 8190
 LINGERING_S = 1.0
@@ -124,7 +125,7 @@ class Sidecar:
         self._runner: web.AppRunner | None = None
         self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
-        self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+        self._connections: Connections | None = None
 
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
@@ -154,6 +155,7 @@ class Sidecar:
             auto_decompress=False,  # a compressed body is refused, in the form of its route
         )
         await self._runner.setup()
+        self._connections = Connections()
         self._socket = listening
         await self._listen()
         if self._tls is not None:
@@ -171,9 +173,8 @@ class Sidecar:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        for timer in self._waiting.values():
-            timer.cancel()
-        self._waiting.clear()
+        if self._connections is not None:
+            self._connections.stop()
         await self._live.stop()
         if runner is not None:
             await runner.cleanup()
@@ -197,18 +198,13 @@ class Sidecar:
             before.close()
 
     def _accept(self) -> asyncio.BaseProtocol:
-        """A connection begins. aiohttp itself would wait for ever for its first request."""
-        server = self._runner.server if self._runner else None
-        if server is None or len(server.connections) >= MAX_CONNECTIONS:
+        """A connection begins."""
+        server, connections = self._runner.server if self._runner else None, self._connections
+        if server is None or connections is None or not connections.has_room():
             return _Refusal()
-        protocol = server()
-        loop = asyncio.get_running_loop()
-        self._waiting[protocol] = loop.call_later(FIRST_REQUEST_TIMEOUT_S, self._give_up, protocol)
-        return protocol
-
-    def _give_up(self, protocol: web.RequestHandler) -> None:
-        self._waiting.pop(protocol, None)
-        protocol.force_close()
+        connection = server()
+        connections.add(connection)
+        return connection
 
     @web.middleware
     async def _answer_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -235,9 +231,11 @@ class Sidecar:
 
     @web.middleware
     async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        timer = self._waiting.pop(request.protocol, None)
-        if timer is not None:
-            timer.cancel()
+        assert self._connections is not None  # noqa: S101 - requests come over connections
+        with self._connections.working(request):
+            return await self._checked(request, handler, is_extra=self._connections.is_extra(request.protocol))
+
+    async def _checked(self, request: web.Request, handler: Handler, is_extra: bool) -> web.StreamResponse:
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
             return json_error(
@@ -250,7 +248,7 @@ class Sidecar:
             response = self._error(request, 403 if is_known else 401, str(error))
             if not is_known:
                 response.headers["WWW-Authenticate"] = WWW_AUTHENTICATE
-            if request.body_exists:
+            if request.body_exists or is_extra:
                 response.force_close()
             return response
         if request.body_exists and not self._takes_body(request):
@@ -261,7 +259,14 @@ class Sidecar:
                 response.headers["Allow"] = allow
             response.force_close()
             return response
-        return await handler(request)
+        if not is_extra:
+            return await handler(request)
+        if request.path in PROBE_PATHS:
+            answer = await handler(request)
+        else:
+            answer = self._error(request, 503, "too many connections are open: retry, or use fewer at a time")
+        answer.force_close()
+        return answer
 
     def _let_in(self, request: web.Request) -> None:
         """Unauthenticated or Forbidden where its caller may not have what it asks for."""
