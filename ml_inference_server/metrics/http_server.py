@@ -38,7 +38,7 @@ STATIC_FILES = {
     "/app.js": ("app.js", "text/javascript"),
     **{
         f"/{name}.js": (f"{name}.js", "text/javascript")
-        for name in ("bars", "charts", "feed", "format", "model_card", "theme")
+        for name in ("bars", "charts", "feed", "format", "key", "model_card", "theme")
     },
     "/style.css": ("style.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),

@@ -69,7 +69,7 @@ ROUTES: dict[str, Needs] = {
     "GET /v2/models/stats": METRICS,
     "GET /v2/models/{model}/stats": METRICS,
     "GET /v2/models/{model}/versions/{version}/stats": METRICS,
-    **{f"GET /{name}.js": OPEN for name in ("app", "bars", "charts", "feed", "format", "model_card", "theme")},
+    **{f"GET /{name}.js": OPEN for name in ("app", "bars", "charts", "feed", "format", "key", "model_card", "theme")},
     "GET /style.css": OPEN,
     "GET /favicon.svg": OPEN,
 }
