@@ -1,5 +1,6 @@
 """Who comes in: a key for each caller, and what it may do. Protocols ask here, each before it does anything else."""
 
+import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -10,6 +11,8 @@ from ml_inference_server.door.watch import FileWatch
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import Forbidden, Unauthenticated
 
+log = logging.getLogger(__name__)
+
 _SCHEME = b"bearer "
 # A request's own, from where it was let in to where its call is made.
 _caller: ContextVar[str] = ContextVar("caller", default="")
@@ -18,7 +21,11 @@ _caller: ContextVar[str] = ContextVar("caller", default="")
 def open_door(settings: ServerSettings) -> "Door | None":
     """None where there are no keys. ConfigError."""
     auth = settings.auth
-    return Door(Path(auth.keys_file), open_reflection=auth.open_reflection) if auth.keys_file else None
+    if not auth.keys_file:
+        return None
+    door = Door(Path(auth.keys_file), open_reflection=auth.open_reflection)
+    log.info("keys: %s", door.describe())
+    return door
 
 
 class Door:
@@ -35,6 +42,10 @@ class Door:
     def keys(self) -> Keys:
         """Those that are in force now."""
         return self._keys
+
+    def describe(self) -> str:
+        """How many keys there are, and where."""
+        return f"{len(self._keys.by_name) or 'none, so nobody comes in'} ({self._path})"
 
     def check(self, authorization: Sequence[str | bytes], needs: Needs) -> None:
         """Let this request in, and remember who it is. Unauthenticated or Forbidden.
@@ -71,4 +82,4 @@ class Door:
 
     def _reload(self) -> str:
         self._keys = read_keys(self._path)
-        return f"keys read anew: {len(self._keys.by_name)} in {self._path}"
+        return f"keys read anew: {self.describe()}"

@@ -201,3 +201,13 @@ def test_no_key_comes_out(locked: Locked, tmp_path: Path) -> None:
         assert secret.encode() not in everything
         assert secret[5:].encode() not in everything
     assert not [each for each in hashes if each.encode() in everything]
+
+
+def test_a_start_that_is_open_to_the_network_says_so_in_one_line(tmp_path: Path) -> None:
+    with server_process(tmp_path, "--host", "0.0.0.0") as server:
+        server.ready()
+        server.signal(signal.SIGTERM)
+        _, log = server.end()
+    warnings = [line for line in log.splitlines() if " WARNING " in line]
+    assert len(warnings) == 1, log
+    assert "open to the network: gRPC on 0.0.0.0 and HTTP on 0.0.0.0; whoever reaches that can use it" in warnings[0]
