@@ -275,7 +275,7 @@ class Sidecar:
         needs = self._api.needs(request) if self._api is not None else None
         if needs is None:
             resource = request.match_info.route.resource
-            needs = NEEDS.get(resource.canonical, ANY_KEY) if resource is not None else ANY_KEY
+            needs = ANY_KEY if resource is None else NEEDS[resource.canonical]
         if needs != OPEN:
             self._door.check(request.headers.getall("Authorization", []), needs)
 

@@ -230,3 +230,11 @@ async def test_every_route_asks_every_caller_for_the_right_key(guarded: Guarded)
                 assert ("WWW-Authenticate" in answer.headers) == (answer.status == 401)
                 if answer.status == 401 and method != "HEAD":
                     assert NO_KEY in await answer.text()
+
+
+async def test_a_route_that_does_not_exist_takes_a_key_like_any_other(guarded: Guarded) -> None:
+    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/metrics", 405), ("POST", "/v2/x", 404)):
+        for caller, authorization in guarded.authorizations().items():
+            headers = [("Authorization", each) for each in authorization]
+            async with guarded.session.request(method, path, headers=headers) as answer:
+                assert answer.status == (401 if refused_as(ANY_KEY, caller) else status), (method, path, caller)

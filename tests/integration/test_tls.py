@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ml_inference_server.metrics.http_connections import MAX_CONNECTIONS, PROBE_CONNECTIONS
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from ml_inference_server.server.lifecycle import Server, serving
@@ -205,6 +206,19 @@ async def test_a_broken_change_costs_nobody_anything(
         assert await ask_http(server.http_port, authority.context()) == HTTP_OK
         async with authority.channel(server.grpc_port) as channel:
             assert await ask_grpc(channel) == "OK"
+
+
+@pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["silent", "in the clear"])
+async def test_handshakes_that_come_to_nothing_keep_nobody_out(
+    installed: Installed, authority: Authority, first: bytes
+) -> None:
+    """More of them than there may be connections."""
+    async with tls_server(installed) as server, contextlib.AsyncExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS + PROBE_CONNECTIONS + 10):
+            _, writer = await asyncio.open_connection(HOST, server.http_port)
+            stack.callback(writer.close)
+            writer.write(first)
+        assert await ask_http(server.http_port, authority.context()) == HTTP_OK
 
 
 @pytest.mark.slow
