@@ -25,6 +25,7 @@ from ml_inference_server.utils.process import (
     end_process,
     run_to_exit_code,
 )
+from ml_inference_server.utils.supervise import Supervisor, supervised_command
 
 if TYPE_CHECKING:
     from ml_inference_server.server.serve import Started
@@ -51,7 +52,8 @@ _runners: list[asyncio.Runner] = []
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP."
     parser.epilog = (
-        "Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, 130 Ctrl-C."
+        "Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, "
+        "6 the engine hangs: start again, 130 Ctrl-C."
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -81,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started this one ends"
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again when it crashes or hangs, later each time; a stop and a bad start stay one",
+    )
+    parser.add_argument("--heartbeat", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     parser.add_argument(
         "--log-format", default="text", choices=LOG_FORMATS, help="text (default), or json: one object a line"
@@ -116,6 +124,9 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     Whoever calls it ends the process then.
     """
     set_up_logging(args.log_level, args.log_format)
+    if args.supervise:
+        command = supervised_command("--supervise")
+        return Supervisor(command, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent).run()
     settings = settings_from(args)
     if from_environment := given_by(os.environ):
         log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
@@ -131,7 +142,15 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     from ml_inference_server.server.serve import serve
 
     _runners.append(runner := asyncio.Runner(loop_factory=_EventLoop))
-    return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent, started=started))
+    return runner.run(
+        serve(
+            settings,
+            ready_file=ready_file,
+            exit_with_parent=args.exit_with_parent,
+            heartbeat=args.heartbeat,
+            started=started,
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None, started: "Started | None" = None) -> int:

@@ -63,7 +63,9 @@ REASONS = (
     "MODEL_LOADING",
     "DRAINING",
     "BACKEND_ERROR",
+    "ENGINE_STUCK",
     "NON_FINITE_OUTPUT",
+    "OUT_OF_MEMORY",
     "INTERNAL_BUG",
     "other",
 )

@@ -67,13 +67,14 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
             f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
         )
     rate = EngineRate()
-    admission = Admission(settings.batching, rate)
+    admission = Admission(settings.batching, rate, stuck=lambda: worker.stuck)
     batcher = DynamicBatcher(
         worker,
         batch_limits(settings.batching, info),
         rate,
         metrics,
         share_equal_texts=settings.batching.share_equal_texts,
+        hang_timeout_s=settings.server.hang_timeout_ms / 1000,
         cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
     )
     names = ModelNames(

@@ -6,7 +6,9 @@ and when a batching window closes; so there is no background task whose death wo
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from ml_inference_server.server.batch_runner import BatchRunner
 from ml_inference_server.server.batching import BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.out_of_memory import BatchRoom
 from ml_inference_server.server.pending import Pending, Subscriptions
 from ml_inference_server.server.workers import Worker
 from ml_inference_server.utils.config import BatchingSettings
@@ -67,7 +70,8 @@ class DynamicBatcher:
     """Computes requests of one or more texts and answers each exactly once: with its rows, or with one error.
 
     share_equal_texts: compute texts of different requests once if they are equal and in flight at the same time;
-    without batching each request runs by itself all the same. cache: of finished rows; None for none.
+    without batching each request runs by itself all the same. cache: of finished rows; None for none. hang_timeout_s:
+    the most that a batch may ever take; it is less once it is known how long they take.
     """
 
     def __init__(
@@ -79,13 +83,15 @@ class DynamicBatcher:
         *,
         share_equal_texts: bool = True,
         cache: AnswerCache | None = None,
+        hang_timeout_s: float = math.inf,
     ) -> None:
         self._worker = worker
         self._queue = BatchQueue(limits)
         self._rate = rate
         share = share_equal_texts and limits.enabled
         self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
-        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions)
+        self._room = BatchRoom(limits.max_batch_tokens)
+        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s, self._room)
         self._free_slots = worker.slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
@@ -172,6 +178,8 @@ class DynamicBatcher:
     def _slot_free(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._free_slots += 1
+        if self._room.tokens != self._queue.limits.max_batch_tokens:
+            self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
         self._pump()
@@ -190,12 +198,8 @@ class DynamicBatcher:
 
     @property
     def trouble(self) -> str:
-        """Why no batch can run now; empty if one can."""
+        """Why others should get the calls; empty if all is well."""
         return self._worker.trouble
-
-    def oldest_batch_s(self) -> float:
-        """How long the longest-running batch has been in flight; 0 when none is."""
-        return max((self._loop.time() - each.since for each in self._running.values()), default=0.0)
 
     def close(self) -> None:
         """End at once: whoever still waits, or comes later, is answered with Unavailable."""

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ml_inference_server.server.health import parent_ended
+from ml_inference_server.server.health import EngineLost, parent_ended
 from ml_inference_server.server.lifecycle import Server, serving
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import (
+    EXIT_ENGINE_LOST,
     EXIT_FAILED_RUN,
     EXIT_HUNG_UP,
     EXIT_INTERRUPTED,
@@ -24,6 +25,7 @@ from ml_inference_server.utils.errors import (
 )
 from ml_inference_server.utils.files import replace_file
 from ml_inference_server.utils.process import end_process, hangup_signal, leave_dead_streams
+from ml_inference_server.utils.supervise import HEARTBEAT_EVERY_S, beat
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ async def serve(
     *,
     ready_file: Path | None = None,
     exit_with_parent: bool = False,
+    heartbeat: int | None = None,
     started: Started | None = None,
 ) -> int:
     """Serve until a signal asks for the stop; the process's exit code. Raises StartError if it cannot start.
@@ -80,12 +83,14 @@ async def serve(
     Whoever calls it ends the process then, which is what closes the gRPC connections.
 
     ready_file: holds the ports and the process id while it serves. exit_with_parent: stop when the parent has ended.
+    heartbeat: a descriptor of the supervisor's.
     """
     signals = StopSignals()
     asked = asyncio.create_task(signals.asked.wait())
     parent = asyncio.create_task(parent_ended()) if exit_with_parent else None
     if parent is not None:
         parent.add_done_callback(lambda _: signals.asked.set())
+    beating = None if heartbeat is None else asyncio.create_task(_beat(heartbeat))
     ready = asyncio.Event()
     running = asyncio.create_task(_serve(settings, signals, ready, ready_file, started))
     try:
@@ -98,9 +103,14 @@ async def serve(
             await running
         return signals.early_exit_code
     finally:
-        asked.cancel()
-        if parent is not None:
-            parent.cancel()
+        for task in filter(None, (asked, parent, beating)):
+            task.cancel()
+
+
+async def _beat(heartbeat: int) -> None:
+    while True:
+        beat(heartbeat)
+        await asyncio.sleep(HEARTBEAT_EVERY_S)
 
 
 async def _serve(
@@ -121,7 +131,7 @@ async def _serve(
         with _announced(server, ready_file):
             log.info("ready")
             exit_code = await _until_stop(server, signals)
-    return EXIT_FAILED_RUN if server.cut_off else exit_code or signals.exit_code
+    return exit_code or (EXIT_FAILED_RUN if server.cut_off else signals.exit_code)
 
 
 @contextlib.contextmanager
@@ -141,11 +151,18 @@ def _announced(server: Server, ready_file: Path | None) -> Iterator[None]:
 
 
 async def _until_stop(server: Server, signals: StopSignals) -> int:
-    """EXIT_FAILED_RUN where the health watcher failed: health could lie from then on."""
+    """EXIT_ENGINE_LOST where only a new process can help.
+
+    EXIT_FAILED_RUN where the health watcher failed: health could lie from then on.
+    """
     asked = asyncio.create_task(signals.asked.wait())
     await asyncio.wait({asked, server.health}, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if not server.health.done():
         return EXIT_OK
-    log.critical("the health watcher failed: shutting down", exc_info=server.health.exception())
+    error = server.health.exception()
+    if isinstance(error, EngineLost):
+        log.critical("%s: this process ends with exit code %d, to be started again", error, EXIT_ENGINE_LOST)
+        return EXIT_ENGINE_LOST
+    log.critical("the health watcher failed: shutting down", exc_info=error)
     return EXIT_FAILED_RUN

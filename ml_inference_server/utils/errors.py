@@ -13,9 +13,10 @@ ServiceError                  one request is answered with an error; the server 
 ├── SpaceMismatch             the caller expects vectors of another space
 ├── Overloaded                the queue is full; come back after `retry_after_ms`
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
-├── Unavailable               loading or shutting down; safe to retry
+├── Unavailable               loading or shutting down, or the engine hangs; safe to retry
 └── BackendFailure            the model failed on this input, alone
-    └── NonFiniteOutput       the model answered NaN or infinity
+    ├── NonFiniteOutput       the model answered NaN or infinity
+    └── OutOfMemory           the memory does not suffice for this input, alone
 
 No error carries a gRPC or HTTP number: `server/status.py` maps them, in one place.
 """
@@ -27,6 +28,7 @@ EXIT_CONFIG = 2
 EXIT_MODEL = 3
 EXIT_PORT = 4
 EXIT_FAILED_RUN = 5
+EXIT_ENGINE_LOST = 6
 EXIT_INTERNAL = 70
 EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
@@ -133,7 +135,7 @@ class DeadlinePassed(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """The server is loading or draining; the request was not started and can be retried."""
+    """The server is loading or draining, or its engine hangs; the request was not started and can be retried."""
 
     reason = "DRAINING"
     retry_after_ms = 1000
@@ -149,3 +151,9 @@ class NonFiniteOutput(BackendFailure):
     """The model's answer for this input holds NaN or infinity."""
 
     reason = "NON_FINITE_OUTPUT"
+
+
+class OutOfMemory(BackendFailure):
+    """The engine ran out of memory on this input although it ran alone."""
+
+    reason = "OUT_OF_MEMORY"

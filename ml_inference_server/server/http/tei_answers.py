@@ -17,9 +17,11 @@ _TYPES = {
     "WAIT_TOO_LONG": "Overloaded",
     "MODEL_LOADING": "Unhealthy",
     "DRAINING": "Unhealthy",
+    "ENGINE_STUCK": "Unhealthy",
     "WRONG_TASK": "Backend",
     "BACKEND_ERROR": "Backend",
     "NON_FINITE_OUTPUT": "Backend",
+    "OUT_OF_MEMORY": "Backend",
     "DEADLINE_EXCEEDED": "Backend",
     "INTERNAL_BUG": "Backend",
 }
@@ -33,6 +35,7 @@ _STATUSES = {
     "WRONG_TASK": 424,
     "BACKEND_ERROR": 424,
     "NON_FINITE_OUTPUT": 424,
+    "OUT_OF_MEMORY": 424,
 }
 
 
