@@ -190,9 +190,10 @@ class Sidecar:
         before = self._listener
         tls = None if self._tls is None else self._tls.current.context
         handshake_s = None if tls is None else FIRST_REQUEST_TIMEOUT_S
+        accept = self._accept if tls is None else lambda: _AfterHandshake(self._accept)
         # Of the socket, the loop gets copies: connections that wait in it belong to whoever listens next.
         self._listener = await asyncio.get_running_loop().create_server(
-            self._accept, sock=self._socket.dup(), ssl=tls, ssl_handshake_timeout=handshake_s
+            accept, sock=self._socket.dup(), ssl=tls, ssl_handshake_timeout=handshake_s
         )
         if before is not None:
             before.close()
@@ -330,6 +331,18 @@ class Sidecar:
         return web.Response(
             body=body, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
         )
+
+
+class _AfterHandshake(asyncio.Protocol):
+    """Counts a TLS connection from where its handshake is done: of one that fails nobody hears again."""
+
+    def __init__(self, accept: Callable[[], asyncio.BaseProtocol]) -> None:
+        self._accept = accept
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        connection = self._accept()
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
 
 
 class _Refusal(asyncio.Protocol):

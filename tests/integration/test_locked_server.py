@@ -1,8 +1,10 @@
 """A server process with TLS, client certificates and keys: our commands and clients get in, and no key comes out."""
 
 import asyncio
+import http.client
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -20,7 +22,7 @@ from ml_inference_server.utils.connection import KEY_VARIABLE
 from tests.integration.benchmark_kit import ENVIRONMENT, write_pairs
 from tests.integration.door_kit import KeysFile, keys_file
 from tests.integration.server_process import ROOT, ServerProcess, server_process
-from tests.integration.tls_kit import HOST, Authority, Pair
+from tests.integration.tls_kit import HOST, Authority, Installed, Pair
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +213,35 @@ def test_a_start_that_is_open_to_the_network_says_so_in_one_line(tmp_path: Path)
     warnings = [line for line in log.splitlines() if " WARNING " in line]
     assert len(warnings) == 1, log
     assert "open to the network: gRPC on 0.0.0.0 and HTTP on 0.0.0.0; whoever reaches that can use it" in warnings[0]
+
+
+def test_a_certificate_changes_under_open_connections_of_a_process(tmp_path: Path) -> None:
+    """On the event loop that servers run on."""
+    before, after = Authority(tmp_path, "before"), Authority(tmp_path, "after")
+    (tmp_path / "live").mkdir()
+    installed = Installed(tmp_path / "live")
+    installed.put(before.issue())
+    flags = [flag for name, path in installed.settings.items() for flag in ("--set", f"server.tls.{name}={path}")]
+    with server_process(tmp_path, *flags) as server:
+        port = server.ready()["http_port"]
+        old = http.client.HTTPSConnection(HOST, port, context=before.context(), timeout=20)
+        assert _status(old) == 200
+        installed.put(after.issue())
+        while True:  # the server looks once a second
+            try:
+                new = http.client.HTTPSConnection(HOST, port, context=after.context(), timeout=20)
+                assert _status(new) == 200
+                break
+            except ssl.SSLCertVerificationError:
+                new.close()
+        assert _status(old) == 200
+        assert _status(new) == 200
+        old.close()
+        new.close()
+
+
+def _status(connection: http.client.HTTPConnection) -> int:
+    connection.request("GET", "/readyz")
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status

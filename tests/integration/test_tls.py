@@ -212,13 +212,20 @@ async def test_a_broken_change_costs_nobody_anything(
 async def test_handshakes_that_come_to_nothing_keep_nobody_out(
     installed: Installed, authority: Authority, first: bytes
 ) -> None:
-    """More of them than there may be connections."""
+    """More of them than there may be connections; one that is open stays."""
+    ask = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with tls_server(installed) as server, contextlib.AsyncExitStack() as stack:
+        reader, idle = await asyncio.open_connection(HOST, server.http_port, ssl=authority.context())
+        stack.callback(idle.close)
+        idle.write(ask)
+        await reader.readuntil(b"}")
         for _ in range(MAX_CONNECTIONS + PROBE_CONNECTIONS + 10):
             _, writer = await asyncio.open_connection(HOST, server.http_port)
             stack.callback(writer.close)
             writer.write(first)
         assert await ask_http(server.http_port, authority.context()) == HTTP_OK
+        idle.write(ask)
+        assert (await reader.readuntil(b"}")).startswith(HTTP_OK.encode())
 
 
 @pytest.mark.slow
