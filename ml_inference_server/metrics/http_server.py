@@ -1,7 +1,6 @@
 """The sidecar: dashboard, metrics, health and server information over HTTP, beside gRPC on the same event loop."""
 
 import asyncio
-import errno
 import logging
 import secrets
 import socket
@@ -25,11 +24,12 @@ from ml_inference_server.metrics.http_rules import (
     json_error,
     wants_prometheus,
 )
+from ml_inference_server.metrics.http_sockets import AfterHandshake, ConnectionRefusal, bound_socket
 from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, FIGURES_PATHS, LiveRoutes
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
-from ml_inference_server.utils.errors import ConfigError, Forbidden, PortInUse, Unauthenticated
+from ml_inference_server.utils.errors import Forbidden, Unauthenticated
 
 DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 # Path -> (file, content type). Only these are served, from memory: no path of a request ever reaches the disk.
@@ -129,7 +129,7 @@ class Sidecar:
 
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
-        listening = await _listen(self._settings.host, self._settings.port)
+        listening = await bound_socket(self._settings.host, self._settings.port)
         app = web.Application(middlewares=[self._answer_errors_as_json, self._check_request])
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/metrics/prometheus", self._get_prometheus)
@@ -190,7 +190,7 @@ class Sidecar:
         before = self._listener
         tls = None if self._tls is None else self._tls.current.context
         handshake_s = None if tls is None else FIRST_REQUEST_TIMEOUT_S
-        accept = self._accept if tls is None else lambda: _AfterHandshake(self._accept)
+        accept = self._accept if tls is None else lambda: AfterHandshake(self._accept)
         # Of the socket, the loop gets copies: connections that wait in it belong to whoever listens next.
         self._listener = await asyncio.get_running_loop().create_server(
             accept, sock=self._socket.dup(), ssl=tls, ssl_handshake_timeout=handshake_s
@@ -202,7 +202,7 @@ class Sidecar:
         """A connection begins."""
         server, connections = self._runner.server if self._runner else None, self._connections
         if server is None or connections is None or not connections.has_room():
-            return _Refusal()
+            return ConnectionRefusal()
         connection = server()
         connections.add(connection)
         return connection
@@ -331,49 +331,3 @@ class Sidecar:
         return web.Response(
             body=body, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
         )
-
-
-class _AfterHandshake(asyncio.Protocol):
-    """Counts a TLS connection from where its handshake is done: of one that fails nobody hears again."""
-
-    def __init__(self, accept: Callable[[], asyncio.BaseProtocol]) -> None:
-        self._accept = accept
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        connection = self._accept()
-        transport.set_protocol(connection)
-        connection.connection_made(transport)
-
-
-class _Refusal(asyncio.Protocol):
-    """Closes the connection at once."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
-
-
-async def _listen(host: str, port: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"metrics.host {host!r} is no known address: use 127.0.0.1, or 0.0.0.0 for all") from error
-    # One socket only: the several addresses of a name would get several ports when a free one is asked for.
-    family, _, _, _, address = found[0]
-    both_families = host == "::" and socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(address[:2], family=family, dualstack_ipv6=both_families)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(
-                f"port {port} on {host} is in use: stop what holds it, or pass --http-port 0 for a free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ConfigError(
-                f"port {port} on {host} needs more rights: pass --http-port with one above 1023"
-            ) from error
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise ConfigError(f"metrics.host {host!r}, port {port}: {error.strerror}") from error
-        raise ConfigError(
-            f"metrics.host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all"
-        ) from error
