@@ -10,7 +10,9 @@ class Call:
     """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
 
     expect_space_id: which space its vectors must be of, as a header said it; empty: any. trace: the request's own span,
-    where traces are sent. fresh: the model must run; no answer out of the cache will do.
+    where traces are sent. fresh: the model must run; no answer out of the cache will do. caller: who asks, for turns
+    and limits: the name of its key, or where there are no keys the address that its connection comes from, without its
+    port; empty: the server itself.
     """
 
     request_id: str
@@ -20,3 +22,4 @@ class Call:
     expect_space_id: str = ""
     trace: RequestTrace | None = None
     fresh: bool = False
+    caller: str = ""

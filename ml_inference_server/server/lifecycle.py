@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ml_inference_server.backends.startup.resolve import title
+from ml_inference_server.door.certificates import TlsFiles, open_tls
+from ml_inference_server.door.door import Door, open_door
+from ml_inference_server.door.exposure import warn_if_open
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
@@ -63,12 +66,20 @@ async def serving(
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
-    calls = Calls(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix=state.instance_id[:8])
+    door, tls = open_door(settings.server), open_tls(settings.server.tls)
+    warn_if_open(settings)
+    calls = Calls(
+        metrics,
+        default_timeout_s=settings.server.default_timeout_ms / 1000,
+        prefix=state.instance_id[:8],
+        door=door,
+    )
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, calls, None if ends_process else quiet_s) as grpc_server,
-        _sidecar(state, metrics, calls) as http_port,
+        _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
+        _sidecar(state, metrics, calls, door, tls) as http_port,
+        _watched_files(door, tls),
         _model(state, metrics, load) as model,
         _health(state, grpc_server) as health,
     ):
@@ -88,6 +99,18 @@ async def serving(
 
 
 @contextlib.asynccontextmanager
+async def _watched_files(door: Door | None, tls: TlsFiles | None) -> AsyncIterator[None]:
+    """Keys and certificates are read anew when they change."""
+    watchers = [asyncio.create_task(each.watch.run()) for each in (door, tls) if each is not None]
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
 async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
     if not settings.metrics.otlp_endpoint:
         yield
@@ -101,7 +124,9 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
+async def _grpc(
+    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None, door: Door | None, tls: TlsFiles | None
+) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
@@ -114,8 +139,10 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers)
-    log.info("gRPC on %s:%d", settings.host, grpc_server.port)
+    grpc_server = await start_grpc(settings, servicers, door, tls)
+    log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
+    if tls is not None:
+        log.info("certificate: %s", tls.describe())
     try:
         yield grpc_server
     finally:
@@ -130,7 +157,9 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncIterator[int]:
+async def _sidecar(
+    state: ServerState, metrics: Metrics, calls: Calls, door: Door | None, tls: TlsFiles | None
+) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
         metrics,
@@ -138,9 +167,12 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
         api=HttpApi(state, calls, metrics),
+        door=door,
+        tls=tls,
     )
     port = await sidecar.start()
-    log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)
+    scheme = "https" if tls else "http"
+    log.info("dashboard and metrics on %s://%s:%d", scheme, state.settings.metrics.host, port)
     try:
         yield port
     finally:
