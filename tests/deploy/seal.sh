@@ -1,3 +1,4 @@
+#!/bin/sh
 # Runs a program as a container engine runs it with --read-only --network none --cap-drop all --user 10001:10001:
 #   unshare --mount --net --ipc --uts --pid --fork --kill-child sh seal.sh ROOT MODEL PROGRAM [ARGUMENT...]
 # with the environment as it is. MODEL is a folder for /model, or "". Runs as root in namespaces of its own.
