@@ -55,7 +55,7 @@ def build(root: Path, scratch: Path, extras: str, architecture: str = "") -> Non
     }
     for line in lines:
         done = subprocess.run(
-            ["sh", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False,
+            ["sh", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

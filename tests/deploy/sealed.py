@@ -64,8 +64,8 @@ class Container:
         )  # fmt: skip
 
     def wait_until_healthy(self) -> None:
-        """AssertionError with the server's log where it ends first, or is not ready after a minute."""
-        deadline = time.monotonic() + 60
+        """AssertionError with the server's log where it ends first, or is not ready after three minutes."""
+        deadline = time.monotonic() + 180
         while self.enter("mlis", "health").returncode != 0:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()

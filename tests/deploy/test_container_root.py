@@ -16,7 +16,7 @@ from tests.deploy import root_kit, sealed
 from tests.deploy.containerfile import environment, values
 from tests.parity.tiny_model import SHAPE, TEXTS, embed, save, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Of the core and ONNX Runtime, in 10^6 bytes.
 LARGEST_MB = 330

@@ -1,6 +1,8 @@
 """The Kubernetes manifests against the schemas of Kubernetes and its operators, and against the server's settings."""
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
 from ml_inference_server.metrics.http_rules import allowed_hosts, is_host_allowed
 from ml_inference_server.utils.config import Settings
-from tests.deploy.containerfile import environment, values
+from tests.deploy.containerfile import ROOT, environment, values
 from tests.deploy.manifests import (
     FOLDER,
     NAMESPACE,
@@ -210,6 +212,17 @@ def test_the_monitor_scrapes_what_the_rules_know(manifests: list[Manifest], sett
     rules = (FOLDER.parent / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
     service = only(manifests, "Service", "ml-inference-server")
     assert f'job="{service["metadata"]["labels"][monitors[0]["spec"]["jobLabel"]]}"' in rules
+
+
+def test_the_command_for_the_alerts_makes_an_object_of_the_operator() -> None:
+    """As docs/deployment.md has it, without what applies it."""
+    text = (ROOT / "ml_inference_server/docs/deployment.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\(printf .*?\) (?=\| kubectl)", text, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    made = yaml.safe_load(done.stdout)
+    known = PrometheusRule.model_validate(made).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    assert known == made
+    assert len(made["spec"]["groups"][0]["rules"]) > 5
 
 
 def test_arguments_that_the_server_does_not_know_are_noticed(container: Manifest) -> None:
