@@ -5,6 +5,8 @@ import random
 from types import TracebackType
 
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.options import Priority
+from ml_inference_server.server.shares import QueueShares
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
 
@@ -17,20 +19,25 @@ _TIME_FOR_THE_QUEUE = 0.8
 class Reservation:
     """The room of one request, as a `with` block: what is left of it at the end is given back.
 
-    tokens: those that no batch has taken yet.
+    caller: who holds it. is_bulk: its texts are served as such. tokens: those that no batch has taken yet.
     """
 
-    __slots__ = ("_admission", "tokens")
+    __slots__ = ("_admission", "_held", "_is_overflow", "_shares", "caller", "is_bulk", "tokens")
 
-    def __init__(self, admission: "Admission", tokens: int) -> None:
-        self._admission = admission
-        self.tokens = tokens
-        admission.reserved_tokens += tokens
+    def __init__(
+        self, admission: "Admission", shares: QueueShares, caller: str, tokens: int, *, is_bulk: bool, is_overflow: bool
+    ) -> None:
+        self._admission, self._shares = admission, shares
+        self.caller, self.is_bulk, self._is_overflow = caller, is_bulk, is_overflow
+        self.tokens = 0
+        self._held = shares.enter(caller)
+        self.resize(tokens)
 
     def resize(self, tokens: int) -> None:
         """Hold `tokens` from now on: the true number, in place of the estimate."""
-        self._admission.reserved_tokens += tokens - self.tokens
-        self.tokens = tokens
+        if more := tokens - self.tokens:
+            self.tokens = tokens
+            self._shares.change(self._held, more, is_bulk=self.is_bulk, is_overflow=self._is_overflow)
 
     def give_back(self, tokens: int) -> None:
         """A batch has taken `tokens` of them out of the queue."""
@@ -46,25 +53,34 @@ class Reservation:
 
 
 class Admission:
-    """reserved_tokens: of all requests that were let in, without those that a batch has taken."""
+    """batch_tokens: of one batch, at most."""
 
-    def __init__(self, settings: BatchingSettings, rate: EngineRate) -> None:
+    def __init__(self, settings: BatchingSettings, rate: EngineRate, *, batch_tokens: int) -> None:
         self._settings = settings
         self._rate = rate
+        self._shares = QueueShares(
+            max_requests=settings.max_queue_requests,
+            max_tokens=settings.max_queue_tokens,
+            batch_tokens=batch_tokens,
+        )
         self._loop = asyncio.get_running_loop()
         self._held: set[Reservation] = set()
         self._refuses = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self.reserved_tokens = 0
 
     @property
     def requests(self) -> int:
         """How many were let in and are not answered."""
         return len(self._held)
 
-    def admit(self, tokens: int, deadline: float) -> Reservation:
-        """Room for a request of about `tokens` tokens, all or nothing.
+    @property
+    def reserved_tokens(self) -> int:
+        """Of all requests that were let in, without those that a batch has taken."""
+        return self._shares.tokens
+
+    def admit(self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None) -> Reservation:
+        """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.
 
         Raises Unavailable while draining, InvalidRequest if the request could never fit, Overloaded with a hint if it
         does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
@@ -80,11 +96,10 @@ class Admission:
                 f"the request has about {tokens} tokens, the whole queue takes {settings.max_queue_tokens}: split it",
                 reason="TOO_MANY_TEXTS",
             )
-        if self.requests >= settings.max_queue_requests:
-            raise self._full(f"{settings.max_queue_requests} requests")
-        if self.reserved_tokens + tokens > settings.max_queue_tokens:
-            raise self._full(f"{settings.max_queue_tokens} tokens")
-        wait_s = self._seconds_for(self.reserved_tokens)
+        if bound := self._shares.full(caller, tokens):
+            raise self._full(bound)
+        priority, is_overflow = self._shares.priority(caller, tokens, asked)
+        wait_s = self._seconds_for(self._shares.tokens_ahead(caller, priority))
         if wait_s > _TIME_FOR_THE_QUEUE * time_left_s:
             hint = _retry_hint_ms(wait_s - _TIME_FOR_THE_QUEUE * time_left_s)
             raise Overloaded(
@@ -93,14 +108,18 @@ class Admission:
                 reason="WAIT_TOO_LONG",
                 retry_after_ms=hint,
             )
-        reservation = Reservation(self, tokens)
+        is_bulk = priority is Priority.BULK
+        reservation = Reservation(self, self._shares, caller, tokens, is_bulk=is_bulk, is_overflow=is_overflow)
         self._held.add(reservation)
         self._empty.clear()
         return reservation
 
     def release(self, reservation: Reservation) -> None:
         """Give back all that it still holds. A second time does nothing."""
+        if reservation not in self._held:
+            return
         reservation.resize(0)
+        self._shares.leave(reservation.caller)
         self._held.discard(reservation)
         if not self._held:
             self._empty.set()

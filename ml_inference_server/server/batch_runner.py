@@ -9,9 +9,10 @@ import numpy as np
 
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.batching import Batch, ClosedBy, Item, Limits
+from ml_inference_server.server.batching import Batch, ClosedBy, Limits
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.pending import Subscriptions
+from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Output, Worker
 from ml_inference_server.utils.errors import BackendFailure, NonFiniteOutput, ServiceError
 

@@ -32,6 +32,7 @@ class Calls:
         request_id: object = None,
         traceparent: object = None,
         expect_space_id: object = None,
+        priority: object = None,
         peer: str = "",
         timeout_s: float | None = None,
         limit_s: float | None = None,
@@ -52,6 +53,7 @@ class Calls:
             traceparent=_header(traceparent),
             expect_space_id=_header(expect_space_id),
             caller=caller_at(peer),
+            priority=_header(priority),
         )
 
     def of_message(self, stream: Call) -> Call:

@@ -67,10 +67,11 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
             f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
         )
     rate = EngineRate()
-    admission = Admission(settings.batching, rate)
+    limits = batch_limits(settings.batching, info)
+    admission = Admission(settings.batching, rate, batch_tokens=limits.max_batch_tokens)
     batcher = DynamicBatcher(
         worker,
-        batch_limits(settings.batching, info),
+        limits,
         rate,
         metrics,
         share_equal_texts=settings.batching.share_equal_texts,

@@ -23,10 +23,13 @@ class Output:
 
 
 class Worker(Protocol):
-    """`slots` batches may be in flight at a time."""
+    """`slots` batches may be in flight at a time, and `express_slots` more for a moment."""
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def express_slots(self) -> int: ...
 
     @property
     def pids(self) -> Sequence[int]:
@@ -51,7 +54,7 @@ class Worker(Protocol):
 
 
 class ThreadWorker:
-    """Runs a loaded backend in `backend.info.concurrency` threads of this process."""
+    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more."""
 
     pids: Sequence[int] = ()
     restarts = 0
@@ -60,7 +63,8 @@ class ThreadWorker:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.slots = backend.info.concurrency
-        self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="backend")
+        self.express_slots = int(backend.info.device == "cpu")
+        self._pool = ThreadPoolExecutor(self.slots + self.express_slots, thread_name_prefix="backend")
 
     async def run(self, batch: TokenBatch) -> Output:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, batch)

@@ -141,6 +141,13 @@ class BatchingSettings(Section):
     share_equal_texts: bool = Field(
         True, description="Compute equal texts of different requests once while they wait or run; needs `enabled`."
     )
+    bulk_share: float = Field(
+        0.1,
+        ge=0.01,
+        le=0.99,
+        description="Of the model's work, for bulk texts that wait while interactive ones do; what these leave is "
+        "theirs as well.",
+    )
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Accepted requests that may wait or run.")
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")
 

@@ -40,6 +40,7 @@ class SlowWorker:
     restarts = 0
     trouble = ""
     slots = 1
+    express_slots = 0
 
     def __init__(self, backend: FakeBackend) -> None:
         self.backend = backend
