@@ -136,9 +136,11 @@ class Target:
             return True
         return False
 
-    async def embed(self, texts: Sequence[str], timeout_s: float, **options: Any) -> Any:
-        """options: further fields of the EmbedRequest."""
-        return await self._stub.Embed(inference_pb2.EmbedRequest(texts=texts, **options), timeout=timeout_s)
+    async def embed(self, texts: Sequence[str], timeout_s: float, *, priority: str = "", **options: Any) -> Any:
+        """priority: told as x-priority, if any. options: further fields of the EmbedRequest."""
+        request = inference_pb2.EmbedRequest(texts=texts, **options)
+        metadata = (("x-priority", priority),) if priority else None
+        return await self._stub.Embed(request, timeout=timeout_s, metadata=metadata)
 
     async def rerank(self, query: str, documents: Sequence[str], timeout_s: float) -> Any:
         request = inference_pb2.RerankRequest(query=query, documents=documents)
