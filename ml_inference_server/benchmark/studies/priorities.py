@@ -37,7 +37,7 @@ _TIMEOUT_S = 60.0
 _WARMUP_S = 3.0
 # The bulk job: its calls are of more than a batch, so that the server can tell it by its size.
 _JOB_PER_CALL, _JOB_IN_FLIGHT = 64, 8
-_CALLERS_PER_CALL, _CALLERS_IN_FLIGHT = 8, 32
+_CALLERS_PER_CALL, _CALLERS_IN_FLIGHT, _CALLERS_TIMEOUT_S = 8, 32, 10.0
 _FLOOD, _LIGHT = 10.0, 0.1  # of the capacity
 # What the server promises.
 _MOST_P99_RATIO, _LEAST_JOB_RATIO = 2.0, 0.85
@@ -139,7 +139,7 @@ class PriorityBench:
     def _offered(self, calls_per_s: float, round_: int, seed: int) -> Share:
         seconds = self._seconds + 60 * (seed - 1)  # the flood is ended
         due_s = arrivals_s("poisson", calls_per_s, duration_s=seconds, seed=seed, repeat=round_).tolist()
-        return Share(self._passages, _CALLERS_PER_CALL, _TIMEOUT_S, False, due_s=due_s, first=seed * 1_000_000)
+        return Share(self._passages, _CALLERS_PER_CALL, _CALLERS_TIMEOUT_S, False, due_s=due_s, first=seed * 1_000_000)
 
     async def _run(self, host: str, share: Share) -> Measured:
         fleet = Fleet(host, self._port, _in_processes(share), lambda _: None)
