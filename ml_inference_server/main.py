@@ -43,6 +43,11 @@ else:
     _EventLoop = asyncio.ProactorEventLoop
 
 
+# Never closed: that would cancel what is still open, and gRPC answers a call whose task is cancelled with CANCELLED,
+# which no client repeats. The end of the process closes the connections, which every client takes for UNAVAILABLE.
+_runners: list[asyncio.Runner] = []
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP."
     parser.epilog = (
@@ -106,7 +111,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
-    """Serve until a signal ends it; StartError where it cannot start. started: gets the server once it serves."""
+    """Serve until a signal ends it; StartError where it cannot start. started: gets the server once it serves.
+
+    Whoever calls it ends the process then.
+    """
     set_up_logging(args.log_level, args.log_format)
     settings = settings_from(args)
     if from_environment := given_by(os.environ):
@@ -120,10 +128,8 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
     from ml_inference_server.server.serve import serve
 
-    with asyncio.Runner(loop_factory=_EventLoop) as runner:
-        return runner.run(
-            serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent, started=started)
-        )
+    _runners.append(runner := asyncio.Runner(loop_factory=_EventLoop))
+    return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent, started=started))
 
 
 def main(argv: Sequence[str] | None = None, started: "Started | None" = None) -> int:

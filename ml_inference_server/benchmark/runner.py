@@ -81,18 +81,19 @@ class Experiment:
     def settings_arguments(self, variant: str) -> list[str]:
         """What gives another program of ours, in the same environment, the settings of this experiment."""
         settings = self.settings(variant)
-        address = [
+        own = [
             f"{name}={value}"
             for name, value in (
                 ("server.host", settings.server.host),
                 ("server.port", settings.server.port),
                 ("metrics.host", settings.metrics.host),
                 ("metrics.port", settings.metrics.port),
+                ("batching.share_equal_texts", str(settings.batching.share_equal_texts).lower()),
             )
         ]
         arguments = ["--experiment", str(self.file.resolve())]
         arguments += ["--variant", variant] if variant else []
-        return arguments + [argument for override in (*self.overrides, *address) for argument in ("--set", override)]
+        return arguments + [argument for override in (*self.overrides, *own) for argument in ("--set", override)]
 
     def server_options(self, variant: str, log: Path) -> ServerOptions:
         server = self.settings(variant).server

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
+from ml_inference_server.metrics.http_connections import Connections
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
     allowed_hosts,
@@ -40,8 +41,8 @@ STATIC_FILES = {
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
 
-MAX_CONNECTIONS = 256
-FIRST_REQUEST_TIMEOUT_S = 10.0
+# These get an answer also where there is no room for other connections.
+PROBE_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/metrics/prometheus"})
 KEEPALIVE_TIMEOUT_S = 15.0
 MAX_HEADER_BYTES = 8190
 LINGERING_S = 1.0
@@ -101,7 +102,7 @@ class Sidecar:
         }
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
-        self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+        self._connections: Connections | None = None
 
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
@@ -131,6 +132,7 @@ class Sidecar:
             auto_decompress=False,  # a compressed body is refused, in the form of its route
         )
         await self._runner.setup()
+        self._connections = Connections()
         self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
         self._live.start()
         port: int = listening.getsockname()[1]
@@ -142,26 +144,20 @@ class Sidecar:
         self._listener = self._runner = None
         if listener is not None:
             listener.close()
-        for timer in self._waiting.values():
-            timer.cancel()
-        self._waiting.clear()
+        if self._connections is not None:
+            self._connections.stop()
         await self._live.stop()
         if runner is not None:
             await runner.cleanup()
 
     def _accept(self) -> asyncio.BaseProtocol:
-        """A connection begins. aiohttp itself would wait for ever for its first request."""
-        server = self._runner.server if self._runner else None
-        if server is None or len(server.connections) >= MAX_CONNECTIONS:
+        """A connection begins."""
+        server, connections = self._runner.server if self._runner else None, self._connections
+        if server is None or connections is None or not connections.has_room():
             return _Refusal()
-        protocol = server()
-        loop = asyncio.get_running_loop()
-        self._waiting[protocol] = loop.call_later(FIRST_REQUEST_TIMEOUT_S, self._give_up, protocol)
-        return protocol
-
-    def _give_up(self, protocol: web.RequestHandler) -> None:
-        self._waiting.pop(protocol, None)
-        protocol.force_close()
+        connection = server()
+        connections.add(connection)
+        return connection
 
     @web.middleware
     async def _answer_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -188,9 +184,11 @@ class Sidecar:
 
     @web.middleware
     async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        timer = self._waiting.pop(request.protocol, None)
-        if timer is not None:
-            timer.cancel()
+        assert self._connections is not None  # noqa: S101 - requests come over connections
+        with self._connections.working(request):
+            return await self._checked(request, handler, is_extra=self._connections.is_extra(request.protocol))
+
+    async def _checked(self, request: web.Request, handler: Handler, is_extra: bool) -> web.StreamResponse:
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
             return json_error(
@@ -204,7 +202,14 @@ class Sidecar:
                 response.headers["Allow"] = allow
             response.force_close()
             return response
-        return await handler(request)
+        if not is_extra:
+            return await handler(request)
+        if request.path in PROBE_PATHS:
+            answer = await handler(request)
+        else:
+            answer = self._error(request, 503, "too many connections are open: retry, or use fewer at a time")
+        answer.force_close()
+        return answer
 
     def _takes_body(self, request: web.Request) -> bool:
         if (request.method, request.path) == ("POST", BENCHMARK_PATH):

@@ -6,6 +6,7 @@ import ipaddress
 import itertools
 import re
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import replace
 
 from ml_inference_server.metrics.registry import Metrics
@@ -14,6 +15,7 @@ from ml_inference_server.server.observation import Observation
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_HEADER_CHARACTERS = 256
+_LOOK_AGAIN_S = 0.005
 
 
 class Calls:
@@ -24,6 +26,8 @@ class Calls:
         self._prefix = prefix
         self._ids = itertools.count(1)
         self.default_timeout_s = default_timeout_s
+        self._numbers = itertools.count()
+        self._open: set[int] = set()
         self.last_call_at = 0.0  # on the event loop's clock
 
     def begin(
@@ -55,6 +59,20 @@ class Calls:
             caller=caller_at(peer),
             priority=_header(priority),
         )
+
+    def opened(self) -> Callable[[], None]:
+        """A gRPC call begins; what is returned is to be called once its last byte is sent."""
+        number = next(self._numbers)
+        self._open.add(number)
+        return lambda: self._open.discard(number)
+
+    async def until_sent(self, limit_s: float) -> None:
+        """Until the answers to all calls that are open now are sent, at most `limit_s`; later ones do not count."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + limit_s
+        open_now = set(self._open)
+        while open_now & self._open and loop.time() < give_up_at:  # noqa: ASYNC110 - no event for each call is worth it
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     def of_message(self, stream: Call) -> Call:
         """A message that has just come in on a stream, as a request of its own."""

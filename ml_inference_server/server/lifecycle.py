@@ -25,10 +25,12 @@ from ml_inference_server.utils.config import Settings
 
 log = logging.getLogger(__name__)
 
-# Before the gRPC port closes: a quiet period without a new call, and the longest wait for one.
+# Before gRPC is stopped: a quiet period without a new call, and the longest wait for one.
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
-# Time for replies that are already computed to leave the socket.
-_REPLY_GRACE_S = 1.0
+# Time for replies that are already computed to reach the socket, and then to leave it.
+_REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
+# Servers whose connections the end of the process closes. Held, as grpc.aio stops a server that nobody holds.
+_left_to_the_end: list[GrpcServer] = []
 
 
 @dataclass(kw_only=True)
@@ -49,10 +51,13 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings, *, load: Load = load_model, quiet_s: float = _QUIET_S) -> AsyncIterator[Server]:
+async def serving(
+    settings: Settings, *, load: Load = load_model, quiet_s: float = _QUIET_S, ends_process: bool = False
+) -> AsyncIterator[Server]:
     """A running server. StartError if it cannot start; a cancellation while it starts stops what was started.
 
-    load: how the model comes to be. quiet_s: without a new call, before the gRPC port closes.
+    load: how the model comes to be. quiet_s: without a new call, before gRPC is stopped. ends_process: the caller ends
+    the process right after, and that closes the gRPC port and its connections; until then calls are refused.
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
@@ -60,7 +65,7 @@ async def serving(settings: Settings, *, load: Load = load_model, quiet_s: float
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, calls, quiet_s) as grpc_server,
+        _grpc(state, metrics, calls, None if ends_process else quiet_s) as grpc_server,
         _sidecar(state, metrics, calls) as http_port,
         _model(state, metrics, load) as model,
         _health(state, grpc_server) as health,
@@ -94,8 +99,12 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float) -> AsyncIterator[GrpcServer]:
-    """The port is open, and calls are answered, before there is a model: with MODEL_LOADING."""
+async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
+    """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
+
+    quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
+    CANCELLED, which no client repeats; a connection that ends is UNAVAILABLE, which is safe to repeat.
+    """
     settings = state.settings.server
     open_inference = OpenInference(state, metrics)
     servicers = (
@@ -109,8 +118,13 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
         yield grpc_server
     finally:
         state.draining.set()
-        await _quiet(calls, quiet_s)
-        await grpc_server.server.stop(_REPLY_GRACE_S)
+        if quiet_s is None:
+            _left_to_the_end.append(grpc_server)
+            await calls.until_sent(_REPLY_GRACE_S)
+            await asyncio.sleep(_SOCKET_S)
+        else:
+            await _quiet(calls, quiet_s)
+            await grpc_server.server.stop(_REPLY_GRACE_S)
 
 
 @contextlib.asynccontextmanager

@@ -77,6 +77,8 @@ async def serve(
 ) -> int:
     """Serve until a signal asks for the stop; the process's exit code. Raises StartError if it cannot start.
 
+    Whoever calls it ends the process then, which is what closes the gRPC connections.
+
     ready_file: holds the ports and the process id while it serves. exit_with_parent: stop when the parent has ended.
     """
     signals = StopSignals()
@@ -108,7 +110,7 @@ async def _serve(
     ready_file: Path | None,
     started: Started | None,
 ) -> int:
-    async with serving(settings) as server:
+    async with serving(settings, ends_process=True) as server:
         ready.set()
         if started is not None:
             started(server)

@@ -182,6 +182,25 @@ class ServerSettings(Section):
     drain_delay_ms: int = Field(
         0, ge=0, le=600_000, description="How long to go on accepting after SIGTERM while health says NOT_SERVING."
     )
+    max_concurrent_streams: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="Calls and streams at a time over one gRPC connection; a client keeps back what is more.",
+    )
+    max_connection_age_s: float = Field(
+        0.0,
+        ge=0,
+        le=31_536_000,
+        description="Ask gRPC clients to connect anew after so long (a tenth more or less), so that new replicas get "
+        "calls; 0: never.",
+    )
+    max_connection_age_grace_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        description="How long calls and streams may go on over a connection of that age; then it is closed.",
+    )
     hang_timeout_ms: int = Field(
         60_000,
         ge=100,

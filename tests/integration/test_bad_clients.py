@@ -96,7 +96,7 @@ def test_cancelled_calls_are_counted_as_cancelled(tmp_path: Path) -> None:
     async def leave(address: str) -> None:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = rpc.InferenceServiceStub(channel)
-            for text in ("!slow:20 a", "b"):
+            for text in ("!slow:100 a", "!slow:100 b"):
                 calls = [stub.Embed(pb.EmbedRequest(texts=[f"{text} {i}"])) for i in range(20)]
                 streams = [stub.EmbedStream() for _ in range(CLIENTS)]
                 for number, stream in enumerate(streams):
@@ -110,7 +110,9 @@ def test_cancelled_calls_are_counted_as_cancelled(tmp_path: Path) -> None:
             watch.cancel()
             await stub.Embed(pb.EmbedRequest(texts=["well"]))
 
-    with server_process(tmp_path, "--set", "server.enable_test_faults=true") as server:
+    # One by one, so that most of them wait for the model when the first is answered and they are cancelled.
+    slowly = ["--set", "server.enable_test_faults=true", "--set", "batching.max_batch_size=1"]
+    with server_process(tmp_path, *slowly) as server:
         address = f"127.0.0.1:{server.ready()['grpc_port']}"
         asyncio.run(leave(address))
         found = asyncio.run(counts_with_cancelled(address))

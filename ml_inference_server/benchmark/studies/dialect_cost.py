@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 from ml_inference_server.benchmark.load.channel import OK, RequestFailed, TimedReply
 from ml_inference_server.benchmark.load.dataset import Workload
-from ml_inference_server.benchmark.load.loops import ClosedLoop, FinishedRequest
+from ml_inference_server.benchmark.load.loops import ClosedLoop, FinishedRequest, ServerGone
+from ml_inference_server.benchmark.load.records import CODE_NUMBERS
 from ml_inference_server.benchmark.result.figures import figures
 from ml_inference_server.benchmark.studies.calls import EmbedDialect
 from ml_inference_server.benchmark.studies.own_server import OwnServer
 from ml_inference_server.benchmark.target.conditions import process_cpu_s
 from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.utils.errors import StartError
 
 _WARMUP_S = 0.5
 
@@ -79,11 +81,16 @@ class CostBench:
             try:
                 await dialect.call(texts)
             except RequestFailed as error:
-                reply = TimedReply("CLIENT_ERROR", f"{error.code} {error.message}")
+                # An HTTP status has no code among those of a record.
+                code = error.code if error.code in CODE_NUMBERS else "INVALID_RESPONSE"
+                reply = TimedReply(code, f"{error.code}: {error.message}")
             return FinishedRequest(sent_s, sent_s, time.perf_counter(), reply)
 
         loop = ClosedLoop(send, self._server.target.is_alive, lambda _: None)
-        await loop.run(0, load.in_flight, duration_s=seconds)
+        try:
+            await loop.run(0, load.in_flight, duration_s=seconds)
+        except ServerGone as gone:
+            raise StartError(f"{dialect.name}: {gone}") from None
         return loop
 
 

@@ -115,8 +115,8 @@ class Equality:
         return Answers(scores, None)
 
     def _cosines(self, embedded: _Numbers | None) -> _Numbers | None:
-        """What Rerank should give, where it is the cosine of what Embed gives: with no prompts for either side."""
-        has_prompts = any(self._info["space_ids"])
+        """What Rerank should give, where it is the cosine of what Embed gives: no prompt leads to another space."""
+        has_prompts = len(set(self._info["space_ids"].values())) > 1
         if embedded is None or has_prompts or self._info["resolved"]["similarity"] != "cosine":
             return None
         answers = by_cosine(self._labelled, embedded.values)

@@ -32,8 +32,10 @@ from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigErr
 from ml_inference_server.utils.experiment import QualitySettings
 
 _PARTS = ("equality", "cost")
-# The last bits of a vector depend on which texts share its batch, and nothing but the dialect may differ.
-_ALIKE = ("batching.max_batch_size=1",)
+# The last bits of a vector depend on which texts share its batch: each is computed by itself; and once, to save time.
+_ALIKE = ("batching.max_batch_size=1", "cache.max_mb=256")
+# Queries that meet themselves in flight would cost nothing.
+_NONE_SHARED = ("batching.share_equal_texts=false",)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Study:
     async def cost(self, loads: Sequence[CostLoad]) -> int:
         arguments = self._arguments
         async with AsyncExitStack() as stack:
-            server = await stack.enter_async_context(own_server(arguments.experiment, arguments.overrides, self._stop))
+            overrides = [*_NONE_SHARED, *arguments.overrides]
+            server = await stack.enter_async_context(own_server(arguments.experiment, overrides, self._stop))
             if server.scores_pairs:
                 raise ConfigError(
                     "this model is a cross-encoder, and the cost is that of embeddings: use --part equality"

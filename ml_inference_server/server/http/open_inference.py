@@ -25,6 +25,7 @@ from ml_inference_server.utils.errors import InvalidRequest
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _SIZE = "binary_data_size"
+_MOST_TENSORS = 1024
 # The second one is also that of a body without a type, which is what tritonclient sends.
 _CONTENT_TYPES = ("application/json", "application/octet-stream")
 
@@ -67,8 +68,8 @@ class InferRequest(Schema):
         description="prompt_name or input_type, overflow, dimensions, normalize, expect_space_id, timeout "
         "(microseconds), binary_data_output.",
     )
-    inputs: Annotated[list[InferTensor], Field(fail_fast=True)]
-    outputs: Annotated[list[InferOutput], Field(fail_fast=True)] | None = Field(
+    inputs: Annotated[list[InferTensor], Field(fail_fast=True, max_length=_MOST_TENSORS)]
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True, max_length=_MOST_TENSORS)] | None = Field(
         None, description="Left out: all of them."
     )
 

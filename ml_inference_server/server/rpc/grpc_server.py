@@ -35,16 +35,22 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
     """Channel arguments. gRPC ignores a misspelt one without a word, so a test compares the names with gRPC's list."""
+    age_ms, grace_ms = round(1000 * settings.max_connection_age_s), round(1000 * settings.max_connection_age_grace_s)
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.so_reuseport", 0),  # otherwise a second server binds the same port and takes half of the calls
-        ("grpc.max_concurrent_streams", 1000),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        # Headers of one call: above the first some are refused, above the second all (both are gRPC's defaults).
+        ("grpc.max_metadata_size", 8192),
+        ("grpc.absolute_max_metadata_size", 16_384),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
         ("grpc.max_connection_idle_ms", 900_000),
+        *([("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", grace_ms)] if age_ms else []),
         ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.max_allowed_incoming_connections", 4096),
     ]

@@ -1,5 +1,6 @@
 """inference.GRPCInferenceService, which clients of Triton and of KServe call: messages to plain arguments and back."""
 
+from collections.abc import Sized
 from typing import Any
 
 import grpc
@@ -21,6 +22,9 @@ _DIALECT = RpcDialect(fields={"texts": "TEXT"})
 
 # Bytes of an answer that do not grow with the number of its texts.
 _REST_BYTES = 4096
+# Of inputs, outputs and parameters: far more than any request needs. A message has room for millions of empty ones, and
+# a Python object for each would take all memory and minutes of the event loop.
+_MOST_ITEMS = 1024
 _NO_SHARED_MEMORY = "this server has no shared memory: send tensors in ModelInfer, and receive them in its answer"
 _ONE_MODEL = "this server has one model, which it loads at its start"
 _MISSING = {
@@ -91,6 +95,8 @@ class OpenInferenceServicer:
         return ParseDict(self._open_inference.index(only_ready=request.ready), pb.RepositoryIndexResponse())
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> Reply[pb.ModelInferResponse]:
+        _check_count("inputs", request.inputs)
+        _check_count("outputs", request.outputs)
         inference = Inference(
             model_name=request.model_name,
             model_version=request.model_version,
@@ -133,8 +139,15 @@ def _inputs(request: pb.ModelInferRequest) -> list[InputTensor]:
     ]
 
 
+def _check_count(name: str, items: Sized) -> None:
+    if len(items) > _MOST_ITEMS:
+        message = f"{len(items)} of them, the limit is {_MOST_ITEMS}"
+        raise InvalidRequest(f"{name}: {message}", violations=[(name, message)])
+
+
 def _values(parameters: Any) -> dict[str, object]:
     """A parameter without a value is None."""
+    _check_count("parameters", parameters)
     values: dict[str, object] = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
