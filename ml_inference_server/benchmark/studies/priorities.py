@@ -44,7 +44,7 @@ _MOST_P99_RATIO, _LEAST_JOB_RATIO = 2.0, 0.85
 
 
 @dataclass
-class Measured:
+class MeasuredLoad:
     """One load of one round."""
 
     p50_ms: float
@@ -59,7 +59,7 @@ class Case:
     """What the rounds gave, and what each is compared with."""
 
     name: str
-    rounds: list[Measured] = field(default_factory=list)
+    rounds: list[MeasuredLoad] = field(default_factory=list)
 
     def told(self, value: str, base: "Case | None" = None) -> str:
         """Median (lowest-highest) of that attribute, or of its ratio to the same round of `base`."""
@@ -88,13 +88,13 @@ class PriorityBench:
         share = Share(self._passages, 8, _TIMEOUT_S, False, concurrency=16, duration_s=_WARMUP_S)
         await self._run(LOOPBACK, share)
 
-    async def queries_alone(self, round_: int) -> Measured:
+    async def queries_alone(self, round_: int) -> MeasuredLoad:
         return await self._run(LOOPBACK, self._of_queries(round_, self._seconds))
 
-    async def job_alone(self) -> Measured:
+    async def job_alone(self) -> MeasuredLoad:
         return await self._run(LOOPBACK, self._of_job(""))
 
-    async def both(self, round_: int, priority: str) -> tuple[Measured, Measured]:
+    async def both(self, round_: int, priority: str) -> tuple[MeasuredLoad, MeasuredLoad]:
         """(job, queries): the queries go on as long as the job does. priority: of the job."""
         queries = self._of_queries(round_, 60 * self._seconds)
         return await self._beside((LOOPBACK, self._of_job(priority)), (LOOPBACK, queries))
@@ -111,10 +111,10 @@ class PriorityBench:
         )
         return (await self._run(LOOPBACK, share)).texts_per_s / _CALLERS_PER_CALL
 
-    async def light_alone(self, round_: int, capacity: float) -> Measured:
+    async def light_alone(self, round_: int, capacity: float) -> MeasuredLoad:
         return await self._run(_OTHER_LOOPBACK, self._offered(_LIGHT * capacity, round_, 1))
 
-    async def light_beside_flood(self, round_: int, capacity: float) -> tuple[Measured, Measured]:
+    async def light_beside_flood(self, round_: int, capacity: float) -> tuple[MeasuredLoad, MeasuredLoad]:
         """(light, flood): the flood comes from another address, and goes on as long as the light load does."""
         light = self._offered(_LIGHT * capacity, round_, 1)
         flood = self._offered(_FLOOD * capacity, round_, 2)
@@ -141,12 +141,12 @@ class PriorityBench:
         due_s = arrivals_s("poisson", calls_per_s, duration_s=seconds, seed=seed, repeat=round_).tolist()
         return Share(self._passages, _CALLERS_PER_CALL, _CALLERS_TIMEOUT_S, False, due_s=due_s, first=seed * 1_000_000)
 
-    async def _run(self, host: str, share: Share) -> Measured:
+    async def _run(self, host: str, share: Share) -> MeasuredLoad:
         fleet = Fleet(host, self._port, _in_processes(share), lambda _: None)
         await fleet.run()
         return _measured(fleet.left(), share)
 
-    async def _beside(self, first: tuple[str, Share], other: tuple[str, Share]) -> tuple[Measured, Measured]:
+    async def _beside(self, first: tuple[str, Share], other: tuple[str, Share]) -> tuple[MeasuredLoad, MeasuredLoad]:
         """(host, share) each: `other` has been answered once when `first` begins, and ends with it."""
         running = asyncio.Event()
         fleet = Fleet(first[0], self._port, _in_processes(first[1]), lambda _: None)
@@ -166,14 +166,14 @@ def _in_processes(share: Share) -> list[Share]:
     return split(share, processes_for(len(share.due_s) / share.due_s[-1], 0)) if share.due_s else [share]
 
 
-def _measured(left: Left, share: Share) -> Measured:
+def _measured(left: Left, share: Share) -> MeasuredLoad:
     records = left.records
     answered = ok_only(records)
     failed = counts(records)
     failed.pop("OK", None)
     failed.pop("UNFINISHED", None)  # cut off when the other load had ended
     latencies = (answered["done_s"] - answered["due_s"]) * 1e3
-    return Measured(
+    return MeasuredLoad(
         p50_ms=float(np.percentile(latencies, 50)) if len(latencies) else float("nan"),
         p99_ms=float(np.percentile(latencies, 99)) if len(latencies) else float("nan"),
         texts_per_s=len(answered) * share.batch_size / left.seconds if left.seconds else 0.0,
