@@ -51,7 +51,8 @@ _runners: list[asyncio.Runner] = []
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve sentence embeddings and pair scores over gRPC, with a dashboard and metrics over HTTP."
     parser.epilog = (
-        "Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, 130 Ctrl-C."
+        "Exit codes: 0 stopped, 2 configuration, 3 model or device, 4 port in use, 5 work cut off, "
+        "6 the engine hangs: start again, 130 Ctrl-C."
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

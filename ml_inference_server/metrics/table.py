@@ -63,6 +63,7 @@ REASONS = (
     "MODEL_LOADING",
     "DRAINING",
     "BACKEND_ERROR",
+    "ENGINE_STUCK",
     "NON_FINITE_OUTPUT",
     "INTERNAL_BUG",
     "other",

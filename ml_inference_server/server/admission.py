@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 from types import TracebackType
 
 from ml_inference_server.server.engine_rate import EngineRate
@@ -55,8 +56,17 @@ class Reservation:
 class Admission:
     """batch_tokens: of one batch, at most."""
 
-    def __init__(self, settings: BatchingSettings, rate: EngineRate, *, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        settings: BatchingSettings,
+        rate: EngineRate,
+        *,
+        batch_tokens: int,
+        stuck: Callable[[], str] = lambda: "",
+    ) -> None:
+        """stuck: why no request could be worked on now, nor soon."""
         self._settings = settings
+        self._stuck = stuck
         self._rate = rate
         self._shares = QueueShares(
             max_requests=settings.max_queue_requests,
@@ -82,12 +92,14 @@ class Admission:
     def admit(self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None) -> Reservation:
         """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.
 
-        Raises Unavailable while draining, InvalidRequest if the request could never fit, Overloaded with a hint if it
-        does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
+        Raises Unavailable while draining or stuck, InvalidRequest if the request could never fit, Overloaded with a
+        hint if it does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
         """
         settings = self._settings
         if self._refuses:
             raise Unavailable("the server is shutting down; send the request to another one")
+        if stuck := self._stuck():
+            raise Unavailable(f"{stuck}; send the request to another server", reason="ENGINE_STUCK")
         time_left_s = deadline - self._loop.time()
         if time_left_s <= 0:
             raise DeadlinePassed("the deadline had passed before the request was admitted")

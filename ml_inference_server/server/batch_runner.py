@@ -11,6 +11,7 @@ from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.batching import Batch, ClosedBy, Limits
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.patience import hang_limit_s
 from ml_inference_server.server.pending import Subscriptions
 from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Output, Worker
@@ -26,9 +27,16 @@ class BatchRunner:
     """Whatever happens to a batch, each who waits for one of its texts gets the row, or one error."""
 
     def __init__(
-        self, worker: Worker, limits: Limits, rate: EngineRate, metrics: Metrics, subscriptions: Subscriptions
+        self,
+        worker: Worker,
+        limits: Limits,
+        rate: EngineRate,
+        metrics: Metrics,
+        subscriptions: Subscriptions,
+        hang_timeout_s: float,
     ) -> None:
         self._worker = worker
+        self._hang_timeout_s = hang_timeout_s
         self._subscriptions = subscriptions
         self._limits = limits
         self._rate = rate
@@ -88,8 +96,10 @@ class BatchRunner:
         for item in items:
             for pending in item.subscribers:
                 pending.is_dispatched = True
+        expected_s = self._rate.s_per_cost_token * self._limits.cost_tokens(batch)
+        limit_s = hang_limit_s(expected_s, self._rate.batches, self._hang_timeout_s)
         try:
-            output = await self._worker.run(TokenBatch.of([item.payload for item in items]))
+            output = await self._worker.run(TokenBatch.of([item.payload for item in items]), limit_s)
             _check(output, len(items))
         except Exception:
             self._record(batch, dispatched_at, started_at=dispatched_at, ended_at=self._loop.time(), ok=False)

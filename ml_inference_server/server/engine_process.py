@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from ml_inference_server.backends.base import Backend, TokenBatch, enable_faults
 from ml_inference_server.backends.startup.resolve import Resolution
 from ml_inference_server.backends.startup.start import Described, load_resolved, start_backend
+from ml_inference_server.server.patience import Patience
 from ml_inference_server.server.workers import Output
 from ml_inference_server.utils.child import begin_child, huge_pages_for_children
 from ml_inference_server.utils.config import ModelSettings
@@ -44,10 +46,19 @@ class _Kind(IntEnum):
     RUN = 4
     ROWS = 5
     RAISED = 6  # a sentence
+    PING = 7  # are you there?
+    PONG = 8
 
 
 class EngineDied(RuntimeError):
-    """The process ended, or was ended because it hung, while a batch ran in it."""
+    """The process ended, or was ended because it hung, while a batch ran in it.
+
+    is_killed: by somebody else, with SIGKILL: where memory runs out, the kernel does so.
+    """
+
+    def __init__(self, message: str, *, is_killed: bool = False) -> None:
+        super().__init__(message)
+        self.is_killed = is_killed
 
 
 def pack_batch(batch: TokenBatch) -> bytes:
@@ -88,7 +99,8 @@ def _child(
     _send(connection, _Kind.READY, pickle.dumps(described))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            _send(connection, *_answer(backend, _receive(stream)))
+            kind, request = _receive(stream)
+            _send(connection, *((_Kind.PONG, b"") if kind is _Kind.PING else _answer(backend, request)))
     os._exit(0)  # threads of a library must not keep it
 
 
@@ -114,11 +126,12 @@ def _send(connection: socket.socket, kind: _Kind, payload: bytes) -> None:
     connection.sendall(_FRAME.pack(kind, len(payload)) + payload)
 
 
-def _receive(stream: BinaryIO) -> bytes:
+def _receive(stream: BinaryIO) -> tuple[_Kind, bytes]:
     head = stream.read(_FRAME.size)
     if len(head) < _FRAME.size:
         raise EOFError
-    return stream.read(_FRAME.unpack(head)[1])
+    kind, length = _FRAME.unpack(head)
+    return _Kind(kind), stream.read(length)
 
 
 class EngineProcess:
@@ -144,13 +157,14 @@ class EngineProcess:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self.alive = False
+        self.is_killed = False
 
     @property
     def pid(self) -> int:
         return self._process.pid or 0
 
-    async def start(self) -> Described | None:
-        """Until it is loaded and warm. Raises what the child refused with, or EngineDied."""
+    async def start(self, limit_s: float = math.inf) -> Described | None:
+        """Until it is loaded and warm. Raises what the child refused with, or EngineDied, also after `limit_s`."""
         with huge_pages_for_children():
             self._process.start()
         self._there.close()
@@ -160,7 +174,7 @@ class EngineProcess:
             self.reader, self._writer = await asyncio.open_connection(sock=self._here)
             self._answer = asyncio.get_running_loop().create_future()
             self._reading = asyncio.create_task(self._read(self.reader))
-            kind, payload = await self._answer
+            kind, payload = await self._within(limit_s, f"it was not ready after {limit_s:.3g} s")
         except BaseException:
             self.kill()
             raise
@@ -173,25 +187,44 @@ class EngineProcess:
 
     async def run(self, batch: TokenBatch, limit_s: float) -> Output:
         """EngineDied if the process ends or takes longer than `limit_s`, which ends it; RuntimeError if it raised."""
-        if self._writer is None or not self.alive:
-            raise EngineDied("the process of the engine has ended")
-        payload = pack_batch(batch)
-        self._answer = asyncio.get_running_loop().create_future()
-        try:
-            self._writer.write(_FRAME.pack(_Kind.RUN, len(payload)) + payload)
-            async with asyncio.timeout(limit_s):
-                kind, content = await self._answer
-        except TimeoutError:
-            self.kill()
-            raise EngineDied(f"a batch ran for {limit_s:g} s (server.hang_timeout_ms): its process was ended") from None
-        except asyncio.CancelledError:
-            self.kill()  # its answer would be taken for that of the next batch
-            raise
+        late = f"a batch ran for {limit_s:.3g} s (server.hang_timeout_ms is the most): its process was ended"
+        kind, content = await self._ask(_Kind.RUN, pack_batch(batch), limit_s, late)
         if kind is _Kind.RAISED:
             raise RuntimeError(content.decode())
         count, dimension, started_at, ended_at = _ROWS.unpack_from(content)
         rows: NDArray[np.float32] = np.frombuffer(content, np.float32, offset=_ROWS.size).reshape(count, dimension)
         return Output(rows, started_at, ended_at)
+
+    async def ping(self, limit_s: float) -> None:
+        """EngineDied if it does not answer within `limit_s`, which ends it."""
+        await self._ask(_Kind.PING, b"", limit_s, f"it was idle and did not answer for {limit_s:.3g} s: it was ended")
+
+    async def _ask(self, kind: _Kind, payload: bytes, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+        if self._writer is None or not self.alive:
+            raise EngineDied("the process of the engine has ended")
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            self._writer.write(_FRAME.pack(kind, len(payload)) + payload)
+            return await self._within(limit_s, late)
+        except asyncio.CancelledError:
+            self.kill()  # its answer would be taken for that of the next batch
+            raise
+
+    async def _within(self, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+        """The answer that is waited for; after `limit_s` the process is ended and EngineDied says why."""
+        answer = self._answer
+        assert answer is not None  # noqa: S101 - whoever asks waits for one
+
+        def give_up() -> None:
+            self.kill()
+            if not answer.done():
+                answer.set_exception(EngineDied(late))
+
+        patience = Patience(limit_s, give_up)
+        try:
+            return await answer
+        finally:
+            patience.end()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         # ValueError: what came is no frame of ours. Whatever ends the reading ends the process, which is then replaced.
@@ -203,16 +236,21 @@ class EngineProcess:
                     self._phase(payload.decode())
                 elif self._answer is not None and not self._answer.done():
                     self._answer.set_result((kind, payload))
+        by_itself = self.alive
         self.kill()
         await asyncio.to_thread(self._process.join)
+        self.is_killed = by_itself and self._process.exitcode == -signal.SIGKILL
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(EngineDied(f"the process of the engine ended ({self.end})"))
+            message = f"the process of the engine ended ({self.end})"
+            self._answer.set_exception(EngineDied(message, is_killed=self.is_killed))
         self._died(self)
 
     @property
     def end(self) -> str:
         """How it ended."""
         code = self._process.exitcode or 0
+        if self.is_killed:
+            return "signal SIGKILL of somebody else: where memory runs out, the kernel sends it"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:

@@ -10,16 +10,18 @@ class EngineRate:
     """Exponentially weighted means over the batches so far; 0 before the first one.
 
     tokens_per_s: real tokens, of all streams together. s_per_cost_token: seconds of one batch for each token of its
-    cost, which is its work and the fixed overhead (see batching).
+    cost, which is its work and the fixed overhead (see batching). batches: how many that is known from.
     """
 
     tokens_per_s: float = 0.0
     s_per_cost_token: float = 0.0
+    batches: int = 0
 
     def observe(self, *, tokens: int, cost_tokens: int, streams: int, compute_s: float) -> None:
         """One batch that took `compute_s` on one of `streams` streams."""
         if compute_s <= 0:
             return
+        self.batches += 1
         self.tokens_per_s = _mean(self.tokens_per_s, tokens * streams / compute_s)
         self.s_per_cost_token = _mean(self.s_per_cost_token, compute_s / cost_tokens)
 

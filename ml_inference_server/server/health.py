@@ -24,8 +24,12 @@ class Health(Protocol):
     async def set_serving(self, serving: bool) -> None: ...
 
 
+class EngineLost(Exception):
+    """Only a new process of the server can help."""
+
+
 async def watch_health(state: ServerState, health: Health) -> None:
-    """Runs until cancelled."""
+    """Runs until cancelled, or until the engine is lost and everybody has heard that the server is not ready."""
     turn = 0
     while True:
         await asyncio.sleep(_INTERVAL_S)
@@ -36,6 +40,8 @@ async def watch_health(state: ServerState, health: Health) -> None:
                 logging.INFO if ready else logging.ERROR, "health: %s (%s)", "SERVING" if ready else "NOT_SERVING", why
             )
             await health.set_serving(ready)
+        if state.model is not None and state.model.worker.lost and not health.serving:
+            raise EngineLost(state.model.worker.lost)
         failing = state.model is not None and state.model.batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW
         if failing and turn % _PROBE_EVERY == 0:
             await _probe(state)

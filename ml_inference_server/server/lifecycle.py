@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to reach the socket, and then to leave it.
 _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
+# For the requests that do not hang, where others do in a thread and the process has to end.
+_LOST_DRAIN_S = 5.0
 # Servers whose connections the end of the process closes. Held, as grpc.aio stops a server that nobody holds.
 _left_to_the_end: list[GrpcServer] = []
 
@@ -192,6 +194,9 @@ async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer)
     settings = state.settings.server
     state.draining.set()
     await grpc_server.set_serving(False)
+    if model.worker.lost:
+        model.admission.refuse_new()
+        return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)
     if settings.drain_delay_ms:
         log.info("draining: accepting for another %d ms", settings.drain_delay_ms)
         await asyncio.sleep(settings.drain_delay_ms / 1000)

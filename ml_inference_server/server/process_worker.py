@@ -7,6 +7,7 @@ the server. What ran there fails like a batch that raised; the process is starte
 import asyncio
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 from ml_inference_server.backends.base import TokenBatch
@@ -20,6 +21,12 @@ from ml_inference_server.utils.errors import ModelError, StartError
 log = logging.getLogger(__name__)
 
 _MOST_BACKOFF_S = 30.0
+# A start that takes several times as long as the first one, which had to choose and check as well, hangs.
+_TIMES_THE_FIRST_START = 3.0
+LEAST_START_LIMIT_S = 60.0
+# Idle processes are asked whether they are there.
+PING_EVERY_S = 5.0
+_MOST_PING_S = 10.0
 
 
 class ProcessWorker:
@@ -37,14 +44,20 @@ class ProcessWorker:
         self._idle: asyncio.LifoQueue[EngineProcess] = asyncio.LifoQueue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._start_limit_s = math.inf
+        self._failed_starts = 0  # in a row
         self.slots = 0
         self.restarts = 0
+        self.lost = ""  # what hangs here can be ended
 
     async def start(self, model: ModelSettings, phase: Callable[[str], None]) -> Described:
         """The first process chooses, checks and fills the caches; then the others load. ModelError if one cannot."""
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
         try:
             described = await self._launch(model, phase)
             assert described is not None  # noqa: S101 - the first one describes what it loaded
+            self._start_limit_s = max(LEAST_START_LIMIT_S, _TIMES_THE_FIRST_START * (loop.time() - began_at))
             self._resolution = described.resolution
             self.slots = described.resolution.model.streams
             phase(f"starting {self.slots} processes")
@@ -55,13 +68,14 @@ class ProcessWorker:
         except BaseException:
             self.close()
             raise
+        self._keep(asyncio.create_task(self._ping_idle_ones()))
         return described
 
     async def _launch(
         self, asked: ModelSettings | Resolution, phase: Callable[[str], None] = lambda text: None
     ) -> Described | None:
         engine = EngineProcess(asked, self._faults, phase, self._replace)
-        described = await engine.start()
+        described = await engine.start(self._start_limit_s)
         if self._closed:
             engine.kill()
         if not engine.alive:
@@ -75,10 +89,12 @@ class ProcessWorker:
         if dead in self.engines and not self._closed:
             log.error("a process of the engine ended (%s): starting a new one", dead.end)
             self.restarts += 1
-            task = asyncio.create_task(self._launch_until_it_runs())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.create_task(self._launch_until_it_runs()))
         self.engines.discard(dead)
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _launch_until_it_runs(self) -> None:
         for tries in itertools.count():
@@ -86,20 +102,38 @@ class ProcessWorker:
                 assert self._resolution is not None  # noqa: S101 - `start` has set it
                 await self._launch(self._resolution)
             except (EngineDied, StartError, OSError) as error:
+                self._failed_starts += 1
                 wait_s = min(2.0**tries, _MOST_BACKOFF_S)
                 log.error("the engine did not start (%s): trying again in %.0f s", error, wait_s)
                 await asyncio.sleep(wait_s)
             else:
+                self._failed_starts = 0
                 log.info("a new process of the engine runs")
                 return
 
-    async def run(self, batch: TokenBatch) -> Output:
+    async def _ping_idle_ones(self) -> None:
+        """One that hangs while nobody asks it for anything is found before somebody does."""
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+            # The last one in is the first one out again.
+            await asyncio.gather(*(self._ping(engine) for engine in reversed(idle)))
+
+    async def _ping(self, engine: EngineProcess) -> None:
+        try:
+            await engine.ping(min(self._hang_timeout_s, _MOST_PING_S))
+        except EngineDied as error:
+            log.debug("ping: %s", error)
+        else:
+            self._idle.put_nowait(engine)
+
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
         """Run one batch; waits while there is no process for it. Raises EngineDied, or RuntimeError if it raised."""
         engine = await self._idle.get()
         while not engine.alive:
             engine = await self._idle.get()
         try:
-            return await engine.run(batch, self._hang_timeout_s)
+            return await engine.run(batch, min(limit_s, self._hang_timeout_s))
         finally:
             if engine.alive:
                 self._idle.put_nowait(engine)
@@ -111,6 +145,11 @@ class ProcessWorker:
     @property
     def trouble(self) -> str:
         return "" if self.pids else "no process of the engine runs; it is being started again"
+
+    @property
+    def stuck(self) -> str:
+        """Calls wait for the first try of a start, as it takes seconds; not for one that has failed already."""
+        return "the engine cannot be started" if self._failed_starts and not self.pids else ""
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""

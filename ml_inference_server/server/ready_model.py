@@ -68,13 +68,14 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
         )
     rate = EngineRate()
     limits = batch_limits(settings.batching, info)
-    admission = Admission(settings.batching, rate, batch_tokens=limits.max_batch_tokens)
+    admission = Admission(settings.batching, rate, batch_tokens=limits.max_batch_tokens, stuck=lambda: worker.stuck)
     batcher = DynamicBatcher(
         worker,
         limits,
         rate,
         metrics,
         share_equal_texts=settings.batching.share_equal_texts,
+        hang_timeout_s=settings.server.hang_timeout_ms / 1000,
         cache=AnswerCache(settings.cache.max_mb * BYTES_PER_MB) if settings.cache.max_mb else None,
     )
     names = ModelNames(

@@ -6,6 +6,7 @@ and when a batching window closes; so there is no background task whose death wo
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ class DynamicBatcher:
     """Computes requests of one or more texts and answers each exactly once: with its rows, or with one error.
 
     share_equal_texts: compute texts of different requests once if they are equal and in flight at the same time;
-    without batching each request runs by itself all the same. cache: of finished rows; None for none.
+    without batching each request runs by itself all the same. cache: of finished rows; None for none. hang_timeout_s:
+    the most that a batch may ever take; it is less once it is known how long they take.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class DynamicBatcher:
         *,
         share_equal_texts: bool = True,
         cache: AnswerCache | None = None,
+        hang_timeout_s: float = math.inf,
     ) -> None:
         self._worker = worker
         self._queue = BatchQueue(limits)
         self._rate = rate
         share = share_equal_texts and limits.enabled
         self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
-        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions)
+        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s)
         self._free_slots, self._free_express_slots = worker.slots, worker.express_slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
@@ -210,12 +213,8 @@ class DynamicBatcher:
 
     @property
     def trouble(self) -> str:
-        """Why no batch can run now; empty if one can."""
+        """Why others should get the calls; empty if all is well."""
         return self._worker.trouble
-
-    def oldest_batch_s(self) -> float:
-        """How long the longest-running batch has been in flight; 0 when none is."""
-        return max((self._loop.time() - each.since for each in self._running.values()), default=0.0)
 
     def close(self) -> None:
         """End at once: whoever still waits, or comes later, is answered with Unavailable."""

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ml_inference_server.server.health import parent_ended
+from ml_inference_server.server.health import EngineLost, parent_ended
 from ml_inference_server.server.lifecycle import Server, serving
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import (
+    EXIT_ENGINE_LOST,
     EXIT_FAILED_RUN,
     EXIT_HUNG_UP,
     EXIT_INTERRUPTED,
@@ -121,7 +122,7 @@ async def _serve(
         with _announced(server, ready_file):
             log.info("ready")
             exit_code = await _until_stop(server, signals)
-    return EXIT_FAILED_RUN if server.cut_off else exit_code or signals.exit_code
+    return exit_code or (EXIT_FAILED_RUN if server.cut_off else signals.exit_code)
 
 
 @contextlib.contextmanager
@@ -141,11 +142,18 @@ def _announced(server: Server, ready_file: Path | None) -> Iterator[None]:
 
 
 async def _until_stop(server: Server, signals: StopSignals) -> int:
-    """EXIT_FAILED_RUN where the health watcher failed: health could lie from then on."""
+    """EXIT_ENGINE_LOST where only a new process can help.
+
+    EXIT_FAILED_RUN where the health watcher failed: health could lie from then on.
+    """
     asked = asyncio.create_task(signals.asked.wait())
     await asyncio.wait({asked, server.health}, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if not server.health.done():
         return EXIT_OK
-    log.critical("the health watcher failed: shutting down", exc_info=server.health.exception())
+    error = server.health.exception()
+    if isinstance(error, EngineLost):
+        log.critical("%s: this process ends with exit code %d, to be started again", error, EXIT_ENGINE_LOST)
+        return EXIT_ENGINE_LOST
+    log.critical("the health watcher failed: shutting down", exc_info=error)
     return EXIT_FAILED_RUN

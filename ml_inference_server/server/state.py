@@ -39,9 +39,6 @@ class ServerState:
         if self.model is None:
             return False, self.phase
         batcher = self.model.batcher
-        running_s = batcher.oldest_batch_s()
-        if running_s * 1000 > self.settings.server.hang_timeout_ms:
-            return False, f"a batch has been running for {running_s:.0f} s"
         if batcher.trouble:
             return False, batcher.trouble
         if batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:

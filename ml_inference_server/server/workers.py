@@ -1,8 +1,9 @@
 """Where a backend runs. A worker takes a batch of token ids and gives back an array; the scheduler knows no more."""
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_inference_server.backends.base import Backend, TokenBatch
+from ml_inference_server.server.patience import Patience
+
+# Beyond its limit a batch gets as long again, and at least so long, before it is given up with its process.
+_LEAST_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +48,82 @@ class Worker(Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why no batch can run now; empty if one can."""
+        """Why others should get the calls; empty if all is well."""
         ...
 
-    async def run(self, batch: TokenBatch) -> Output:
-        """Run one batch; raises whatever the backend raised."""
+    @property
+    def stuck(self) -> str:
+        """Why no batch can run now, nor soon; empty if one can."""
+        ...
+
+    @property
+    def lost(self) -> str:
+        """Why only a new process of the server can help; empty as long as it goes on."""
+        ...
+
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+        """Run one batch, which hangs if it takes longer than `limit_s`; raises whatever the backend raised."""
         ...
 
     def close(self) -> None: ...
 
 
+class _Running:
+    """A batch in a thread, and whether it is late: beyond its limit; lost: for so long that nobody waits any more."""
+
+    def __init__(self, limit_s: float, changed: Callable[[], None]) -> None:
+        self.limit_s = limit_s
+        self.is_late = self.is_lost = False
+        self._changed = changed
+        self._patience = Patience(limit_s, self._be_late)
+
+    def _be_late(self) -> None:
+        self.is_late = True
+        self._patience = Patience(max(self.limit_s, _LEAST_GRACE_S), self._be_lost)
+        self._changed()
+
+    def _be_lost(self) -> None:
+        self.is_lost = True
+        self._changed()
+
+    def end(self) -> None:
+        self._patience.end()
+
+
 class ThreadWorker:
-    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more."""
+    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more.
+
+    No thread can be ended from outside: one that hangs for good is lost, and the process with it.
+    """
 
     pids: Sequence[int] = ()
     restarts = 0
-    trouble = ""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.slots = backend.info.concurrency
         self.express_slots = int(backend.info.device == "cpu")
+        self.trouble = self.stuck = self.lost = ""
         self._pool = ThreadPoolExecutor(self.slots + self.express_slots, thread_name_prefix="backend")
+        self._running: set[_Running] = set()
 
-    async def run(self, batch: TokenBatch) -> Output:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, batch)
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+        running = _Running(limit_s, self._look)
+        self._running.add(running)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, batch)
+        finally:
+            running.end()
+            self._running.discard(running)
+            if running.is_late:
+                self._look()
+
+    def _look(self) -> None:
+        late = [each for each in self._running if each.is_late]
+        limit_s = max((each.limit_s for each in late), default=0.0)
+        self.trouble = f"a batch has been running for more than {limit_s:.3g} s" if late else ""
+        self.stuck = "the engine does not answer; it is given some more time" if len(late) >= self.slots else ""
+        self.lost = "a batch hangs in a thread, which cannot be ended" if any(each.is_lost for each in late) else ""
 
     def _infer(self, batch: TokenBatch) -> Output:
         started_at = time.monotonic()

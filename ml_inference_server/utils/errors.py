@@ -11,7 +11,7 @@ ServiceError                  one request is answered with an error; the server 
 ├── SpaceMismatch             the caller expects vectors of another space
 ├── Overloaded                the queue is full; come back after `retry_after_ms`
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
-├── Unavailable               loading or shutting down; safe to retry
+├── Unavailable               loading or shutting down, or the engine hangs; safe to retry
 └── BackendFailure            the model failed on this input, alone
     └── NonFiniteOutput       the model answered NaN or infinity
 
@@ -25,6 +25,7 @@ EXIT_CONFIG = 2
 EXIT_MODEL = 3
 EXIT_PORT = 4
 EXIT_FAILED_RUN = 5
+EXIT_ENGINE_LOST = 6
 EXIT_INTERNAL = 70
 EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
@@ -116,7 +117,7 @@ class DeadlinePassed(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """The server is loading or draining; the request was not started and can be retried."""
+    """The server is loading or draining, or its engine hangs; the request was not started and can be retried."""
 
     reason = "DRAINING"
     retry_after_ms = 1000

@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -15,6 +16,7 @@ from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.fake import fake_embedding, fake_logit
 from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.system import SystemSampler
+from ml_inference_server.server import process_worker
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_process import EngineDied, pack_batch, unpack_batch
 from ml_inference_server.server.process_worker import ProcessWorker
@@ -125,6 +127,56 @@ async def test_an_idle_process_that_is_killed_is_noticed_and_one_that_is_stopped
                 await worker.run(encode(described, ["fine"]))
         await worker.run(encode(described, ["fine"]))
         assert (worker.restarts, worker.trouble) == (1, "")
+
+
+async def test_idle_processes_that_hang_are_found_and_replaced_before_anybody_asks_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_worker, "PING_EVERY_S", 0.05)
+    async with started(streams=2) as (described, worker):
+        before = list(worker.pids)
+        os.kill(before[0], signal.SIGSTOP)
+        os.kill(before[1], signal.SIGSTOP)
+        await until(lambda: worker.restarts == 2)
+        await until(lambda: len(worker.pids) == 2)
+        assert set(worker.pids).isdisjoint(before)
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+
+
+async def test_a_replacement_that_hangs_while_it_starts_is_ended_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_worker, "LEAST_START_LIMIT_S", 0.01)
+    async with started() as (described, worker):
+        first = multiprocessing.active_children()
+        os.kill(worker.pids[0], signal.SIGKILL)
+        await until(lambda: worker.restarts == 1)
+        assert worker.stuck == ""  # calls wait for it
+        await until(lambda: bool(set(multiprocessing.active_children()) - set(first)))
+        (second,) = set(multiprocessing.active_children()) - set(first)
+        assert second.pid is not None
+        os.kill(second.pid, signal.SIGSTOP)
+        await until(lambda: worker.stuck != "")
+        assert worker.stuck == "the engine cannot be started"
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+        assert (worker.stuck, worker.trouble) == ("", "")
+        assert worker.pids[0] != second.pid
+
+
+async def test_an_engine_is_not_ended_for_the_time_in_which_the_server_stood_still() -> None:
+    """A whole server that is stopped for longer than a batch may run, and goes on."""
+    asked = settings()
+    worker = ProcessWorker(hang_timeout_s=0.4, faults=True)
+    described = await worker.start(asked.model, lambda text: None)
+    try:
+        running = asyncio.create_task(worker.run(encode(described, ["!slow:100 a"])))
+        await asyncio.sleep(0)
+        time.sleep(1)  # noqa: ASYNC251 - nothing of this process goes on meanwhile
+        assert (await running).rows.shape == (1, 8)
+        assert worker.restarts == 0
+    finally:
+        worker.close()
+        await until(lambda: not worker.pids and not worker.engines)
 
 
 async def test_signals_for_the_whole_group_leave_the_processes_to_the_server() -> None:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from tests.conftest import refusal
 from tests.integration.server_process import run_to_end, server_process
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -239,6 +240,29 @@ def test_a_hanging_batch_turns_health_and_readiness(tmp_path: Path) -> None:
                 assert not call.done()
                 await call
                 await health_is(channel, health_pb2.HealthCheckResponse.SERVING)
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_hangs_in_a_thread_ends_the_process_after_health_said_so(tmp_path: Path) -> None:
+    """New calls are refused at once meanwhile, and who waits is told in the end that he may repeat it."""
+
+    async def check() -> None:
+        hang = ("--set", "server.enable_test_faults=true", "--set", "server.hang_timeout_ms=200")
+        with server_process(tmp_path, *hang, "--set", "model.streams=1") as server:
+            port = server.ready()["grpc_port"]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = rpc.InferenceServiceStub(channel)
+                hanging = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["!hang"])))
+                await health_is(channel, NOT_SERVING)
+                refused = await refusal(stub.Embed(pb.EmbedRequest(texts=["a"])))
+                assert refused.code() is grpc.StatusCode.UNAVAILABLE
+                assert "the engine does not answer" in (refused.details() or "")
+                assert (await refusal(hanging)).code() is grpc.StatusCode.UNAVAILABLE
+            code, stderr = await asyncio.to_thread(server.end)
+        assert code == 6
+        assert "a batch hangs in a thread, which cannot be ended: this process ends with exit code 6" in stderr
+        assert not server.ready_file.exists()
 
     asyncio.run(check())
 

@@ -1,6 +1,7 @@
 """A batcher whose worker is under the test's control, on the test's virtual clock."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ class StubWorker:
     express_slots = 0
     pids: Sequence[int] = ()
     restarts = 0
-    trouble = ""
+    trouble = stuck = lost = ""
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
@@ -38,11 +39,13 @@ class StubWorker:
         self.transform: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
         self.raises: Callable[[list[int]], bool] = lambda ids: POISON in ids
         self.closed = False
+        self.limits_s: list[float] = []
         self.takes_s = 0.0
         self.ready_s = 0.0
 
-    async def run(self, batch: TokenBatch) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
         """takes_s: of the engine; ready_s: from its end until the loop is told."""
+        self.limits_s.append(limit_s)
         ids = batch.ids[batch.starts[:-1]].tolist()
         self.batches.append(ids)
         loop = asyncio.get_running_loop()
@@ -77,6 +80,7 @@ class Rig:
         max_batch_size: int = 8,
         enabled: bool = True,
         cache_bytes: int = 0,
+        hang_timeout_s: float = math.inf,
         worker: Callable[[int], StubWorker] = StubWorker,
         **settings: Any,
     ) -> None:
@@ -95,6 +99,7 @@ class Rig:
             self.metrics,
             share_equal_texts=batching.share_equal_texts,
             cache=self.cache,
+            hang_timeout_s=hang_timeout_s,
         )
 
     def call(

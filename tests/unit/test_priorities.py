@@ -1,11 +1,13 @@
 """Priorities and callers through the batcher: what runs beside what, and who is let in, on the virtual clock."""
 
 import asyncio
-from typing import Any
+import math
 
 import pytest
 
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.server.options import Priority
+from ml_inference_server.server.workers import Output
 from ml_inference_server.utils.errors import Overloaded
 from tests.conftest import virtual_time
 from tests.unit.scheduler_kit import Rig, StubWorker, turns
@@ -18,10 +20,10 @@ class ExpressWorker(StubWorker):
 
     express_slots = 1
 
-    async def run(self, batch: Any) -> Any:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
         ids = batch.ids[batch.starts[:-1]]
         self.takes_s = 10.0 if ids[0] >= 100 else 1.0
-        return await super().run(batch)
+        return await super().run(batch, limit_s)
 
 
 @virtual_time

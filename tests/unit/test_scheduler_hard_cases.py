@@ -400,18 +400,6 @@ async def test_failures_are_counted_until_a_batch_succeeds() -> None:
 
 
 @virtual_time
-async def test_a_batch_that_hangs_is_seen() -> None:
-    rig = Rig()
-    assert rig.batcher.oldest_batch_s() == 0
-    rig.worker.gate.clear()
-    call = rig.call(1)
-    await asyncio.sleep(90)
-    assert rig.batcher.oldest_batch_s() == pytest.approx(90)
-    rig.worker.gate.set()
-    await call
-
-
-@virtual_time
 async def test_a_request_that_was_let_in_but_not_queued_when_the_server_closed_is_answered() -> None:
     """Its texts were still being tokenised."""
     rig = Rig()

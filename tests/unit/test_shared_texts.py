@@ -201,20 +201,6 @@ async def test_each_who_waits_for_a_text_has_his_own_wait_in_the_metrics() -> No
     assert batch["mean_queue_ms"] == pytest.approx(1e3 * (0 + 5 + 2) / 3)
 
 
-@virtual_time
-async def test_who_joins_a_batch_that_hangs_changes_nothing_of_what_is_seen_of_it() -> None:
-    rig = Rig()
-    rig.worker.gate.clear()
-    first = rig.call(1)
-    await asyncio.sleep(50)
-    second = rig.call(1)
-    await asyncio.sleep(40)
-    assert rig.batcher.oldest_batch_s() == pytest.approx(90)
-    rig.worker.gate.set()
-    assert list(await asyncio.gather(first, second)) == [[1.0], [1.0]]
-    assert rig.batcher.oldest_batch_s() == 0
-
-
 # Who leaves takes only his own
 
 

@@ -1,6 +1,7 @@
 """One table of stages: wire, metrics, page, report and documents say the same of the same request."""
 
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +39,14 @@ class SlowWorker:
 
     pids: Sequence[int] = ()
     restarts = 0
-    trouble = ""
+    trouble = stuck = lost = ""
     slots = 1
     express_slots = 0
 
     def __init__(self, backend: FakeBackend) -> None:
         self.backend = backend
 
-    async def run(self, batch: TokenBatch) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
         await asyncio.sleep(1)
         started_at = asyncio.get_running_loop().time()
         rows = self.backend.infer(batch)
