@@ -1,10 +1,12 @@
 """Who is let in: bounded in requests and in tokens, and decided before any work is done for a request."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from types import TracebackType
 
+from ml_inference_server.server.caller_limits import NO_LIMITS, CallerBuckets, CallerLimits
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.options import Priority
 from ml_inference_server.server.shares import QueueShares
@@ -63,8 +65,9 @@ class Admission:
         *,
         batch_tokens: int,
         stuck: Callable[[], str] = lambda: "",
+        limits_of: Callable[[str], CallerLimits] = lambda caller: NO_LIMITS,
     ) -> None:
-        """stuck: why no request could be worked on now, nor soon."""
+        """stuck: why no request could be worked on now, nor soon. limits_of: a caller, as they are now."""
         self._settings = settings
         self._stuck = stuck
         self._rate = rate
@@ -73,6 +76,8 @@ class Admission:
             max_tokens=settings.max_queue_tokens,
             batch_tokens=batch_tokens,
         )
+        self._limits_of = limits_of
+        self._buckets = CallerBuckets()
         self._loop = asyncio.get_running_loop()
         self._held: set[Reservation] = set()
         self._refuses = False
@@ -93,14 +98,16 @@ class Admission:
         """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.
 
         Raises Unavailable while draining or stuck, InvalidRequest if the request could never fit, Overloaded with a
-        hint if it does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
+        hint if it is beyond the limits of its caller, does not fit now or would wait for most of its time,
+        DeadlinePassed if it is late already.
         """
         settings = self._settings
         if self._refuses:
             raise Unavailable("the server is shutting down; send the request to another one")
         if stuck := self._stuck():
             raise Unavailable(f"{stuck}; send the request to another server", reason="ENGINE_STUCK")
-        time_left_s = deadline - self._loop.time()
+        now = self._loop.time()
+        time_left_s = deadline - now
         if time_left_s <= 0:
             raise DeadlinePassed("the deadline had passed before the request was admitted")
         if tokens > settings.max_queue_tokens:
@@ -108,6 +115,9 @@ class Admission:
                 f"the request has about {tokens} tokens, the whole queue takes {settings.max_queue_tokens}: split it",
                 reason="TOO_MANY_TEXTS",
             )
+        limits = self._limits_of(caller)
+        if limits is not NO_LIMITS:
+            self._check_limits(caller, limits, tokens, now)
         if bound := self._shares.full(caller, tokens):
             raise self._full(bound)
         priority, is_overflow = self._shares.priority(caller, tokens, asked)
@@ -120,6 +130,8 @@ class Admission:
                 reason="WAIT_TOO_LONG",
                 retry_after_ms=hint,
             )
+        if limits is not NO_LIMITS:
+            self._buckets.take(caller, limits, tokens, now)
         is_bulk = priority is Priority.BULK
         reservation = Reservation(self, self._shares, caller, tokens, is_bulk=is_bulk, is_overflow=is_overflow)
         self._held.add(reservation)
@@ -135,6 +147,25 @@ class Admission:
         self._held.discard(reservation)
         if not self._held:
             self._empty.set()
+
+    def _check_limits(self, caller: str, limits: CallerLimits, tokens: int, now: float) -> None:
+        wait_s, said = self._buckets.wait_s(caller, limits, tokens, now), "per second"
+        if not wait_s and limits.queue_share is not None:
+            most = limits.queue_share * self._settings.max_queue_tokens
+            if tokens > most:
+                raise InvalidRequest(
+                    f"the request has about {tokens} tokens, this caller's share of the queue is {most:.0f}: split it",
+                    reason="TOO_MANY_TEXTS",
+                )
+            if excess := self._shares.beyond(caller, tokens, limits.queue_share):
+                wait_s, said = max(self._seconds_for(excess, unknown_s=1.0), _MIN_RETRY_MS / 1e3), "in the queue"
+        if wait_s:
+            hint = math.ceil(1e3 * wait_s)
+            raise Overloaded(
+                f"this caller may ask for no more {said}; retry in {hint} ms",
+                reason="CALLER_LIMIT",
+                retry_after_ms=hint,
+            )
 
     def _seconds_for(self, tokens: float, unknown_s: float = 0.0) -> float:
         """How long the engine takes for them; `unknown_s` before it has run a batch."""

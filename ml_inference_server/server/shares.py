@@ -1,5 +1,6 @@
 """What each caller holds of the queue, and what follows: who still comes in, as what, and after how long. Pure."""
 
+import math
 from dataclasses import dataclass
 
 from ml_inference_server.server.options import Priority
@@ -70,6 +71,16 @@ class QueueShares:
         if _is_full(self.tokens, held.tokens, tokens, self._max_tokens, callers):
             return f"{self._max_tokens} tokens"
         return ""
+
+    def beyond(self, caller: str, tokens: int, share: float) -> int:
+        """How many tokens of his have to be done before a request keeps to that share of the queue; 0: it does.
+
+        Where he has too many requests, those of one of them.
+        """
+        held = self.of(caller)
+        if held.requests and held.requests + 1 > share * self._max_requests:
+            return max(1, held.tokens // held.requests)
+        return max(0, math.ceil(held.tokens + tokens - share * self._max_tokens))
 
     def tokens_ahead(self, caller: str, priority: Priority) -> int:
         """What is computed before a request that comes now, at most: of its own caller all that is in line.

@@ -26,6 +26,7 @@ from ml_inference_server.utils.layers import (
     parse_override,
     read_yaml,
 )
+from ml_inference_server.utils.limit_settings import LimitSettings
 from ml_inference_server.utils.section import Section
 
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
@@ -214,6 +215,7 @@ class ServerSettings(Section):
     accept_any_model: bool = Field(
         False, description="Answer whatever model a request names, for clients that cannot be told another."
     )
+    limits: LimitSettings = Field(default_factory=LimitSettings)
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 
 
