@@ -260,7 +260,8 @@ class InferenceService:
             else:
                 texts = await loop.run_in_executor(self._pool, self._texts.encode, list(places), overflow)
             parts = [part for text in texts for part in text.parts]
-            self._metrics.tokenized(len(texts), sum(part.length for part in parts), loop.time() - admitted_at)
+            sent = sum(part.length for part in parts)
+            self._metrics.tokenized(len(texts), sent, loop.time() - admitted_at, call.caller)
             self._texts.check_tokens(jobs, where, texts, overflow)
             computed = await self._batcher.compute(parts, call, reservation)
         rows = computed.rows if len(parts) == len(texts) else self._mean_of_windows(computed.rows, texts)
