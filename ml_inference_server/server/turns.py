@@ -104,20 +104,24 @@ class Line:
             return
         line = self._callers.get(caller) or self._open(caller)
         portion_tokens, portion_texts = self._portion_tokens, self._portion_texts
-        first = line.arrivals
+        by_length, is_bulk = self.by_length, self.is_bulk
+        first = tag = line.arrivals
         placed = ahead = 0
         for item in items:
-            tag = first
-            if self._in_portions and placed:
+            if self._in_portions and (ahead >= portion_tokens or placed >= portion_texts):
                 # One more, so that who comes next goes before a second portion.
-                tag += max(ahead // portion_tokens, placed // portion_texts) * (portion_tokens + 1)
+                tag = first + max(ahead // portion_tokens, placed // portion_texts) * (portion_tokens + 1)
             if item.waiting and item.caller == caller and item.tag <= tag:
                 continue
             self._seq = seq = self._seq + 1
             heapq.heappush(line.turns, (tag, seq, item))
             if not item.waiting:
-                item.caller, item.is_bulk, item.tag, item.seq, item.waiting = caller, self.is_bulk, tag, seq, True
-                bisect.insort(self.by_length, item, key=length_key)
+                item.waiting = True
+                item.caller = caller
+                item.is_bulk = is_bulk
+                item.tag = tag
+                item.seq = seq
+                bisect.insort(by_length, item, key=length_key)
                 self.tokens += item.length
             elif item.caller == caller:
                 item.tag = tag
@@ -169,10 +173,14 @@ class Line:
         """A batch has taken them at that turn; they are removed."""
         turn.line.arrivals = max(turn.line.arrivals, turn.tag)
         active, tokens = len(self._callers), 0
-        for item in items:
-            tokens += item.length
-            if (line := self._callers.get(item.caller)) is not None:
-                line.served += item.length
+        if active == 1:
+            tokens = sum([item.length for item in items])
+            turn.line.served += tokens
+        else:
+            for item in items:
+                tokens += item.length
+                if (line := self._callers.get(item.caller)) is not None:
+                    line.served += item.length
         lines = self._in_order()
         for line in lines:
             tag = line.turns[0][0]
