@@ -25,6 +25,7 @@ from ml_inference_server.utils.process import (
     end_process,
     run_to_exit_code,
 )
+from ml_inference_server.utils.supervise import Supervisor, supervised_command
 
 if TYPE_CHECKING:
     from ml_inference_server.server.serve import Started
@@ -82,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started this one ends"
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again when it crashes or hangs, later each time; a stop and a bad start stay one",
+    )
+    parser.add_argument("--heartbeat", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     parser.add_argument(
         "--log-format", default="text", choices=LOG_FORMATS, help="text (default), or json: one object a line"
@@ -117,6 +124,9 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     Whoever calls it ends the process then.
     """
     set_up_logging(args.log_level, args.log_format)
+    if args.supervise:
+        command = supervised_command("--supervise")
+        return Supervisor(command, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent).run()
     settings = settings_from(args)
     if from_environment := given_by(os.environ):
         log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
@@ -130,7 +140,15 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     from ml_inference_server.server.serve import serve
 
     _runners.append(runner := asyncio.Runner(loop_factory=_EventLoop))
-    return runner.run(serve(settings, ready_file=ready_file, exit_with_parent=args.exit_with_parent, started=started))
+    return runner.run(
+        serve(
+            settings,
+            ready_file=ready_file,
+            exit_with_parent=args.exit_with_parent,
+            heartbeat=args.heartbeat,
+            started=started,
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None, started: "Started | None" = None) -> int:

@@ -29,7 +29,17 @@ _MOST_SEEN_WORDS = 10_000
 _word = re.compile(r"\S+")
 
 # Fault word -> token id. A word may carry a number behind a colon (!slow:50), which becomes the next token.
-FAULTS = {"!raise": 10, "!raise-once": 11, "!nan": 12, "!short": 13, "!slow": 14, "!inf": 15, "!crash": 16, "!hang": 17}
+FAULTS = {
+    "!raise": 10,
+    "!raise-once": 11,
+    "!nan": 12,
+    "!short": 13,
+    "!slow": 14,
+    "!inf": 15,
+    "!crash": 16,
+    "!hang": 17,
+    "!oom": 18,
+}
 
 
 def _word_id(word: str) -> int:
@@ -209,6 +219,8 @@ class FakeBackend:
         for i, row in enumerate(rows):
             if FAULTS["!slow"] in row:
                 time.sleep((row[row.index(FAULTS["!slow"]) + 1] - _FIRST_WORD) / 1000)
+            if FAULTS["!oom"] in row and len(rows) > row[row.index(FAULTS["!oom"]) + 1] - _FIRST_WORD:
+                raise MemoryError(f"{len(rows)} texts")
             if FAULTS["!hang"] in row:
                 threading.Event().wait()
             if FAULTS["!crash"] in row:

@@ -52,7 +52,7 @@ def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
             f"{_count(late, 'request', 'requests')} ran out of time {period}: the callers' deadlines are shorter than "
             "the latency under this load."
         )
-    if failed := errors.get("BACKEND_ERROR", 0) + errors.get("NON_FINITE_OUTPUT", 0):
+    if failed := sum(errors.get(each, 0) for each in ("BACKEND_ERROR", "NON_FINITE_OUTPUT", "OUT_OF_MEMORY")):
         yield f"The model failed on {_count(failed, 'request', 'requests')} {period}: the server's log has the cause."
 
 

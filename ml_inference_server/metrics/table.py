@@ -66,6 +66,7 @@ REASONS = (
     "BACKEND_ERROR",
     "ENGINE_STUCK",
     "NON_FINITE_OUTPUT",
+    "OUT_OF_MEMORY",
     "INTERNAL_BUG",
     "other",
 )

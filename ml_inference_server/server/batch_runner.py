@@ -11,11 +11,12 @@ from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.batching import Batch, ClosedBy, Limits
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.out_of_memory import BatchRoom, may_have_run_out, ran_out_of_memory
 from ml_inference_server.server.patience import hang_limit_s
 from ml_inference_server.server.pending import Subscriptions
 from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Output, Worker
-from ml_inference_server.utils.errors import BackendFailure, NonFiniteOutput, ServiceError
+from ml_inference_server.utils.errors import BackendFailure, NonFiniteOutput, OutOfMemory, ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class BatchRunner:
         metrics: Metrics,
         subscriptions: Subscriptions,
         hang_timeout_s: float,
+        room: BatchRoom,
     ) -> None:
+        self._room = room
         self._worker = worker
         self._hang_timeout_s = hang_timeout_s
         self._subscriptions = subscriptions
@@ -61,7 +64,9 @@ class BatchRunner:
         try:
             output = await self._attempt(wanted, closed_by)
         except Exception as error:
-            if len(wanted) > 1:
+            if len(wanted) > 1 and may_have_run_out(error):
+                self._make_smaller(wanted, error)
+            elif len(wanted) > 1:
                 log.warning("a batch of %d texts failed (%s): halving it", len(wanted), type(error).__name__)
         else:
             self._scatter(wanted, output)
@@ -72,6 +77,20 @@ class BatchRunner:
         middle = len(wanted) // 2
         await self._answer(wanted[:middle], ClosedBy.RETRY)
         await self._answer(wanted[middle:], ClosedBy.RETRY)
+
+    def _make_smaller(self, items: Sequence[Item], error: Exception) -> None:
+        """This batch, as any that raises; and those after it."""
+        lengths = [item.length for item in items]
+        tokens = self._limits.work_tokens(len(items), max(lengths), sum(lengths))
+        self._room.ran_out(tokens)
+        log.warning(
+            "out of memory (%r) in a batch of %d texts, %d padded tokens: halving it; for now batches have at most %d "
+            "(lower batching.max_batch_tokens, or model.streams)",
+            error,
+            len(items),
+            tokens,
+            self._room.tokens,
+        )
 
     async def _try_once_more(self, item: Item) -> None:
         """A text that failed on its own gets a second try, as the cause may lie outside of it."""
@@ -84,8 +103,12 @@ class BatchRunner:
             names = [pending.call.request_id for pending in itertools.islice(item.subscribers, _MOST_NAMED)]
             said = ", ".join(names) or "whose caller has left"
             log.error("the model failed on one text, twice, on its own (request %s)", said, exc_info=error)
-            message = "the model failed on this input, twice, on its own"
-            self._subscriptions.fail(item, BackendFailure, message)
+            if ran_out_of_memory(error):
+                message = "the model ran out of memory on this input, on its own: shorten it, or lower model.max_tokens"
+                self._subscriptions.fail(item, OutOfMemory, message)
+            else:
+                message = "the model failed on this input, twice, on its own"
+                self._subscriptions.fail(item, BackendFailure, message)
         else:
             self._scatter([item], output)
 
@@ -105,6 +128,7 @@ class BatchRunner:
             self._record(batch, dispatched_at, started_at=dispatched_at, ended_at=self._loop.time(), ok=False)
             raise
         self.failures_in_a_row = 0
+        self._room.succeeded()
         self._record(batch, dispatched_at, started_at=output.started_at, ended_at=output.ended_at, ok=True)
         return output
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from ml_inference_server.server.batch_runner import BatchRunner
 from ml_inference_server.server.batching import Batch, BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.out_of_memory import BatchRoom
 from ml_inference_server.server.pending import Pending, Subscriptions
 from ml_inference_server.server.workers import Worker
 from ml_inference_server.utils.config import BatchingSettings
@@ -91,7 +93,8 @@ class DynamicBatcher:
         self._rate = rate
         share = share_equal_texts and limits.enabled
         self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
-        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s)
+        self._room = BatchRoom(limits.max_batch_tokens)
+        self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s, self._room)
         self._free_slots, self._free_express_slots = worker.slots, worker.express_slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
@@ -195,6 +198,8 @@ class DynamicBatcher:
             self._free_express_slots += 1
         else:
             self._free_slots += 1
+        if self._room.tokens != self._queue.limits.max_batch_tokens:
+            self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
         self._pump()

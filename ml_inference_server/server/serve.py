@@ -25,6 +25,7 @@ from ml_inference_server.utils.errors import (
 )
 from ml_inference_server.utils.files import replace_file
 from ml_inference_server.utils.process import end_process, hangup_signal, leave_dead_streams
+from ml_inference_server.utils.supervise import HEARTBEAT_EVERY_S, beat
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ async def serve(
     *,
     ready_file: Path | None = None,
     exit_with_parent: bool = False,
+    heartbeat: int | None = None,
     started: Started | None = None,
 ) -> int:
     """Serve until a signal asks for the stop; the process's exit code. Raises StartError if it cannot start.
@@ -81,12 +83,14 @@ async def serve(
     Whoever calls it ends the process then, which is what closes the gRPC connections.
 
     ready_file: holds the ports and the process id while it serves. exit_with_parent: stop when the parent has ended.
+    heartbeat: a descriptor of the supervisor's.
     """
     signals = StopSignals()
     asked = asyncio.create_task(signals.asked.wait())
     parent = asyncio.create_task(parent_ended()) if exit_with_parent else None
     if parent is not None:
         parent.add_done_callback(lambda _: signals.asked.set())
+    beating = None if heartbeat is None else asyncio.create_task(_beat(heartbeat))
     ready = asyncio.Event()
     running = asyncio.create_task(_serve(settings, signals, ready, ready_file, started))
     try:
@@ -99,9 +103,14 @@ async def serve(
             await running
         return signals.early_exit_code
     finally:
-        asked.cancel()
-        if parent is not None:
-            parent.cancel()
+        for task in filter(None, (asked, parent, beating)):
+            task.cancel()
+
+
+async def _beat(heartbeat: int) -> None:
+    while True:
+        beat(heartbeat)
+        await asyncio.sleep(HEARTBEAT_EVERY_S)
 
 
 async def _serve(

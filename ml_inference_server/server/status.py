@@ -8,6 +8,7 @@ from ml_inference_server.utils.errors import (
     InvalidRequest,
     ModelNotFound,
     NonFiniteOutput,
+    OutOfMemory,
     Overloaded,
     ServiceError,
     SpaceMismatch,
@@ -35,6 +36,7 @@ STATUS: dict[type[ServiceError], ErrorStatus] = {
     Unavailable: ErrorStatus("UNAVAILABLE", 503),
     BackendFailure: ErrorStatus("INTERNAL", 500),
     NonFiniteOutput: ErrorStatus("INTERNAL", 500),
+    OutOfMemory: ErrorStatus("INTERNAL", 500),
 }
 
 

@@ -206,8 +206,8 @@ class ServerSettings(Section):
         60_000,
         ge=100,
         le=86_400_000,
-        description="A batch that runs longer turns health to NOT_SERVING; with `model.process_per_stream` its process "
-        "is ended and started again.",
+        description="The most that a batch may take before the engine hangs; less once it is known how long they take. "
+        "With `model.process_per_stream` its process is started again, else the server ends with exit code 6.",
     )
     model_aliases: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         [], max_length=64, description="Further names under which requests may ask for the model."

@@ -13,7 +13,8 @@ ServiceError                  one request is answered with an error; the server 
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
 ├── Unavailable               loading or shutting down, or the engine hangs; safe to retry
 └── BackendFailure            the model failed on this input, alone
-    └── NonFiniteOutput       the model answered NaN or infinity
+    ├── NonFiniteOutput       the model answered NaN or infinity
+    └── OutOfMemory           the memory does not suffice for this input, alone
 
 No error carries a gRPC or HTTP number: `server/status.py` maps them, in one place.
 """
@@ -136,3 +137,9 @@ class NonFiniteOutput(BackendFailure):
     """The model's answer for this input holds NaN or infinity."""
 
     reason = "NON_FINITE_OUTPUT"
+
+
+class OutOfMemory(BackendFailure):
+    """The engine ran out of memory on this input although it ran alone."""
+
+    reason = "OUT_OF_MEMORY"

@@ -18,9 +18,11 @@ _TYPES = {
     "CALLER_LIMIT": "Overloaded",
     "MODEL_LOADING": "Unhealthy",
     "DRAINING": "Unhealthy",
+    "ENGINE_STUCK": "Unhealthy",
     "WRONG_TASK": "Backend",
     "BACKEND_ERROR": "Backend",
     "NON_FINITE_OUTPUT": "Backend",
+    "OUT_OF_MEMORY": "Backend",
     "DEADLINE_EXCEEDED": "Backend",
     "INTERNAL_BUG": "Backend",
 }
@@ -34,6 +36,7 @@ _STATUSES = {
     "WRONG_TASK": 424,
     "BACKEND_ERROR": 424,
     "NON_FINITE_OUTPUT": 424,
+    "OUT_OF_MEMORY": 424,
 }
 
 

@@ -30,7 +30,7 @@ from ml_inference_server.utils.errors import InvalidRequest, WrongTask
 
 _SERVICES = pb.DESCRIPTOR.services_by_name
 _DIALECT = RpcDialect(
-    codes=dict.fromkeys(("BACKEND_ERROR", "NON_FINITE_OUTPUT"), grpc.StatusCode.FAILED_PRECONDITION),
+    codes=dict.fromkeys(("BACKEND_ERROR", "NON_FINITE_OUTPUT", "OUT_OF_MEMORY"), grpc.StatusCode.FAILED_PRECONDITION),
     fields=FIELDS,
     worded=worded,
 )
