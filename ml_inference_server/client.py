@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ml_inference_server.benchmark.load.channel import Target
+from ml_inference_server.benchmark.load.channel import Address, Target
 from ml_inference_server.benchmark.load.dataset import is_local, load_dataset
 from ml_inference_server.benchmark.measure.one_server import Measurement, measure
 from ml_inference_server.benchmark.measure.progress import Progress, work
@@ -24,6 +24,7 @@ from ml_inference_server.benchmark.result.files import (
 )
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
+from ml_inference_server.utils import connection
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 from ml_inference_server.utils.installation import require, results_folder
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONNECT_TIMEOUT_S,
         help="how long to wait for a server that is not there yet (default: %(default)g)",
     )
+    connection.add_arguments(parser)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str | Given]:
@@ -141,12 +143,12 @@ def _single_row(arguments: argparse.Namespace) -> list[Given]:
     return []
 
 
-def _address(arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
+def _address(arguments: argparse.Namespace, settings: Settings) -> Address:
     host = arguments.host or settings.server.host
     port = arguments.port or settings.server.port
     if not port:
         raise ConfigError("server.port is 0, so the server took a free one: name it with --port")
-    return _CALLABLE.get(host, host), port
+    return Address(_CALLABLE.get(host, host), port, connection.connection_from(arguments))
 
 
 async def _run(arguments: argparse.Namespace, command: Sequence[str], stop: Stop) -> int:
@@ -189,7 +191,7 @@ async def _run_locked(
     try:
         await measure(
             address,
-            (address[0], http_port),
+            address._replace(port=http_port),
             Measurement(load, dataset, labelled, range(1, load.repeats + 1), START_TIMEOUT_S),
             result,
             stop,

@@ -136,6 +136,8 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     if settings.model.backend != "fake":
         check_address_space(ENGINE_ADDRESS_SPACE_BYTES)
     writable_root(quiet=True)
+    # Anybody who can connect could fill the log: gRPC writes a line for each handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Not before the limits are known to be sound: gRPC's libraries are large, and abort where they find no room.
     from ml_inference_server.server.serve import serve
 

@@ -1,5 +1,6 @@
 """Clients for other services. They need grpcio, protobuf and numpy, and nothing else of this package."""
 
+from ml_inference_server.api.access import tls_credentials
 from ml_inference_server.api.aio import AsyncClient
 from ml_inference_server.api.client import Client
 from ml_inference_server.api.errors import (
@@ -7,6 +8,7 @@ from ml_inference_server.api.errors import (
     InvalidRequestError,
     ModelFailedError,
     ModelNotFoundError,
+    NotAllowedError,
     OverloadedError,
     ServerError,
     SpaceMismatchError,
@@ -24,6 +26,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelFailedError",
     "ModelNotFoundError",
+    "NotAllowedError",
     "OverloadedError",
     "Rank",
     "ServerError",
@@ -32,4 +35,5 @@ __all__ = [
     "StreamAnswer",
     "UnavailableError",
     "WrongTaskError",
+    "tls_credentials",
 ]

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_inference_server.api.access import sent_metadata
 from ml_inference_server.api.aio_stream import AsyncAnswerStream
 from ml_inference_server.api.client import PARTS_IN_FLIGHT
 from ml_inference_server.api.errors import ServerError, error_of_call
@@ -50,10 +51,12 @@ class AsyncClient:
         max_attempts: int = 5,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        api_key: str | None = None,
     ) -> None:
         self._target, self._credentials = target, credentials
         self._channel: grpc.aio.Channel | None = None
-        self._timeout_s, self._metadata = checked_time_s("timeout_s", timeout_s), tuple(metadata)
+        self._timeout_s = checked_time_s("timeout_s", timeout_s)
+        self._metadata = sent_metadata(metadata, api_key)
         self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
         self._cut = CutTexts()

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_inference_server.api.access import sent_metadata
 from ml_inference_server.api.errors import ServerError, error_of_call
 from ml_inference_server.api.operations import (
     CHANNEL_OPTIONS,
@@ -45,7 +46,8 @@ class Client:
 
     target: "host:port", or "dns:///name:port" whose addresses then take their turn. timeout_s: of one call with all
     its attempts, unless the call names another. max_attempts: of each request, where the server can be asked again.
-    credentials: for TLS. metadata: sent with every call. Every method raises a `ServerError`.
+    credentials: for TLS, as `tls_credentials` makes them. metadata: sent with every call. api_key: one that the server
+    lets in. Every method raises a `ServerError`.
     """
 
     def __init__(
@@ -56,13 +58,15 @@ class Client:
         max_attempts: int = 5,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        api_key: str | None = None,
     ) -> None:
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
         self._stub = rpc.InferenceServiceStub(self._channel)
-        self._timeout_s, self._metadata = checked_time_s("timeout_s", timeout_s), tuple(metadata)
+        self._timeout_s = checked_time_s("timeout_s", timeout_s)
+        self._metadata = sent_metadata(metadata, api_key)
         self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
         self._cut = CutTexts()

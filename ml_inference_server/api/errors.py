@@ -5,6 +5,7 @@ ServerError                a status that is none of the following
 ├── WrongTaskError         the loaded model cannot do this
 ├── ModelNotFoundError     no model of that name is served there
 ├── SpaceMismatchError     the vectors would be of another space than expected
+├── NotAllowedError        no key that the server knows, or one without the right to this
 ├── OverloadedError        the queue is full, or a message too large; `retry_after_s` says when to come back
 ├── DeadlineExceededError  the time ran out before the answer came
 ├── UnavailableError       nothing serves there now: loading, shutting down, or not reachable
@@ -100,6 +101,10 @@ class SpaceMismatchError(ServerError):
     """The vectors would be of another space than `expect_space_id`: another model, prompt, limit or dimension."""
 
 
+class NotAllowedError(ServerError):
+    """The server has keys: this client sent none that it knows, or one that has not the right to this."""
+
+
 class OverloadedError(ServerError):
     """The server has no room; `retry_after_s` says when to come back. Without a reason: the message is too large."""
 
@@ -120,6 +125,8 @@ _CLASSES: dict[str, type[ServerError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,
     "FAILED_PRECONDITION": WrongTaskError,
     "NOT_FOUND": ModelNotFoundError,
+    "UNAUTHENTICATED": NotAllowedError,
+    "PERMISSION_DENIED": NotAllowedError,
     "RESOURCE_EXHAUSTED": OverloadedError,
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "UNAVAILABLE": UnavailableError,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ml_inference_server.benchmark.load.channel import Address
 from ml_inference_server.benchmark.load.dataset import Dataset, load_dataset
 from ml_inference_server.benchmark.measure.one_server import Measurement, measure
 from ml_inference_server.benchmark.measure.progress import Progress, work
@@ -30,7 +31,7 @@ from ml_inference_server.benchmark.target.in_process import requests_of, time_in
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import Settings, load_settings
-from ml_inference_server.utils.errors import EXIT_OK, StartError
+from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.installation import checkout, require, results_folder
 from ml_inference_server.utils.layers import EXPERIMENTS_DIR, QUICKSTART, Given, experiment_file
 
@@ -96,7 +97,13 @@ class Experiment:
         return arguments + [argument for override in (*self.overrides, *own) for argument in ("--set", override)]
 
     def server_options(self, variant: str, log: Path) -> ServerOptions:
+        """ConfigError for a server that would not let the benchmark in."""
         server = self.settings(variant).server
+        if server.tls.cert or server.auth.keys_file:
+            raise ConfigError(
+                "server.tls and server.auth are for servers of others, and this one is for the benchmark alone: leave "
+                "them out here, or start a server with them and measure it with run_client.sh"
+            )
         drain_timeout_s = (server.drain_timeout_ms + server.drain_delay_ms) / 1e3
         return ServerOptions(
             self.settings_arguments(variant), log, self.start_timeout_s, drain_timeout_s, self.server_command
@@ -213,8 +220,8 @@ class _Visits:
                     f"serving on port {ports['grpc_port']}; live figures: http://{LOOPBACK}:{ports['http_port']}"
                 )
                 await measure(
-                    (LOOPBACK, ports["grpc_port"]),
-                    (LOOPBACK, ports["http_port"]),
+                    Address(LOOPBACK, ports["grpc_port"]),
+                    Address(LOOPBACK, ports["http_port"]),
                     Measurement(load, self._dataset, self._labelled[variant], repeats, experiment.start_timeout_s),
                     self._result,
                     stop,

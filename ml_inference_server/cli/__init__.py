@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "show what a running server serves",
     "embed": "turn texts into vectors on a running server",
     "rerank": "order documents by a query on a running server",
+    "key": "make the keys of those who may come in",
     "bench": "measure a running server",
     "experiments": "run experiment files and compare them",
     "report": "write the report of a result again",

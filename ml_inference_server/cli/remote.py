@@ -5,7 +5,10 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+import grpc
+
 from ml_inference_server.api import Client, ServerError, UnavailableError
+from ml_inference_server.utils import connection
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 
 
@@ -43,20 +46,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long to wait for an answer (default: %(default)g)",
     )
+    connection.add_arguments(parser)
 
 
 @contextlib.contextmanager
 def connected(arguments: argparse.Namespace) -> Iterator[Client]:
     """A client of the server that the arguments name; NotAnswered instead of its errors."""
-    target = arguments.target
-    with Client(target, timeout_s=arguments.timeout_s) as client:
+    target, given = arguments.target, connection.connection_from(arguments)
+    credentials = grpc.ssl_channel_credentials(*given.pems()) if given.tls else None
+    with Client(
+        target, timeout_s=arguments.timeout_s, credentials=credentials, api_key=given.api_key or None
+    ) as client:
         try:
             yield client
         except UnavailableError as error:
             if error.reason:
                 raise NotAnswered(f"{target}: {error}") from None
+            if given.tls:
+                raise NotAnswered(
+                    f"no server answers at {target} by TLS: see that it speaks it, that its certificate is of --ca and "
+                    "has this name, and that it accepts --cert"
+                ) from None
             raise NotAnswered(
-                f"no server answers at {target}: start one with 'mlis serve', or name its address with --target"
+                f"no server answers at {target}: start one with 'mlis serve', or name its address with --target, and "
+                "--tls if it speaks that"
             ) from None
         except ServerError as error:
             raise NotAnswered(f"{target} refused: {error}") from None

@@ -1,7 +1,6 @@
 """The sidecar: dashboard, metrics, health and server information over HTTP, beside gRPC on the same event loop."""
 
 import asyncio
-import errno
 import logging
 import secrets
 import socket
@@ -13,7 +12,10 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from ml_inference_server.metrics.http_connections import Connections
+from ml_inference_server.door.certificates import TlsFiles
+from ml_inference_server.door.door import Door
+from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, MODEL_FACTS, OPEN, Needs
+from ml_inference_server.metrics.http_connections import FIRST_REQUEST_TIMEOUT_S, Connections
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
     allowed_hosts,
@@ -22,11 +24,12 @@ from ml_inference_server.metrics.http_rules import (
     json_error,
     wants_prometheus,
 )
+from ml_inference_server.metrics.http_sockets import AfterHandshake, ConnectionRefusal, bound_socket
 from ml_inference_server.metrics.live import Live
-from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, LiveRoutes
+from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, FIGURES_PATHS, LiveRoutes
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
-from ml_inference_server.utils.errors import ConfigError, PortInUse
+from ml_inference_server.utils.errors import Forbidden, Unauthenticated
 
 DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 # Path -> (file, content type). Only these are served, from memory: no path of a request ever reaches the disk.
@@ -35,11 +38,21 @@ STATIC_FILES = {
     "/app.js": ("app.js", "text/javascript"),
     **{
         f"/{name}.js": (f"{name}.js", "text/javascript")
-        for name in ("bars", "charts", "feed", "format", "model_card", "theme")
+        for name in ("bars", "charts", "feed", "format", "key", "model_card", "theme")
     },
     "/style.css": ("style.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
+
+# What each path asks of a key; the api knows it of its own. Where there is no such path, it takes a key to learn so.
+NEEDS: dict[str, Needs] = {
+    **dict.fromkeys(STATIC_FILES, OPEN),
+    **dict.fromkeys(("/healthz", "/readyz"), OPEN),
+    **dict.fromkeys(("/metrics", "/metrics/prometheus", *FIGURES_PATHS), METRICS),
+    "/info": MODEL_FACTS,
+    BENCHMARK_PATH: ADMIN,
+}
+WWW_AUTHENTICATE = 'Bearer realm="ml-inference-server"'
 
 # These get an answer also where there is no room for other connections.
 PROBE_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/metrics/prometheus"})
@@ -63,6 +76,10 @@ class Api(Protocol):
 
     def takes_body(self, request: web.Request) -> bool: ...
 
+    def needs(self, request: web.Request) -> Needs | None:
+        """What this request's route asks of a key; None where it is none of the api's."""
+        ...
+
     def info(self) -> dict[str, Any]:
         """Further keys of /info."""
         ...
@@ -76,6 +93,7 @@ class Sidecar:
     """Serves `metrics`, what three callables say, and the routes of `api`.
 
     server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
+    door: lets callers in; None: everybody. tls: None: in the clear.
     """
 
     def __init__(
@@ -87,6 +105,8 @@ class Sidecar:
         readiness: Callable[[], tuple[bool, str]],
         liveness: Callable[[], tuple[bool, str]],
         api: Api | None = None,
+        door: Door | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -94,6 +114,8 @@ class Sidecar:
         self._readiness = readiness
         self._liveness = liveness
         self._api = api
+        self._door = door
+        self._tls = tls
         self._live = Live(metrics, server_info, readiness)
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
@@ -101,19 +123,20 @@ class Sidecar:
             for path, (name, content_type) in STATIC_FILES.items()
         }
         self._runner: web.AppRunner | None = None
+        self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
         self._connections: Connections | None = None
 
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
-        listening = await _listen(self._settings.host, self._settings.port)
+        listening = await bound_socket(self._settings.host, self._settings.port)
         app = web.Application(middlewares=[self._answer_errors_as_json, self._check_request])
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/metrics/prometheus", self._get_prometheus)
         app.router.add_get("/info", self._get_info)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/readyz", self._get_readiness)
-        LiveRoutes(self._live).add_to(app.router)
+        LiveRoutes(self._live, self._is_allowed).add_to(app.router)
         for path in self._files:
             app.router.add_get(path, self._get_file)
         if self._api is not None:
@@ -133,7 +156,10 @@ class Sidecar:
         )
         await self._runner.setup()
         self._connections = Connections()
-        self._listener = await asyncio.get_running_loop().create_server(self._accept, sock=listening)
+        self._socket = listening
+        await self._listen()
+        if self._tls is not None:
+            self._tls.watch.after.append(self._listen)
         self._live.start()
         port: int = listening.getsockname()[1]
         return port
@@ -144,17 +170,39 @@ class Sidecar:
         self._listener = self._runner = None
         if listener is not None:
             listener.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         if self._connections is not None:
             self._connections.stop()
         await self._live.stop()
         if runner is not None:
             await runner.cleanup()
 
+    async def _listen(self) -> None:
+        """Take connections, from now on with the certificate that is in force; those that are open stay as they are.
+
+        A new context, and not the old one with other files: it would go on trusting the authorities that it has, and
+        resume what was begun with them.
+        """
+        if self._socket is None:
+            return
+        before = self._listener
+        tls = None if self._tls is None else self._tls.current.context
+        handshake_s = None if tls is None else FIRST_REQUEST_TIMEOUT_S
+        accept = self._accept if tls is None else lambda: AfterHandshake(self._accept)
+        # Of the socket, the loop gets copies: connections that wait in it belong to whoever listens next.
+        self._listener = await asyncio.get_running_loop().create_server(
+            accept, sock=self._socket.dup(), ssl=tls, ssl_handshake_timeout=handshake_s
+        )
+        if before is not None:
+            before.close()
+
     def _accept(self) -> asyncio.BaseProtocol:
         """A connection begins."""
         server, connections = self._runner.server if self._runner else None, self._connections
         if server is None or connections is None or not connections.has_room():
-            return _Refusal()
+            return ConnectionRefusal()
         connection = server()
         connections.add(connection)
         return connection
@@ -194,6 +242,16 @@ class Sidecar:
             return json_error(
                 421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
             )
+        try:
+            self._let_in(request)
+        except (Unauthenticated, Forbidden) as error:
+            is_known = isinstance(error, Forbidden)
+            response = self._error(request, 403 if is_known else 401, str(error))
+            if not is_known:
+                response.headers["WWW-Authenticate"] = WWW_AUTHENTICATE
+            if request.body_exists or is_extra:
+                response.force_close()
+            return response
         if request.body_exists and not self._takes_body(request):
             nowhere = request.match_info.http_exception  # no such path, or not this method
             status, message = (nowhere.status, nowhere.reason) if nowhere else (413, "this request takes no body")
@@ -210,6 +268,24 @@ class Sidecar:
             answer = self._error(request, 503, "too many connections are open: retry, or use fewer at a time")
         answer.force_close()
         return answer
+
+    def _let_in(self, request: web.Request) -> None:
+        """Unauthenticated or Forbidden where its caller may not have what it asks for."""
+        if self._door is None:
+            return
+        needs = self._api.needs(request) if self._api is not None else None
+        if needs is None:
+            resource = request.match_info.route.resource
+            needs = ANY_KEY if resource is None else NEEDS[resource.canonical]
+        if needs != OPEN:
+            self._door.check(request.headers.getall("Authorization", []), needs)
+
+    def _is_allowed(self, request: web.Request) -> bool:
+        try:
+            self._let_in(request)
+        except (Unauthenticated, Forbidden):
+            return False
+        return True
 
     def _takes_body(self, request: web.Request) -> bool:
         if (request.method, request.path) == ("POST", BENCHMARK_PATH):
@@ -255,37 +331,3 @@ class Sidecar:
         return web.Response(
             body=body, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
         )
-
-
-class _Refusal(asyncio.Protocol):
-    """Closes the connection at once."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
-
-
-async def _listen(host: str, port: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"metrics.host {host!r} is no known address: use 127.0.0.1, or 0.0.0.0 for all") from error
-    # One socket only: the several addresses of a name would get several ports when a free one is asked for.
-    family, _, _, _, address = found[0]
-    both_families = host == "::" and socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(address[:2], family=family, dualstack_ipv6=both_families)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(
-                f"port {port} on {host} is in use: stop what holds it, or pass --http-port 0 for a free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ConfigError(
-                f"port {port} on {host} needs more rights: pass --http-port with one above 1023"
-            ) from error
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise ConfigError(f"metrics.host {host!r}, port {port}: {error.strerror}") from error
-        raise ConfigError(
-            f"metrics.host {host!r} is not an address of this machine: use 127.0.0.1, or 0.0.0.0 for all"
-        ) from error

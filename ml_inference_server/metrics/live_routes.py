@@ -1,15 +1,17 @@
 """The HTTP of the live page: the stream of figures, the last hour, and the progress that a benchmark announces."""
 
 import asyncio
-import ipaddress
 import time
+from collections.abc import Callable
 
 from aiohttp import web
 
+from ml_inference_server.door.exposure import is_loopback
 from ml_inference_server.metrics.benchmark_progress import MAX_BODY_BYTES
 from ml_inference_server.metrics.http_rules import json_error
 from ml_inference_server.metrics.live import Live
 
+LIVE_PATH, STREAM_PATH, HISTORY_PATH = FIGURES_PATHS = ("/api/v1/live", "/api/v1/stream", "/api/v1/history")
 BENCHMARK_PATH = "/api/v1/benchmark"
 MAX_STREAMS = 32
 WRITE_TIMEOUT_S = 10.0
@@ -18,17 +20,18 @@ _NOT_STORED = {"Cache-Control": "no-store"}
 
 
 class LiveRoutes:
-    """Handlers round a `Live`."""
+    """Handlers round a `Live`. is_allowed: whether who sent this request may still read what it asked for."""
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, is_allowed: Callable[[web.Request], bool]) -> None:
         self._live = live
+        self._is_allowed = is_allowed
         self._streams = 0
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """The paths that docs/metrics.md lists under /api/v1."""
-        router.add_get("/api/v1/live", self._get_live)
-        router.add_get("/api/v1/stream", self._get_stream, allow_head=False)
-        router.add_get("/api/v1/history", self._get_history)
+        router.add_get(LIVE_PATH, self._get_live)
+        router.add_get(STREAM_PATH, self._get_stream, allow_head=False)
+        router.add_get(HISTORY_PATH, self._get_history)
         router.add_post(BENCHMARK_PATH, self._post_benchmark)
 
     async def _get_live(self, _: web.Request) -> web.Response:
@@ -49,6 +52,8 @@ class LiveRoutes:
             await response.prepare(request)
             await response.write(b"retry: 2000\n\n")
             async for message in self._live.listen():
+                if not self._is_allowed(request):
+                    break
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await response.write(f"data: {message}\n\n".encode())
         except (ConnectionResetError, TimeoutError):
@@ -84,10 +89,3 @@ async def _read_at_most(request: web.Request, limit: int) -> bytes:
     while len(body) < limit and (chunk := await request.content.read(limit - len(body))):
         body += chunk
     return body
-
-
-def is_loopback(peer: str) -> bool:
-    """Whether an address is this machine's own, an IPv4 one inside IPv6 included."""
-    address = ipaddress.ip_address(peer.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback

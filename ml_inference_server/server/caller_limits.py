@@ -16,6 +16,18 @@ class CallerLimits:
     tokens_per_s: float | None = None
     queue_share: float | None = None
 
+    def changed(
+        self, requests_per_s: float | None, tokens_per_s: float | None, queue_share: float | None
+    ) -> "CallerLimits":
+        """With each of these that is there."""
+        if requests_per_s is tokens_per_s is queue_share is None:
+            return self
+        return CallerLimits(
+            self.requests_per_s if requests_per_s is None else requests_per_s,
+            self.tokens_per_s if tokens_per_s is None else tokens_per_s,
+            self.queue_share if queue_share is None else queue_share,
+        )
+
 
 NO_LIMITS = CallerLimits()
 

@@ -9,6 +9,8 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import replace
 
+from ml_inference_server.door.door import Door
+from ml_inference_server.door.rights import Right
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.observation import Observation
@@ -19,9 +21,13 @@ _LOOK_AGAIN_S = 0.005
 
 
 class Calls:
-    """Makes a `Call` of what a caller sent. `prefix` makes request ids unique among processes."""
+    """Makes a `Call` of what a caller sent. `prefix` makes request ids unique among processes.
 
-    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str) -> None:
+    door: has let the request in that a call is made of; None where everybody comes in.
+    """
+
+    def __init__(self, metrics: Metrics, *, default_timeout_s: float, prefix: str, door: Door | None = None) -> None:
+        self._door = door
         self._metrics = metrics
         self._prefix = prefix
         self._ids = itertools.count(1)
@@ -56,7 +62,7 @@ class Calls:
             deadline=now + (limit_s if timeout_s is None else min(timeout_s, limit_s)),
             traceparent=_header(traceparent),
             expect_space_id=_header(expect_space_id),
-            caller=caller_at(peer),
+            caller=caller_at(peer) if self._door is None else self._door.caller(),
             priority=_header(priority),
         )
 
@@ -75,7 +81,12 @@ class Calls:
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     def of_message(self, stream: Call) -> Call:
-        """A message that has just come in on a stream, as a request of its own."""
+        """A message that has just come in on a stream, as a request of its own.
+
+        Unauthenticated where the key that opened the stream has been taken back.
+        """
+        if self._door is not None:
+            self._door.check_still(stream.caller, Right.INFER)
         now = asyncio.get_running_loop().time()
         return replace(stream, received_at=now, deadline=min(stream.deadline, now + self.default_timeout_s))
 

@@ -6,13 +6,16 @@ import os
 from typing import Protocol
 
 from ml_inference_server.server.call import Call
+from ml_inference_server.server.ready_model import ReadyModel
 from ml_inference_server.server.state import MAX_FAILURES_IN_A_ROW, ServerState
-from ml_inference_server.utils.errors import ServiceError
+from ml_inference_server.utils.errors import BackendFailure, ServiceError
 
 log = logging.getLogger(__name__)
 
-_INTERVAL_S = 0.5
+INTERVAL_S = 0.5
 _PROBE_EVERY = 10  # intervals
+# In a row. A driver that has failed, say, stays so for the whole life of a process.
+_MOST_FAILED_PROBES = 3
 
 
 class Health(Protocol):
@@ -30,9 +33,9 @@ class EngineLost(Exception):
 
 async def watch_health(state: ServerState, health: Health) -> None:
     """Runs until cancelled, or until the engine is lost and everybody has heard that the server is not ready."""
-    turn = 0
+    turn = failed_probes = 0
     while True:
-        await asyncio.sleep(_INTERVAL_S)
+        await asyncio.sleep(INTERVAL_S)
         turn += 1
         ready, why = state.readiness()
         if ready != health.serving:
@@ -42,24 +45,31 @@ async def watch_health(state: ServerState, health: Health) -> None:
             await health.set_serving(ready)
         if state.model is not None and state.model.worker.lost and not health.serving:
             raise EngineLost(state.model.worker.lost)
-        failing = state.model is not None and state.model.batcher.failures_in_a_row >= MAX_FAILURES_IN_A_ROW
-        if failing and turn % _PROBE_EVERY == 0:
-            await _probe(state)
+        if state.model is None or state.model.batcher.failures_in_a_row < MAX_FAILURES_IN_A_ROW:
+            failed_probes = 0
+        elif turn % _PROBE_EVERY == 0:
+            failed_probes += await _model_fails(state.model)
+            if failed_probes == _MOST_FAILED_PROBES:
+                failed_probes = 0
+                log.error("the model failed on %d probes in a row: the engine is started anew", _MOST_FAILED_PROBES)
+                state.model.worker.renew()
 
 
-async def _probe(state: ServerState) -> None:
-    """A text through the real queue and the real model: its success resets the count of failures."""
+async def _model_fails(model: ReadyModel) -> bool:
+    """On a text through the real queue and the real model. Its success resets the count of failures."""
     now = asyncio.get_running_loop().time()
-    call = Call("health-probe", received_at=now, deadline=now + _INTERVAL_S * _PROBE_EVERY, fresh=True)
+    call = Call("health-probe", received_at=now, deadline=now + INTERVAL_S * _PROBE_EVERY, fresh=True)
     try:
-        await state.require_model().service.embed(["health probe"], call)
+        await model.service.embed(["health probe"], call)
     except ServiceError as error:
         log.info("health probe failed: %s", error)
+        return isinstance(error, BackendFailure)
+    return False
 
 
 async def parent_ended() -> None:
     """Returns once the process that started this one is gone."""
     parent = os.getppid()
     while os.getppid() == parent:  # noqa: ASYNC110 - no event says that a parent has died
-        await asyncio.sleep(_INTERVAL_S)
+        await asyncio.sleep(INTERVAL_S)
     log.warning("the parent process is gone: shutting down")

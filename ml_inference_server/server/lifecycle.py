@@ -3,18 +3,22 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ml_inference_server.backends.startup.resolve import title
+from ml_inference_server.door.certificates import TlsFiles, open_tls
+from ml_inference_server.door.door import Door, open_door
+from ml_inference_server.door.exposure import warn_if_open
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
+from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.health import watch_health
 from ml_inference_server.server.http.api import HttpApi
 from ml_inference_server.server.open_inference import OpenInference
-from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model
+from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model, same_limits
 from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.native import NativeServicer
@@ -63,13 +67,21 @@ async def serving(
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
-    calls = Calls(metrics, default_timeout_s=settings.server.default_timeout_ms / 1000, prefix=state.instance_id[:8])
+    door, tls = open_door(settings.server), open_tls(settings.server.tls)
+    warn_if_open(settings)
+    calls = Calls(
+        metrics,
+        default_timeout_s=settings.server.default_timeout_ms / 1000,
+        prefix=state.instance_id[:8],
+        door=door,
+    )
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, calls, None if ends_process else quiet_s) as grpc_server,
-        _sidecar(state, metrics, calls) as http_port,
-        _model(state, metrics, load) as model,
+        _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
+        _sidecar(state, metrics, calls, door, tls) as http_port,
+        _watched_files(door, tls),
+        _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
         _health(state, grpc_server) as health,
     ):
         server = Server(
@@ -87,6 +99,35 @@ async def serving(
     log.info("stopped")
 
 
+def _limits_of(settings: Settings, metrics: Metrics, door: Door | None) -> Callable[[str], CallerLimits]:
+    """Those of a caller's key as they are now, and `server.limits` for what it does not say."""
+    default_of = same_limits(settings.server.limits)
+    if door is None:
+        return default_of
+    metrics.name_callers(door.keys.by_name)
+
+    def of(caller: str) -> CallerLimits:
+        default, key = default_of(caller), door.keys.by_name.get(caller)
+        if key is None:  # the server itself, or taken back a moment ago
+            return default
+        metrics.name_callers([caller])  # it may be new in the file
+        return default.changed(key.limits.requests_per_s, key.limits.tokens_per_s, key.limits.queue_share)
+
+    return of
+
+
+@contextlib.asynccontextmanager
+async def _watched_files(door: Door | None, tls: TlsFiles | None) -> AsyncIterator[None]:
+    """Keys and certificates are read anew when they change."""
+    watchers = [asyncio.create_task(each.watch.run()) for each in (door, tls) if each is not None]
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+
+
 @contextlib.asynccontextmanager
 async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
     if not settings.metrics.otlp_endpoint:
@@ -101,7 +142,9 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
+async def _grpc(
+    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None, door: Door | None, tls: TlsFiles | None
+) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
@@ -114,8 +157,10 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers)
-    log.info("gRPC on %s:%d", settings.host, grpc_server.port)
+    grpc_server = await start_grpc(settings, servicers, door, tls)
+    log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
+    if tls is not None:
+        log.info("certificate: %s", tls.describe())
     try:
         yield grpc_server
     finally:
@@ -130,7 +175,9 @@ async def _grpc(state: ServerState, metrics: Metrics, calls: Calls, quiet_s: flo
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncIterator[int]:
+async def _sidecar(
+    state: ServerState, metrics: Metrics, calls: Calls, door: Door | None, tls: TlsFiles | None
+) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
         metrics,
@@ -138,9 +185,12 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
         readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
         api=HttpApi(state, calls, metrics),
+        door=door,
+        tls=tls,
     )
     port = await sidecar.start()
-    log.info("dashboard and metrics on http://%s:%d", state.settings.metrics.host, port)
+    scheme = "https" if tls else "http"
+    log.info("dashboard and metrics on %s://%s:%d", scheme, state.settings.metrics.host, port)
     try:
         yield port
     finally:
@@ -148,7 +198,9 @@ async def _sidecar(state: ServerState, metrics: Metrics, calls: Calls) -> AsyncI
 
 
 @contextlib.asynccontextmanager
-async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncIterator[ReadyModel]:
+async def _model(
+    state: ServerState, metrics: Metrics, load: Load, limits_of: Callable[[str], CallerLimits]
+) -> AsyncIterator[ReadyModel]:
     """Resolved, loaded, warm, and behind the batcher and the service."""
 
     def phase(text: str) -> None:
@@ -156,7 +208,7 @@ async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncItera
 
     described, worker = await load(state.settings, phase)
     try:
-        model = state.model = assemble(state.settings, described, worker, metrics)
+        model = state.model = assemble(state.settings, described, worker, metrics, limits_of=limits_of)
     except BaseException:
         worker.close()
         raise

@@ -151,6 +151,11 @@ class ProcessWorker:
         """Calls wait for the first try of a start, as it takes seconds; not for one that has failed already."""
         return "the engine cannot be started" if self._failed_starts and not self.pids else ""
 
+    def renew(self) -> None:
+        """End all processes; each is replaced."""
+        for engine in list(self.engines):
+            engine.kill()
+
     def close(self) -> None:
         """End all processes, whatever they are doing."""
         self._closed = True

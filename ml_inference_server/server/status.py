@@ -5,6 +5,7 @@ from typing import NamedTuple
 from ml_inference_server.utils.errors import (
     BackendFailure,
     DeadlinePassed,
+    Forbidden,
     InvalidRequest,
     ModelNotFound,
     NonFiniteOutput,
@@ -12,6 +13,7 @@ from ml_inference_server.utils.errors import (
     Overloaded,
     ServiceError,
     SpaceMismatch,
+    Unauthenticated,
     Unavailable,
     WrongTask,
 )
@@ -27,6 +29,8 @@ class ErrorStatus(NamedTuple):
 # UNKNOWN never stands here and is never sent.
 STATUS: dict[type[ServiceError], ErrorStatus] = {
     ServiceError: ErrorStatus("INTERNAL", 500),
+    Unauthenticated: ErrorStatus("UNAUTHENTICATED", 401),
+    Forbidden: ErrorStatus("PERMISSION_DENIED", 403),
     InvalidRequest: ErrorStatus("INVALID_ARGUMENT", 400),
     WrongTask: ErrorStatus("FAILED_PRECONDITION", 400),
     ModelNotFound: ErrorStatus("NOT_FOUND", 404),

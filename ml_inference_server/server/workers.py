@@ -65,6 +65,10 @@ class Worker(Protocol):
         """Run one batch, which hangs if it takes longer than `limit_s`; raises whatever the backend raised."""
         ...
 
+    def renew(self) -> None:
+        """The backend fails on everything: have it started anew."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -106,6 +110,7 @@ class ThreadWorker:
         self.trouble = self.stuck = self.lost = ""
         self._pool = ThreadPoolExecutor(self.slots + self.express_slots, thread_name_prefix="backend")
         self._running: set[_Running] = set()
+        self._fails = False
 
     async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
         running = _Running(limit_s, self._look)
@@ -123,7 +128,14 @@ class ThreadWorker:
         limit_s = max((each.limit_s for each in late), default=0.0)
         self.trouble = f"a batch has been running for more than {limit_s:.3g} s" if late else ""
         self.stuck = "the engine does not answer; it is given some more time" if len(late) >= self.slots else ""
-        self.lost = "a batch hangs in a thread, which cannot be ended" if any(each.is_lost for each in late) else ""
+        hangs = any(each.is_lost for each in late)
+        self.lost = "a batch hangs in a thread, which cannot be ended" if hangs else ""
+        if self._fails:
+            self.lost = "the model fails on everything"
+
+    def renew(self) -> None:
+        self._fails = True
+        self._look()
 
     def _infer(self, batch: TokenBatch) -> Output:
         started_at = time.monotonic()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from ml_inference_server.utils.door_settings import AuthSettings, TlsSettings
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.experiment import ExperimentSettings
 from ml_inference_server.utils.layers import (
@@ -216,6 +217,8 @@ class ServerSettings(Section):
         False, description="Answer whatever model a request names, for clients that cannot be told another."
     )
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    tls: TlsSettings = Field(default_factory=TlsSettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")
 
 
@@ -270,6 +273,22 @@ class Settings(Section):
             raise _contradiction(
                 "server.enable_test_faults works with model.backend fake only",
                 *("server.enable_test_faults", "model.backend"),
+            )
+        if bool(server.tls.cert) != bool(server.tls.key):
+            lacking, other = ("key", "cert") if server.tls.cert else ("cert", "key")
+            raise _contradiction(
+                f"server.tls.{other} needs server.tls.{lacking}: name both files",
+                *("server.tls.cert", "server.tls.key"),
+            )
+        if server.tls.client_ca and not server.tls.cert:
+            raise _contradiction(
+                "server.tls.client_ca needs server.tls.cert and server.tls.key: name all three files",
+                *("server.tls.client_ca", "server.tls.cert"),
+            )
+        if not server.auth.open_reflection and not server.auth.keys_file:
+            raise _contradiction(
+                "server.auth.open_reflection is false without server.auth.keys_file: name the file of the keys",
+                *("server.auth.open_reflection", "server.auth.keys_file"),
             )
         if server.max_message_bytes < server.max_text_bytes:
             raise _contradiction(

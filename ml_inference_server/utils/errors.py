@@ -5,6 +5,8 @@ StartError                    the process ends, with `exit_code` and one line on
 ├── ModelError           3    the model cannot be found, read or run as asked
 └── PortInUse            4    a port is taken
 ServiceError                  one request is answered with an error; the server goes on
+├── Unauthenticated           no key, or none that is known here
+├── Forbidden                 the key may not do this
 ├── InvalidRequest            the input is wrong; repeating it cannot help
 ├── WrongTask                 the loaded model cannot do this
 ├── ModelNotFound             no model of that name is served here
@@ -75,6 +77,21 @@ class ServiceError(Exception):
             self.reason = reason
         if retry_after_ms is not None:
             self.retry_after_ms = retry_after_ms
+
+
+class Unauthenticated(ServiceError):
+    """The caller has no key that is known here. The message is the same whatever is wrong with it."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("a valid key is needed: send it as 'authorization: Bearer KEY'")
+
+
+class Forbidden(ServiceError):
+    """The caller's key is known, and has not the right to this."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class InvalidRequest(ServiceError):

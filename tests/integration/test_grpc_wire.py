@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 from typing import Any
 
 import grpc
@@ -424,3 +425,22 @@ def test_channel_options_are_names_that_grpc_knows() -> None:
     options = server_options(ServerSettings(max_connection_age_s=1800))
     assert {name for name, _ in options} == known
     assert all(type(value) is int for _, value in options)
+
+
+async def test_a_stream_always_ends_after_a_message_that_is_none(server: FakeServer) -> None:
+    """What came before it is answered. Some of these streams never ended when that answer was cancelled instead."""
+    good = pb.EmbedStreamRequest(id=1, request=pb.EmbedRequest(texts=["a", "word " * 300])).SerializeToString()
+
+    async def ended() -> tuple[int, grpc.StatusCode]:
+        """(answers, status)"""
+        call = raw(server.channel).stream_stream(f"/{SERVICE}/EmbedStream")(iter([good, b"\x08", good]))
+        for count in itertools.count():
+            try:
+                await call.read()
+            except grpc.aio.AioRpcError as error:
+                return count, error.code()
+        raise AssertionError
+
+    for _ in range(6):
+        assert await asyncio.gather(*(ended() for _ in range(50))) == [(1, Code.INVALID_ARGUMENT)] * 50
+    await assert_still_serving(server)

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from ml_inference_server.server import health
 from ml_inference_server.server.lifecycle import serving
 from ml_inference_server.server.ready_model import load_model
 from ml_inference_server.server.workers import ThreadWorker, Worker
@@ -114,3 +118,22 @@ async def test_a_stop_answers_what_it_cannot_finish_and_counts_it() -> None:
         worker.backend.release()
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert server.cut_off == 1
+
+
+async def test_a_model_in_threads_that_fails_on_everything_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU whose driver has failed. Health says so first; only a new process helps."""
+    monkeypatch.setattr(health, "INTERVAL_S", 0.002)
+    async with serving(settings(), quiet_s=0) as server:
+        worker = server.model.worker
+        assert isinstance(worker, ThreadWorker)
+
+        def fail(batch: TokenBatch) -> NDArray[np.float32]:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(worker.backend, "infer", fail)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            for _ in range(3):
+                assert (await refusal(embed(channel)(pb.EmbedRequest(texts=["a"])))).code() is grpc.StatusCode.INTERNAL
+        with pytest.raises(health.EngineLost, match="the model fails on everything"):
+            await server.health
+        assert not server.state.readiness()[0]

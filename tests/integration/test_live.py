@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ml_inference_server.door.exposure import is_loopback
 from ml_inference_server.metrics import benchmark_progress, live, live_routes
 from ml_inference_server.metrics.history import COLUMNS
 from tests.integration.sidecar_kit import GUARD_S, Server
@@ -205,7 +206,7 @@ async def test_a_body_without_an_end_is_cut_off(server: Server) -> None:
      ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False)],
 )  # fmt: skip
 def test_only_this_machine_may_announce(peer: str, is_one: bool) -> None:
-    assert live_routes.is_loopback(peer) is is_one
+    assert is_loopback(peer) is is_one
 
 
 async def test_only_configured_origins_may_read() -> None:

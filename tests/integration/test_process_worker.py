@@ -143,6 +143,15 @@ async def test_idle_processes_that_hang_are_found_and_replaced_before_anybody_as
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
 
 
+async def test_processes_that_fail_on_everything_are_replaced() -> None:
+    async with started(streams=2) as (described, worker):
+        before = list(worker.pids)
+        worker.renew()
+        await until(lambda: worker.restarts == 2 and len(worker.pids) == 2)
+        assert set(worker.pids).isdisjoint(before)
+        np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+
+
 async def test_a_replacement_that_hangs_while_it_starts_is_ended_and_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -165,6 +165,13 @@ def test_the_server_takes_free_ports_unless_somebody_names_others(
     assert settings_from(parse(experiment.settings_arguments("v"))) == settings
 
 
+def test_a_server_that_would_not_let_the_benchmark_in_is_not_started(tmp_path: Path) -> None:
+    for override in ("server.auth.keys_file=keys.yaml", "server.tls={cert: a.crt, key: a.key}"):
+        experiment = Experiment(file=write_experiment(tmp_path), overrides=[override])
+        with pytest.raises(ConfigError, match="leave them out here, or start a server with them"):
+            experiment.server_options("", tmp_path / "log")
+
+
 def test_a_setting_from_the_environment_reaches_server_and_result_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

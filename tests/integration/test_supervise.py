@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
+from ml_inference_server.cli import build_parser
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_MODEL
 from tests.faults.restarts import free_ports
 from tests.integration.server_process import ROOT, run_to_end, server_process
 
@@ -126,3 +128,13 @@ def test_what_is_started_again_and_what_is_final(tmp_path: Path, lives: str, cod
     command = json.dumps([sys.executable, "-c", LIVES, str(file)])
     done = subprocess.run([sys.executable, "-c", SUPERVISE, command], cwd=ROOT, check=False, timeout=60)
     assert (done.returncode, file.read_text()) == (code, left)
+
+
+def test_the_unit_for_systemd_runs_a_command_that_there_is() -> None:
+    unit = (ROOT / "ml_inference_server" / "deploy" / "systemd" / "ml-inference-server.service").read_text()
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    program, command, *rest = settings["ExecStart"].split()
+    assert Path(program).name == "mlis"
+    parsed = build_parser([command]).parse_args([command, *rest])
+    assert parsed.supervise
+    assert settings["RestartPreventExitStatus"].split() == [str(EXIT_CONFIG), str(EXIT_MODEL)]

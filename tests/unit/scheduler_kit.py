@@ -60,6 +60,9 @@ class StubWorker:
             raise RuntimeError("the model raised")
         return Output(self.transform(np.array([[i] for i in ids], np.float32)), started_at, ended_at)
 
+    def renew(self) -> None:
+        raise AssertionError("nothing here is to be started anew")
+
     def close(self) -> None:
         self.closed = True
 

@@ -81,7 +81,6 @@ async def test_a_batch_that_hangs_in_a_thread_is_told_then_refused_then_lost() -
     batch = TokenBatch.of(backend.tokenizer.encode(["a"]))
     deadline = asyncio.get_running_loop().time() + 3600
     try:
-        await worker.run(batch, 60)
         backend.hold()
         first = asyncio.create_task(worker.run(batch, 60))
         await asyncio.sleep(59)

@@ -53,6 +53,9 @@ class SlowWorker:
         await asyncio.sleep(1)
         return Output(rows, started_at, asyncio.get_running_loop().time())
 
+    def renew(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ml_inference_server.proto import inference_pb2, inference_pb2_grpc
+from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 
 # Longer than a busy event loop needs to answer a health check, shorter than anybody likes to wait for a dead server.
@@ -63,12 +64,26 @@ class RequestFailed(Exception):
         self.message = message
 
 
+class Address(NamedTuple):
+    """Where a server is, and how it is reached there."""
+
+    host: str
+    port: int
+    connection: Connection = IN_THE_CLEAR
+
+
 class Target:
     """One server. Not safe to share between event loops."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, connection: Connection = IN_THE_CLEAR) -> None:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        self._is_tls = connection.tls
+        self._metadata = tuple(connection.headers().items())
+        if connection.tls:
+            credentials = grpc.ssl_channel_credentials(*connection.pems())
+            self._channel = grpc.aio.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -95,8 +110,9 @@ class Target:
                 ) from None
             if not seen:
                 raise ServerUnreachable(
-                    f"no server answers at {self.address} (waited {timeout_s:g} s): start one with ./run_server.sh"
-                    " --experiment FILE, or name its address with --host and --port"
+                    f"no server answers at {self.address}{' by TLS' if self._is_tls else ''} (waited {timeout_s:g} s):"
+                    " start one with ./run_server.sh --experiment FILE, or name its address with --host and --port,"
+                    " and how it is reached with --tls and --ca"
                 ) from None
         raise ServerUnreachable(
             f"the server at {self.address} did not become ready within {timeout_s:g} s (health says {seen}):"
@@ -106,7 +122,9 @@ class Target:
     async def server_info(self) -> dict[str, Any]:
         """GetServerInfo as a dict, with `settings` read from its JSON. ServerUnreachable if it cannot be had."""
         try:
-            info = await self._stub.GetServerInfo(inference_pb2.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
+            info = await self._stub.GetServerInfo(
+                inference_pb2.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise ServerUnreachable(
                 f"the server at {self.address} does not answer GetServerInfo: {error.code().name} {error.details()}"
@@ -139,20 +157,20 @@ class Target:
     async def embed(self, texts: Sequence[str], timeout_s: float, *, priority: str = "", **options: Any) -> Any:
         """priority: told as x-priority, if any. options: further fields of the EmbedRequest."""
         request = inference_pb2.EmbedRequest(texts=texts, **options)
-        metadata = (("x-priority", priority),) if priority else None
+        metadata = (*self._metadata, ("x-priority", priority)) if priority else self._metadata
         return await self._stub.Embed(request, timeout=timeout_s, metadata=metadata)
 
     async def rerank(self, query: str, documents: Sequence[str], timeout_s: float) -> Any:
         request = inference_pb2.RerankRequest(query=query, documents=documents)
-        return await self._stub.Rerank(request, timeout=timeout_s)
+        return await self._stub.Rerank(request, timeout=timeout_s, metadata=self._metadata)
 
     def embed_stream(self) -> Any:
         """A new bidirectional call, without a deadline of its own."""
-        return self._stub.EmbedStream()
+        return self._stub.EmbedStream(metadata=self._metadata)
 
     async def score(self, pairs: Sequence[tuple[str, str]], timeout_s: float) -> Any:
         request = inference_pb2.ScoreRequest(pairs=[inference_pb2.Pair(query=q, passage=p) for q, p in pairs])
-        return await self._stub.Score(request, timeout=timeout_s)
+        return await self._stub.Score(request, timeout=timeout_s, metadata=self._metadata)
 
 
 def check_embeddings(response: Any, texts: int) -> TimedReply:

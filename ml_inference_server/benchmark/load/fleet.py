@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ml_inference_server.benchmark.load.channel import Target
+from ml_inference_server.benchmark.load.channel import Address, Target
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.load.driver import Driver, Left, Share
 from ml_inference_server.benchmark.load.loops import ServerGone, event_loop
+from ml_inference_server.utils.connection import Connection
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 from ml_inference_server.utils.installation import child_environment
 
@@ -41,8 +42,8 @@ class ClientProcessFailed(StartError):
 class Fleet:
     """Runs the shares in processes of their own. `left()` is right once `run` has ended, however it ended."""
 
-    def __init__(self, host: str, port: int, shares: Sequence[Share], on_done: Callable[[int], None]) -> None:
-        self._address = (host, port)
+    def __init__(self, address: Address, shares: Sequence[Share], on_done: Callable[[int], None]) -> None:
+        self._address = address
         self._shares = shares
         self._on_done = on_done
         self._parts: list[Left] = []
@@ -76,7 +77,14 @@ class Fleet:
         ]
         try:
             for child, share in zip(children, self._shares, strict=True):
-                job = json.dumps({"address": self._address, "share": asdict(share)})
+                job = json.dumps(
+                    {
+                        "address": self._address[:2],
+                        # Through a pipe, which nobody else reads.
+                        "connection": asdict(self._address.connection),
+                        "share": asdict(share),
+                    }
+                )
                 await _tell(child, job)
             async with asyncio.timeout(_READY_TIMEOUT_S):
                 for child in children:
@@ -154,7 +162,8 @@ async def _child(source: BinaryIO, sink: BinaryIO) -> None:
         done += 1
 
     gone = ""
-    async with Target(*job["address"]) as target:
+    host, port = job["address"]
+    async with Target(host, port, Connection(**job["connection"])) as target:
         await target.is_alive()  # connects
         driver = Driver(target, share, count)
         sink.write(b"ready\n")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ml_inference_server.benchmark.load.channel import Target
+from ml_inference_server.benchmark.load.channel import Address, Target
 from ml_inference_server.benchmark.load.dataset import Dataset
 from ml_inference_server.benchmark.measure.progress import Progress, search_work
 from ml_inference_server.benchmark.measure.quality import Slice
@@ -32,7 +32,7 @@ class Measurement:
 
 
 async def measure(
-    address: tuple[str, int], http: tuple[str, int], what: Measurement, result: Result, stop: Stop, progress: Progress
+    address: Address, http: Address, what: Measurement, result: Result, stop: Stop, progress: Progress
 ) -> None:
     """Add the rows of one server to `result`, once for each of `what.repeats`; with the first one, its quality, too.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ml_inference_server.benchmark.load.channel import ServerUnreachable, Target
+from ml_inference_server.benchmark.load.channel import Address, ServerUnreachable, Target
 from ml_inference_server.benchmark.load.dataset import Workload
 from ml_inference_server.benchmark.load.driver import Driver, Left, Share, processes_for, split
 from ml_inference_server.benchmark.load.fleet import ClientProcessFailed, Fleet
@@ -56,7 +56,7 @@ class Bench:
     """One server under measurement. `info` is what it said of itself before."""
 
     target: Target
-    address: tuple[str, int]
+    address: Address
     sidecar: ServerCounters
     info: ServerFacts
     load: ExperimentSettings
@@ -220,7 +220,7 @@ class _Row:
                 bench.progress.at(done / load.benchmark_requests, f"{done}/{load.benchmark_requests} requests")
 
         if len(shares) > 1:
-            self._source = fleet = Fleet(*bench.address, shares, advance)
+            self._source = fleet = Fleet(bench.address, shares, advance)
             await fleet.run()
             return
         done = 0

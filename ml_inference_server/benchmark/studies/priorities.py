@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ml_inference_server.benchmark.load.channel import Address
 from ml_inference_server.benchmark.load.dataset import Workload, load_dataset
 from ml_inference_server.benchmark.load.driver import Left, Share, processes_for, split
 from ml_inference_server.benchmark.load.fleet import Fleet
@@ -142,15 +143,15 @@ class PriorityBench:
         return Share(self._passages, _CALLERS_PER_CALL, _CALLERS_TIMEOUT_S, False, due_s=due_s, first=seed * 1_000_000)
 
     async def _run(self, host: str, share: Share) -> MeasuredLoad:
-        fleet = Fleet(host, self._port, _in_processes(share), lambda _: None)
+        fleet = Fleet(Address(host, self._port), _in_processes(share), lambda _: None)
         await fleet.run()
         return _measured(fleet.left(), share)
 
     async def _beside(self, first: tuple[str, Share], other: tuple[str, Share]) -> tuple[MeasuredLoad, MeasuredLoad]:
         """(host, share) each: `other` has been answered once when `first` begins, and ends with it."""
         running = asyncio.Event()
-        fleet = Fleet(first[0], self._port, _in_processes(first[1]), lambda _: None)
-        beside = Fleet(other[0], self._port, _in_processes(other[1]), lambda _: running.set())
+        fleet = Fleet(Address(first[0], self._port), _in_processes(first[1]), lambda _: None)
+        beside = Fleet(Address(other[0], self._port), _in_processes(other[1]), lambda _: running.set())
         task = asyncio.create_task(beside.run())
         try:
             await running.wait()

@@ -8,6 +8,8 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
+
 log = logging.getLogger(__name__)
 
 _TIMEOUT = aiohttp.ClientTimeout(total=3.0)
@@ -28,15 +30,19 @@ _SINCE_SHARING = {"mlis_shared_texts_total", "mlis_cache_hits_total"}
 class ServerCounters:
     """`port` 0: not known, and then every question goes without an answer."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    def __init__(self, host: str, port: int, connection: Connection = IN_THE_CLEAR) -> None:
+        self._connection = connection
+        self._url = f"{connection.scheme}://[{host}]:{port}" if ":" in host else f"{connection.scheme}://{host}:{port}"
         self._known = bool(port)
         self._session: aiohttp.ClientSession | None = None
         self._announced_s = 0.0
         self._telling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "ServerCounters":
-        self._session = aiohttp.ClientSession(timeout=_TIMEOUT, trust_env=False)
+        connector = aiohttp.TCPConnector(ssl=self._connection.context()) if self._connection.tls else None
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=self._connection.headers(), timeout=_TIMEOUT, trust_env=False
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -161,6 +161,15 @@ function showSilent(problem) {
   document.title = "no answer – ML inference server";
 }
 
+function showLocked(problem) {
+  byId("no-answer").hidden = true;
+  document.body.classList.add("stale");
+  showStatus("waiting", "a key is needed");
+  setText(byId("feed"), problem);
+  // Their pages are opened by the browser, which has no key to send.
+  for (const link of document.querySelectorAll("footer a")) link.hidden = true;
+}
+
 let infoFor = null; // the state of the server that the shown information belongs to
 
 follow({
@@ -182,4 +191,5 @@ follow({
     drawCharts();
   },
   silent: showSilent,
+  locked: showLocked,
 });

@@ -1,5 +1,7 @@
 // Where the figures come from: a stream of events; when that fails, a question each second; and word when nobody answers.
 
+import { KeyNeeded, ask, checkAnswer, headers } from "./key.js";
+
 const POLL_MS = 1000;
 const TIMEOUT_MS = 3000;
 const SILENCE_MS = 4000;
@@ -9,7 +11,7 @@ export async function get(path) {
   let response;
   try {
     response = await fetch(path, {
-      headers: { Accept: "application/json" },
+      headers: headers({ Accept: "application/json" }),
       cache: "no-store",
       credentials: "same-origin",
       signal: AbortSignal.timeout(TIMEOUT_MS),
@@ -17,13 +19,27 @@ export async function get(path) {
   } catch {
     throw new Error("The server does not answer");
   }
+  checkAnswer(response);
   if (!response.ok) throw new Error(`The server answers with an error (HTTP ${response.status})`);
   return response.json();
 }
 
+// The data of each event.
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) if (part.startsWith("data: ")) yield JSON.parse(part.slice("data: ".length));
+  }
+}
+
 // connected(): a server answers, for the first time or again. message(content, way): one second's figures, by "stream"
-// or "polling". silent(problem): nobody answers; called again each second.
-export function follow({ connected, message, silent }) {
+// or "polling". silent(problem): nobody answers; called again each second. locked(problem): it asks for a key.
+export function follow({ connected, message, silent, locked }) {
   let answering = false;
   let stream = null;
   let watchdog = 0;
@@ -37,16 +53,28 @@ export function follow({ connected, message, silent }) {
     await message(content, way);
   }
 
-  function openStream() {
-    let waiting = Promise.resolve();
-    stream = new EventSource("api/v1/stream");
-    stream.addEventListener("message", (event) => {
-      watch();
-      const content = JSON.parse(event.data);
-      waiting = waiting.then(() => stream && take(content, "stream")).catch(closeStream);
-    });
-    stream.addEventListener("error", closeStream);
+  // By fetch, for an EventSource cannot send a key.
+  async function openStream() {
+    const mine = new AbortController();
+    stream = mine;
     watch();
+    try {
+      const response = await fetch("api/v1/stream", {
+        headers: headers({ Accept: "text/event-stream" }),
+        cache: "no-store",
+        credentials: "same-origin",
+        signal: mine.signal,
+      });
+      if (!response.ok) throw new Error(`HTTP ${response.status}`);
+      for await (const content of events(response.body)) {
+        if (stream !== mine) return;
+        watch();
+        await take(content, "stream");
+      }
+    } catch {
+      // Polling finds out what is wrong, and says it.
+    }
+    if (stream === mine) closeStream();
   }
 
   function watch() {
@@ -57,7 +85,7 @@ export function follow({ connected, message, silent }) {
   function closeStream() {
     if (!stream) return;
     clearTimeout(watchdog);
-    stream.close();
+    stream.abort();
     stream = null;
     streamFailedAt = performance.now();
     poll();
@@ -73,6 +101,12 @@ export function follow({ connected, message, silent }) {
       }
     } catch (error) {
       answering = false;
+      if (error instanceof KeyNeeded) {
+        locked(error.message);
+        await ask(error.message);
+        openStream();
+        return;
+      }
       silent(error.message);
     }
     setTimeout(poll, POLL_MS);

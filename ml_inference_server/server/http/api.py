@@ -4,6 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ml_inference_server.door.rights import Needs
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.http import cohere, open_inference, openai, openapi, tei
@@ -12,6 +13,7 @@ from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
 from ml_inference_server.server.http.tei_answers import info as tei_info
 from ml_inference_server.server.state import ServerState
+from ml_inference_server.utils.errors import Forbidden, Unauthenticated
 
 # Whose form the errors of a path have, those included that no route answers; below it where it ends with a slash.
 _FORMS: dict[str, Dialect] = {
@@ -22,6 +24,7 @@ _FORMS: dict[str, Dialect] = {
     **dict.fromkeys(("/v2", "/v2/"), open_inference.DIALECT),
 }
 
+_REASONS = {401: Unauthenticated.reason, 403: Forbidden.reason}
 # As the sidecar's own routes write an error.
 _OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
 
@@ -45,8 +48,11 @@ class HttpApi:
 
     def takes_body(self, request: web.Request) -> bool:
         """Whether one of these routes takes this request with its body."""
-        handler = request.match_info.route.handler
-        return request.method == "POST" and self._endpoints.has(handler)
+        return request.method == "POST" and self.needs(request) is not None
+
+    def needs(self, request: web.Request) -> Needs | None:
+        """What the route of this request asks of a key; None where it is none of these."""
+        return self._endpoints.needs(request.match_info.route.handler)
 
     def error(self, request: web.Request, status: int, message: str) -> web.Response | None:
         """An error that was found before or after a route did its work, in the form of its dialect; else None."""
@@ -58,4 +64,4 @@ class HttpApi:
             dialect = TEI
         if dialect is None:
             return None
-        return answer_refusal(dialect, Refusal(status, "MALFORMED_REQUEST", message))
+        return answer_refusal(dialect, Refusal(status, _REASONS.get(status, "MALFORMED_REQUEST"), message))

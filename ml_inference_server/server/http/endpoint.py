@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from aiohttp import HttpVersion11, web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ml_inference_server.door.rights import INFER, Needs
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.http.answer import HttpAnswer
@@ -57,6 +58,7 @@ class Route:
     """What is documented of a route. path: with {names}. schema: of its body; None where it has none.
 
     others: further schemas of which its body may be instead. other_dialects: in whose form it may be refused as well.
+    needs: what a caller's key must allow.
     """
 
     method: str
@@ -66,6 +68,7 @@ class Route:
     schema: type[Schema] | None = None
     others: tuple[type[Schema], ...] = ()
     other_dialects: tuple[Dialect, ...] = ()
+    needs: Needs = INFER
 
 
 class Endpoints:
@@ -76,6 +79,7 @@ class Endpoints:
         self._max_body_bytes = max_body_bytes
         self.routes: list[Route] = []
         self._handlers: list[Callable[[web.Request], Awaitable[web.StreamResponse]]] = []
+        self._needs: dict[object, Needs] = {}
 
     def work(self, path: str, dialect: Dialect, metric: str, schema: type[S], run: Run[S], summary: str) -> None:
         """POST that asks for work: `run` answers it, and it is counted under `metric`."""
@@ -158,8 +162,9 @@ class Endpoints:
         dialect: Dialect,
         run: Callable[[web.Request], web.Response],
         summary: str,
+        needs: Needs,
     ) -> None:
-        """Asks about the server: it is no work, and is not counted."""
+        """Asks about the server: it is no work, and is not counted. needs: what a caller's key must allow."""
 
         async def handle(request: web.Request) -> web.Response:
             call = self._call(request)
@@ -168,15 +173,15 @@ class Endpoints:
             except Exception as error:
                 raise expected(error, f"{method} {path}", call) from error
 
-        self._add(Route(method, path, dialect, summary), handle)
+        self._add(Route(method, path, dialect, summary, needs=needs), handle)
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         for route, handler in zip(self.routes, self._handlers, strict=True):
             router.add_route(route.method, route.path, handler, expect_handler=_expect_handler(route.dialect))
 
-    def has(self, handler: object) -> bool:
-        """Whether `handler` is one of these."""
-        return handler in self._handlers
+    def needs(self, handler: object) -> Needs | None:
+        """What the route of `handler` asks of a key; None where it is none of these."""
+        return self._needs.get(handler)
 
     def _add(self, route: Route, handle: Callable[[web.Request], Awaitable[web.Response]]) -> None:
         async def answered(request: web.Request) -> web.StreamResponse:
@@ -191,6 +196,7 @@ class Endpoints:
 
         self.routes.append(route)
         self._handlers.append(answered)
+        self._needs[answered] = route.needs
 
     def _call(self, request: web.Request) -> Call:
         return self._calls.begin(

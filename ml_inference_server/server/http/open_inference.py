@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from aiohttp import web
 from pydantic import Field
 
+from ml_inference_server.door.rights import METRICS, MODEL_FACTS, OPEN, Needs
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, written
@@ -128,11 +129,11 @@ def add_routes(endpoints: Endpoints, state: ServerState, metrics: Metrics) -> No
     model = "/v2/models/{model:.+}"
     # A name may hold slashes, so that the longer paths come first.
     paths = (f"{model}/versions/{{version}}", model)
-    questions: list[tuple[str, Callable[[web.Request], web.Response], str]] = [
-        ("/v2", routes.server, "What the server is"),
-        ("/v2/health/live", routes.live, "200 while the process answers"),
-        ("/v2/health/ready", routes.ready, "200 while the server is ready, else 503"),
-        ("/v2/models/stats", routes.statistics, "What the model did since the start"),
+    questions: list[tuple[str, Callable[[web.Request], web.Response], str, Needs]] = [
+        ("/v2", routes.server, "What the server is", MODEL_FACTS),
+        ("/v2/health/live", routes.live, "200 while the process answers", OPEN),
+        ("/v2/health/ready", routes.ready, "200 while the server is ready, else 503", OPEN),
+        ("/v2/models/stats", routes.statistics, "What the model did since the start", METRICS),
     ]
     for path in paths:
         endpoints.raw_work(
@@ -145,13 +146,13 @@ def add_routes(endpoints: Endpoints, state: ServerState, metrics: Metrics) -> No
             content_types=_CONTENT_TYPES,
         )
         questions += [
-            (f"{path}/ready", routes.model_ready, "200 while the model is ready, else 503"),
-            (f"{path}/config", routes.config, "The model as Triton configures one"),
-            (f"{path}/stats", routes.statistics, "What the model did since the start"),
+            (f"{path}/ready", routes.model_ready, "200 while the model is ready, else 503", MODEL_FACTS),
+            (f"{path}/config", routes.config, "The model as Triton configures one", MODEL_FACTS),
+            (f"{path}/stats", routes.statistics, "What the model did since the start", METRICS),
         ]
-    questions += [(path, routes.model, "The model's inputs and outputs") for path in paths]
-    for path, run, summary in questions:
-        endpoints.question("GET", path, DIALECT, run, summary)
+    questions += [(path, routes.model, "The model's inputs and outputs", MODEL_FACTS) for path in paths]
+    for path, run, summary, needs in questions:
+        endpoints.question("GET", path, DIALECT, run, summary, needs)
 
 
 def _asked(request: web.Request) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from aiohttp import web
 from pydantic import BeforeValidator, Field
 
+from ml_inference_server.door.rights import MODEL_FACTS
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.encodings import EncodedRows, Encoding, encode_rows
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, json_list, written
@@ -121,8 +122,8 @@ def add_routes(endpoints: Endpoints, state: ServerState) -> None:
         endpoints.work(
             path, DIALECT, "openai.embeddings", EmbeddingsRequest, openai.embeddings, "Embeddings, one for each input"
         )
-    endpoints.question("GET", "/v1/models", DIALECT, openai.models, "The names of the model")
-    endpoints.question("GET", "/v1/models/{model:.+}", DIALECT, openai.model, "One name of the model")
+    endpoints.question("GET", "/v1/models", DIALECT, openai.models, "The names of the model", MODEL_FACTS)
+    endpoints.question("GET", "/v1/models/{model:.+}", DIALECT, openai.model, "One name of the model", MODEL_FACTS)
 
 
 def _body(answer: Answer, encoded: EncodedRows, model: str, *, as_base64: bool) -> bytes:

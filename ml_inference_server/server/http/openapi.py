@@ -9,6 +9,7 @@ from aiohttp import web
 from pydantic.json_schema import models_json_schema
 
 from ml_inference_server import __version__
+from ml_inference_server.door.rights import OPEN
 from ml_inference_server.server.http.answer import json_bytes
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, Route, Schema
@@ -25,6 +26,8 @@ _DESCRIPTION = (
 )
 _STATUSES = {
     400: "The request is wrong; the message says where",
+    401: "No valid key, where the server has keys",
+    403: "The key has not the right to this",
     404: "No such model, or no such route",
     408: "The body came too slowly",
     412: "The vectors would be of another space than expected",
@@ -57,17 +60,20 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         "info": {"title": "ML inference server", "version": __version__, "description": _DESCRIPTION},
         "tags": [{"name": dialect.name} for dialect in dialects],
         "paths": paths,
-        "components": {"schemas": {**definitions.get("$defs", {}), **errors}},
+        "components": {
+            "schemas": {**definitions.get("$defs", {}), **errors},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
 def add_routes(endpoints: Endpoints, dialect: Dialect) -> None:
     """The document and its page; call it when all other routes are there."""
     body = json_bytes(document(endpoints.routes))
-    endpoints.question("GET", "/openapi.json", dialect, _giving(body, "application/json"), "This description")
+    endpoints.question("GET", "/openapi.json", dialect, _giving(body, "application/json"), "This description", OPEN)
     for path, (name, content_type) in _FILES.items():
         give = _giving((_PAGE / name).read_bytes(), content_type)
-        endpoints.question("GET", path, dialect, give, "The page of this description")
+        endpoints.question("GET", path, dialect, give, "The page of this description", OPEN)
 
 
 def _giving(body: bytes, content_type: str) -> Callable[[web.Request], web.Response]:
@@ -99,6 +105,9 @@ def _operation(route: Route) -> dict[str, Any]:
             **{str(status): {"description": text, "content": error} for status, text in _STATUSES.items()},
         },
     }
+    if route.needs:
+        operation["security"] = [{}, {"key": []}]
+        operation["description"] = f"Where the server has keys: one with the right {' or '.join(sorted(route.needs))}."
     if names := _PATTERN.findall(route.path):
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names

@@ -8,6 +8,7 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
+from ml_inference_server.door.rights import OPEN
 from ml_inference_server.server.answer_headers import length_headers, warning_headers
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import (
@@ -196,7 +197,7 @@ def add_routes(endpoints: Endpoints, state: ServerState, cohere_rerank: HttpWork
     for path, what in (("/embed_all", "a vector for each token"), ("/embed_sparse", "sparse vectors")):
         endpoints.raw_work(path, DIALECT, "tei.embed", _refusing(what), f"Refused: {what}")
     for path in ("/health", "/ping"):
-        endpoints.question("GET", path, DIALECT, tei.health, "200 while the server is ready, else 503")
+        endpoints.question("GET", path, DIALECT, tei.health, "200 while the server is ready, else 503", OPEN)
 
 
 def _refusing(what: str) -> Callable[[bytes, web.Request, Call], Awaitable[Reply[HttpAnswer]]]:

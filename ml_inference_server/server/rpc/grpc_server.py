@@ -14,6 +14,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from ml_inference_server.door.certificates import Certificates, TlsFiles
+from ml_inference_server.door.door import Door
+from ml_inference_server.server.rpc.doorkeeper import Doorkeeper
 from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
 from ml_inference_server.server.rpc.services import Servicer
 from ml_inference_server.utils.config import ServerSettings
@@ -79,11 +82,17 @@ class GrpcServer:
             await self.health.set(name, status)
 
 
-async def start_grpc(settings: ServerSettings, servicers: Sequence[Servicer]) -> GrpcServer:
-    """Bind and listen. PortInUse or ConfigError if that cannot be done."""
+async def start_grpc(
+    settings: ServerSettings, servicers: Sequence[Servicer], door: Door | None = None, tls: TlsFiles | None = None
+) -> GrpcServer:
+    """Bind and listen. PortInUse or ConfigError if that cannot be done.
+
+    door: lets callers in; None: everybody. tls: None: in the clear.
+    """
     _check_bindable(settings.host, settings.port)
     with _socket_threads_wait_their_turn():
-        server = grpc.aio.server(options=server_options(settings))
+        interceptors = [] if door is None else [Doorkeeper(door)]
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     health_servicer = health.aio.HealthServicer()
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
@@ -92,12 +101,34 @@ async def start_grpc(settings: ServerSettings, servicers: Sequence[Servicer]) ->
     built = GrpcServer(server, health_servicer, servicers)
     await built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.port}"
     try:
-        built.port = server.add_insecure_port(f"{host}:{settings.port}")
+        built.port = server.add_secure_port(address, _credentials(tls)) if tls else server.add_insecure_port(address)
     except RuntimeError as error:
+        if tls is not None and not settings.port:  # a free port cannot be in use
+            raise ConfigError(f"server.tls.cert {settings.tls.cert}: gRPC cannot use this pair") from error
         raise _in_use(settings.host, settings.port) from error
     await server.start()
     return built
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """gRPC asks for the certificate with each new connection, in a thread of its own."""
+
+    def configuration(certificates: Certificates) -> Any:
+        pair = (certificates.key, certificates.cert)
+        return grpc.ssl_server_certificate_configuration([pair], certificates.client_ca)
+
+    given = tls.current
+
+    def changed() -> Any:
+        nonlocal given
+        if tls.current is given:
+            return None
+        given = tls.current
+        return configuration(given)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(given), changed, tls.asks_clients)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,11 @@ class NativeServicer:
     async def embed_stream(
         self, messages: AsyncIterator[pb.EmbedStreamRequest], write: Callable[[Message], Awaitable[None]], call: Call
     ) -> None:
-        """Answers in the order of completion. When the server drains, what was read is answered, then it ends."""
+        """Answers in the order of completion. When the server drains, what was read is answered, then it ends.
+
+        So it is with a message that is none. Answers that are cancelled while they are written leave gRPC with a stream
+        that has no end.
+        """
         free = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
         writing = asyncio.Lock()
 
@@ -157,18 +161,19 @@ class NativeServicer:
                 free.release()
 
         draining = asyncio.create_task(self._state.draining.wait())
+        malformed: InvalidRequest | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                while (message := await next_or_none(messages, draining)) is not None:
-                    await free.acquire()
-                    group.create_task(answer_and_make_room(message))
-        except BaseExceptionGroup as errors:
-            refused = errors.subgroup(ServiceError)
-            if refused is None:
-                raise
-            raise refused.exceptions[0] from None
+                try:
+                    while (message := await next_or_none(messages, draining)) is not None:
+                        await free.acquire()
+                        group.create_task(answer_and_make_room(message))
+                except InvalidRequest as error:
+                    malformed = error  # ends the stream once what came before it is answered
         finally:
             draining.cancel()
+        if malformed is not None:
+            raise malformed
         if self._state.draining.is_set():
             raise Unavailable("the server is shutting down; open the stream to another one")
 

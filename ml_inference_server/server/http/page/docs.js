@@ -1,5 +1,7 @@
 // Draws /openapi.json: a group for each dialect, its routes, their fields, and a form that sends an example.
 
+import { KeyNeeded, ask, checkAnswer, headers } from "./key.js";
+
 const MOST_SHOWN = 4000;
 
 function made(tag, text, className) {
@@ -49,13 +51,20 @@ async function send(path, text, shown, status) {
   try {
     const response = await fetch(path.slice(1) || "./", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: headers({ "Content-Type": "application/json" }),
       body: text,
     });
+    checkAnswer(response);
     const answer = await response.text();
     status.textContent = `${response.status} after ${(performance.now() - began).toFixed(1)} ms, ${answer.length} characters`;
     shown.textContent = answer.length > MOST_SHOWN ? `${answer.slice(0, MOST_SHOWN)} …` : answer;
-  } catch {
+  } catch (error) {
+    if (error instanceof KeyNeeded) {
+      status.textContent = error.message;
+      await ask(error.message);
+      await send(path, text, shown, status);
+      return;
+    }
     status.textContent = "no answer: the server is not there";
   }
   shown.hidden = false;
