@@ -41,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.file
     if arguments.action == "list":
         for key in list_keys(path):
-            limits = " ".join(f"{name}={value:g}" for name, value in key.limits.model_dump(exclude_none=True).items())
-            print("\t".join(filter(None, [key.name, ",".join(sorted(key.rights)), limits])))
+            print(f"{key.name}\t{','.join(sorted(key.rights))}")
     elif arguments.action == "revoke":
         _replace(path, revoke_key(path, arguments.name))
     else:

@@ -1,7 +1,7 @@
 """The names under which the model is served: what a request may call it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ml_inference_server.utils.errors import ModelNotFound
 
@@ -20,18 +20,18 @@ class ModelNames:
         self._known = {name.lower() for name in (*names, *short, *self.all) if name}
         self._accept_any = accept_any
 
-    def split(self, asked: str) -> tuple[str, str]:
-        """(name, role) of a name that may carry a role, `name:query`; role is empty where it carries none."""
-        name, colon, role = asked.rpartition(":")
-        if not colon or asked.lower() in self._known:
-            return asked, ""
-        return name, role
+    def check(self, asked: str, is_role: Callable[[str], bool]) -> str:
+        """The role that the name carries (`name:query`), or empty. ModelNotFound, with the names that exist.
 
-    def check(self, asked: str) -> str:
-        """The role that the name carries, or empty. ModelNotFound, with the names that exist, for another model."""
-        name, role = self.split(asked)
-        if not asked or self._accept_any or name.lower() in self._known:
-            return role if name.lower() in self._known else ""
+        is_role: what may stand behind the colon.
+        """
+        if not asked or asked.lower() in self._known:
+            return ""
+        name, _, role = asked.rpartition(":")
+        if name.lower() in self._known and is_role(role):
+            return role
+        if self._accept_any:
+            return ""
         raise ModelNotFound(f"no such model is served here; served: {', '.join(self.all)}")
 
 

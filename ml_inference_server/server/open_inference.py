@@ -211,7 +211,7 @@ class OpenInference:
 
     def _model(self, name: str, version: str) -> ReadyModel:
         model = self._state.require_model()
-        model.service.names.check(name)
+        model.service.check_model(name)
         if version not in ("", _VERSION):
             raise ModelNotFound(f"there is no such version of the model: leave it out, or ask for {_VERSION}")
         return model

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ml_inference_server.backends.base import DOCUMENT_PROMPTS
+from ml_inference_server.backends.base import DOCUMENT_PROMPTS, TextTokenizer
 from ml_inference_server.utils.errors import InvalidRequest
 
 # Word of a protocol -> names under which models keep the prompt for it, the first one that is there.
@@ -28,6 +28,7 @@ class Chosen(NamedTuple):
 
 
 def is_role(word: str, prompts: Mapping[str, str]) -> bool:
+    """Whether `prompt_for` takes it."""
     return word in _PROMPTS or (word != "" and word in prompts)
 
 
@@ -50,7 +51,17 @@ def prompt_for(role: str, prompts: Mapping[str, str]) -> Chosen:
     return Chosen(None, f"this model has no prompt for the role {role}, so the role changes nothing; {rest}")
 
 
-def unknown_prompt(prompts: Mapping[str, str]) -> str:
-    """TEI's words, out of which its clients read the names."""
-    known = ", ".join(json.dumps(name) for name in prompts if name)
-    return f"not found in the Sentence Transformers prompts. Available prompts: [{known}]"
+def check_prompt(prompt_name: str | None, tokenizer: TextTokenizer) -> None:
+    """InvalidRequest for a prompt that the model lacks, and for none where it needs one."""
+    prompts = tokenizer.prompts
+    if prompt_name is None:
+        if not tokenizer.needs_prompt_name:
+            return
+        message = f"this model needs one: it treats {' and '.join(prompts)} differently"
+    elif prompt_name in prompts:
+        return
+    else:
+        # TEI's words, out of which its clients read the names.
+        known = ", ".join(json.dumps(name) for name in prompts if name)
+        message = f"not found in the Sentence Transformers prompts. Available prompts: [{known}]"
+    raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.options import EmbedOptions, Overflow, Priority, RerankOptions, ScoreOptions
-from ml_inference_server.server.roles import prompt_for, unknown_prompt
+from ml_inference_server.server.roles import check_prompt, is_role, prompt_for
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.similarity import similarity
 from ml_inference_server.server.space import spaces_of
@@ -113,7 +113,7 @@ class InferenceService:
     async def embed(self, texts: Sequence[str], call: Call, options: EmbedOptions | None = None) -> Answer:
         """One row for each text, in order."""
         options = options or EmbedOptions()
-        role = self.names.check(options.model)
+        role = self.check_model(options.model)
         if self._spaces is None:
             raise WrongTask("this model is a cross-encoder: it scores pairs (Score, Rerank) and has no embeddings")
         prompt_name, warnings = self._prompt(options, role)
@@ -130,22 +130,12 @@ class InferenceService:
                 values = _normalized(values)
         if options.normalize and not self._info.normalized:
             values = _normalized(values)
-        return Answer(
-            values=values,
-            space_id=space_id,
-            prompt_name=prompt_name or "",
-            stamps=rows.stamps,
-            lengths=rows.lengths,
-            tokens=rows.tokens,
-            shared=rows.shared,
-            cached=rows.cached,
-            warnings=tuple(warnings),
-        )
+        return replace(rows, values=values, space_id=space_id, prompt_name=prompt_name or "", warnings=tuple(warnings))
 
     async def score(self, pairs: Sequence[tuple[str, str]], call: Call, options: ScoreOptions | None = None) -> Answer:
         """One score for each (query, passage) pair, in order: raw logits, or what `BackendInfo.similarity` names."""
         options = options or ScoreOptions()
-        self.names.check(options.model)
+        self.check_model(options.model)
         self._texts.check_count("pairs", len(pairs))
         self._check_pair_overflow(options.overflow)
         queries = [(f"pairs[{i}].query", query) for i, (query, _) in enumerate(pairs)]
@@ -153,19 +143,19 @@ class InferenceService:
         if self._is_cross_encoder:
             jobs = [pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
             rows = await self._rows(jobs, call, options.overflow, options.priority)
-            return _scores(rows, rows.values[:, 0], rows.lengths)
+            return replace(rows, values=rows.values[:, 0])
         jobs = [embedding_job(*query, self._query_prompt) for query in queries]
         jobs += [embedding_job(*passage, self._document_prompt) for passage in passages]
         rows = await self._rows(jobs, call, options.overflow, options.priority)
         scores = similarity(self._info.similarity, *np.split(rows.values, 2))
-        return _scores(rows, scores, _of_pairs(rows.lengths, len(pairs)))
+        return replace(rows, values=scores, lengths=_of_pairs(rows.lengths, len(pairs)))
 
     async def rerank(
         self, query: str, documents: Sequence[str], top_k: int, call: Call, options: RerankOptions | None = None
     ) -> Ranking:
         """The `top_k` best documents (0: all); equal scores keep the given order."""
         options = options or RerankOptions()
-        self.names.check(options.model)
+        self.check_model(options.model)
         self._texts.check_count("documents", len(documents))
         self._check_pair_overflow(options.overflow)
         named = [(f"documents[{i}]", document) for i, document in enumerate(documents)]
@@ -197,6 +187,10 @@ class InferenceService:
             warnings=warnings,
         )
 
+    def check_model(self, name: str) -> str:
+        """The role that a model's name carries (name:query), or empty. ModelNotFound where it is none of this model."""
+        return self.names.check(name, lambda role: is_role(role, self._tokenizer.prompts))
+
     def check_count(self, field: str, count: int) -> None:
         """InvalidRequest as the methods above raise it: for callers who make something of each item first."""
         self._texts.check_count(field, count)
@@ -211,15 +205,10 @@ class InferenceService:
             message = "prompt_name and input_type both choose a prompt: send one of them"
             raise InvalidRequest(message, violations=[("prompt_name", message)])
         warnings: list[str] = []
-        if name is not None and name not in prompts:
-            message = unknown_prompt(prompts)
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
         if name is None and (role := options.role or role_of_name):
             name, warning = prompt_for(role, prompts)
             warnings += [warning] if warning else []
-        if name is None and self._tokenizer.needs_prompt_name:
-            message = f"this model needs one: it treats {' and '.join(prompts)} differently"
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        check_prompt(name, self._tokenizer)
         return name, warnings
 
     def _dimension(self, options: EmbedOptions, warnings: list[str]) -> int:
@@ -323,17 +312,6 @@ def _normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     found: NDArray[np.float32] = (rows / np.maximum(norms, 1e-12)).astype(np.float32)
     return found
-
-
-def _scores(rows: Answer, scores: NDArray[np.float32], lengths: TextLengths) -> Answer:
-    return Answer(
-        values=scores,
-        stamps=rows.stamps,
-        lengths=lengths,
-        tokens=rows.tokens,
-        shared=rows.shared,
-        cached=rows.cached,
-    )
 
 
 def _of_pairs(lengths: TextLengths, pairs: int) -> TextLengths:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from ml_inference_server.utils.errors import (
     BackendFailure,
+    BodyRefused,
     DeadlinePassed,
     Forbidden,
     InvalidRequest,
@@ -32,6 +33,7 @@ STATUS: dict[type[ServiceError], ErrorStatus] = {
     Unauthenticated: ErrorStatus("UNAUTHENTICATED", 401),
     Forbidden: ErrorStatus("PERMISSION_DENIED", 403),
     InvalidRequest: ErrorStatus("INVALID_ARGUMENT", 400),
+    BodyRefused: ErrorStatus("INVALID_ARGUMENT", 400),
     WrongTask: ErrorStatus("FAILED_PRECONDITION", 400),
     ModelNotFound: ErrorStatus("NOT_FOUND", 404),
     SpaceMismatch: ErrorStatus("FAILED_PRECONDITION", 412),
@@ -42,6 +44,10 @@ STATUS: dict[type[ServiceError], ErrorStatus] = {
     NonFiniteOutput: ErrorStatus("INTERNAL", 500),
     OutOfMemory: ErrorStatus("INTERNAL", 500),
 }
+
+
+# Reasons that only HTTP has, with a status of their own.
+HTTP_STATUS_OF_REASON = {"BODY_TOO_SLOW": 408, "BODY_TOO_LONG": 413, "BODY_TYPE": 415}
 
 
 def status_of(error: ServiceError) -> ErrorStatus:

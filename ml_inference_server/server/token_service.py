@@ -8,7 +8,7 @@ from ml_inference_server.backends.base import Token
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.options import Overflow
 from ml_inference_server.server.ready_model import ReadyModel
-from ml_inference_server.server.roles import unknown_prompt
+from ml_inference_server.server.roles import check_prompt
 from ml_inference_server.server.texts import Texts, embedding_job
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest
@@ -32,12 +32,7 @@ class TokenService:
     ) -> list[list[Token]]:
         """The tokens of each text, none of them cut. special: with those that the model puts round a text."""
         self._texts.check_count("texts", len(texts))
-        if prompt_name is not None and prompt_name not in self._tokenizer.prompts:
-            message = unknown_prompt(self._tokenizer.prompts)
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
-        if prompt_name is None and self._tokenizer.needs_prompt_name:
-            message = f"this model needs one: it treats {' and '.join(self._tokenizer.prompts)} differently"
-            raise InvalidRequest(f"prompt_name: {message}", violations=[("prompt_name", message)])
+        check_prompt(prompt_name, self._tokenizer)
         sizes = self._texts.sizes([embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)])
         tokens = self._texts.estimate_tokens(sizes, Overflow.CHUNK)
         return await self._run(

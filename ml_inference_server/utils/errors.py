@@ -8,6 +8,7 @@ ServiceError                  one request is answered with an error; the server 
 ├── Unauthenticated           no key, or none that is known here
 ├── Forbidden                 the key may not do this
 ├── InvalidRequest            the input is wrong; repeating it cannot help
+│   └── BodyRefused           the body of an HTTP request was not read to its end
 ├── WrongTask                 the loaded model cannot do this
 ├── ModelNotFound             no model of that name is served here
 ├── SpaceMismatch             the caller expects vectors of another space
@@ -102,6 +103,12 @@ class InvalidRequest(ServiceError):
     def __init__(self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message, reason=reason)
         self.violations = tuple(violations[:16])
+
+
+class BodyRefused(InvalidRequest):
+    """The body of an HTTP request was not read to its end; its connection cannot be used again."""
+
+    reason = "MALFORMED_REQUEST"
 
 
 class WrongTask(ServiceError):

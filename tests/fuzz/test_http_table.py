@@ -265,6 +265,8 @@ async def test_a_body_above_the_limit_is_refused(caplog: pytest.LogCaptureFixtur
                 reply = await sent_raw(wire, request(route))
                 assert (reply.status, reply.headers["connection"]) == (413, "close"), (route.path, name, reply)
                 route.check(reply)
+        counted = wire.server.metrics.snapshot()["totals"]["errors_by_reason"]
+        assert counted == {"BODY_TOO_LONG": len(wire.routes) * len(requests)}
 
 
 async def test_65536_chunks_of_a_byte_are_a_body(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from ml_inference_server.backends.exported.manifest import MANIFEST, Manifest, r
 from ml_inference_server.backends.startup.resolve import title
 from ml_inference_server.backends.startup.start import Started, load_resolved
 from ml_inference_server.backends.startup.write_folder import STEPS
+from ml_inference_server.server.space import spaces_of
 from ml_inference_server.utils.errors import ConfigError, ModelError
 from ml_inference_server.utils.installation import pip_install
 from tests.parity.exported_kit import refused, serve, write
@@ -67,6 +68,9 @@ def check_same(folder: Started, model: Started) -> None:
     differ = {"source": "exported folder", "versions": folder.info.versions}
     assert folder.info == dataclasses.replace(model.info, **differ)  # type: ignore[arg-type]
     assert title(folder.resolution, folder.info) == title(model.resolution, model.info)
+    assert folder.pooling == model.pooling
+    if model.info.task == "embedding":
+        assert spaces_of(folder.info, folder.tokenizer) == spaces_of(model.info, model.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,8 @@ def test_int8_stays_int8(tiny: Path, tmp_path: Path, backend: str) -> None:
     assert served.resolution.requested.backend == backend
     assert "int8" in title(served.resolution, served.info)
     assert "requested" not in title(served.resolution, served.info)
+    full = start(tiny, "pytorch")  # another engine and another precision, the same space
+    assert spaces_of(served.info, served.tokenizer) == spaces_of(full.info, full.tokenizer)
 
 
 @pytest.mark.parametrize(

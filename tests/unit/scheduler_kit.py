@@ -159,3 +159,15 @@ class Rig:
 async def turns(count: int = 5) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def busy_rig(**settings: Any) -> tuple[Rig, asyncio.Task[list[float]]]:
+    """Its one slot is taken by a text (9) until `gate` is opened, so that what comes has to wait."""
+    rig = Rig(**settings)
+    rig.worker.gate.clear()
+    return rig, rig.call(9)
+
+
+def counter(rig: Rig, name: str) -> float:
+    lines = rig.metrics.prometheus("")[0].decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))

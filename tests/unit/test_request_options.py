@@ -52,6 +52,10 @@ def test_another_word_is_no_role(role: str) -> None:
         prompt_for(role, E5)
 
 
+def is_query(role: str) -> bool:
+    return role == "query"
+
+
 NAMES = ModelNames("/srv/models/minilm", ["sentence-transformers/all-MiniLM-L6-v2", "text-embedding-3-small"])
 
 
@@ -67,24 +71,27 @@ NAMES = ModelNames("/srv/models/minilm", ["sentence-transformers/all-MiniLM-L6-v
     ],
 )
 def test_a_model_is_known_by_each_of_its_names(name: str) -> None:
-    assert NAMES.check(name) == ""
+    assert NAMES.check(name, is_query) == ""
 
 
 def test_a_name_may_carry_a_role() -> None:
-    assert NAMES.check("minilm:query") == "query"
-    assert ModelNames("fake:base_ms=2").check("fake:base_ms=2") == ""
+    assert NAMES.check("minilm:query", is_query) == "query"
+    assert ModelNames("fake:base_ms=2").check("fake:base_ms=2", is_query) == ""
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "minilm2", "srv", "models/minilm", ":", "../minilm", "minilm:a:b", "\x00"])
+@pytest.mark.parametrize(
+    "name", ["gpt-4", "minilm2", "srv", "models/minilm", ":", "../minilm", "minilm:a:b", "minilm:latest", "\x00"]
+)
 def test_another_name_is_refused_with_those_that_exist_and_without_the_servers_folders(name: str) -> None:
     with pytest.raises(ModelNotFound) as error:
-        NAMES.check(name)
+        NAMES.check(name, is_query)
     served = "minilm, sentence-transformers/all-MiniLM-L6-v2, text-embedding-3-small"
     assert str(error.value) == f"no such model is served here; served: {served}"
 
 
 def test_a_server_may_answer_to_any_name() -> None:
-    assert ModelNames("minilm", accept_any=True).check("gpt-4:query") == ""
+    names = ModelNames("minilm", accept_any=True)
+    assert (names.check("gpt-4:query", is_query), names.check("minilm:query", is_query)) == ("", "query")
 
 
 def info(**changes: Any) -> BackendInfo:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from ml_inference_server.benchmark.studies.calls_grpc import GrpcDialects
 from ml_inference_server.benchmark.studies.calls_http import HttpDialects
 from ml_inference_server.benchmark.studies.dialect_cost import CostBench, CostLoad, cost_table
 from ml_inference_server.benchmark.studies.dialect_equality import Equality, equality_table
-from ml_inference_server.benchmark.studies.own_server import OwnServer, own_server
+from ml_inference_server.benchmark.studies.own_server import OwnServer, add_arguments, own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
@@ -147,12 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ml_inference_server.benchmark.studies.dialects", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument(
-        "--pairs", default="", metavar="FILE", help="labelled texts (qid, pid, query, passage); unset: the sample"
-    )
-    parser.add_argument("--qrels", default="", metavar="FILE", help="TREC judgements of --pairs")
+    add_arguments(parser)
     parser.add_argument(
         "--queries", default="", metavar="FILE", help="single queries to load with; unset: those of --pairs"
     )

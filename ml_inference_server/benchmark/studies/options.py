@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from ml_inference_server.benchmark.measure.quality import (
     load_slice,
 )
 from ml_inference_server.benchmark.result.document import QualityFigures
-from ml_inference_server.benchmark.studies.own_server import OwnServer, own_server
+from ml_inference_server.benchmark.studies.own_server import OwnServer, add_arguments, own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
@@ -202,12 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ml_inference_server.benchmark.studies.options", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument(
-        "--pairs", default="", metavar="FILE", help="labelled texts (qid, pid, query, passage); unset: the sample"
-    )
-    parser.add_argument("--qrels", default="", metavar="FILE", help="TREC judgements of --pairs")
+    add_arguments(parser)
     parser.add_argument(
         "--max-tokens", type=int, default=64, help="the low limit, beyond which texts are cut (default 64)"
     )

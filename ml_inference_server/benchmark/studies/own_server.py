@@ -1,5 +1,6 @@
 """A server that a study starts for itself: on free ports, known by what it says of itself, ended afterwards."""
 
+import argparse
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -33,6 +34,18 @@ class OwnServer:
     def scores_pairs(self) -> bool:
         """A cross-encoder, which has no embeddings."""
         return bool(self.info["resolved"]["task"] == "cross_encoder")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is served, and on which labelled texts it is tried."""
+    parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a setting"
+    )
+    parser.add_argument(
+        "--pairs", default="", metavar="FILE", help="labelled texts (qid, pid, query, passage); unset: the sample"
+    )
+    parser.add_argument("--qrels", default="", metavar="FILE", help="TREC judgements of --pairs")
 
 
 @contextlib.asynccontextmanager

@@ -5,8 +5,9 @@ import json
 from typing import Any, NoReturn
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from ml_inference_server.utils.errors import InvalidRequest
+from ml_inference_server.utils.errors import BodyRefused, InvalidRequest
 
 # From the headers to the last byte of a body, and less where its caller has less time: a slow sender must not hold a
 # connection for ever.
@@ -16,19 +17,11 @@ BODY_TIMEOUT_S = 30.0
 _MOST_BRACKETS = 1_000_000
 
 
-class BodyRefused(Exception):
-    """A body that is not read to its end. `status`: of HTTP. The connection cannot be used again."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 async def read_body(request: web.Request, most_bytes: int, timeout_s: float) -> bytes:
-    """All of it. BodyRefused for one that is too long (413), too slow (408) or compressed (415)."""
+    """All of it. BodyRefused for one that is too long, too slow, compressed, or broken."""
     encodings = request.headers.getall("Content-Encoding", [])
     if any(encoding.lower() != "identity" for encoding in encodings):
-        raise BodyRefused(415, "compressed bodies are not taken: send it without Content-Encoding")
+        raise BodyRefused("compressed bodies are not taken: send it without Content-Encoding", reason="BODY_TYPE")
     told = request.content_length
     if told is not None and told > most_bytes:
         raise _too_long(most_bytes)
@@ -42,13 +35,17 @@ async def read_body(request: web.Request, most_bytes: int, timeout_s: float) -> 
                     raise _too_long(most_bytes)
                 chunks.append(chunk)
     except TimeoutError:
-        raise BodyRefused(408, f"the body did not arrive within {round(timeout_s, 3):g} s") from None
+        message = f"the body did not arrive within {round(timeout_s, 3):g} s"
+        raise BodyRefused(message, reason="BODY_TOO_SLOW") from None
+    except (HttpProcessingError, web.RequestPayloadError, ConnectionError):
+        raise BodyRefused("the body is broken or ended too soon") from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _too_long(most_bytes: int) -> BodyRefused:
     return BodyRefused(
-        413, f"the body has more than {most_bytes} bytes: send several requests, or raise server.max_message_bytes"
+        f"the body has more than {most_bytes} bytes: send several requests, or raise server.max_message_bytes",
+        reason="BODY_TOO_LONG",
     )
 
 

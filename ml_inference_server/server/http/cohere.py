@@ -66,7 +66,6 @@ class Cohere:
             role=request.input_type or "",
             overflow=_OVERFLOWS[request.truncate],
             dimensions=request.output_dimension,
-            expect_space_id=call.expect_space_id,
             model=request.model or "",
         )
         answer = await model.service.embed(texts, call, options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ml_inference_server.server.field_names import renamed
-from ml_inference_server.server.status import status_of
+from ml_inference_server.server.status import HTTP_STATUS_OF_REASON, status_of
 from ml_inference_server.utils.errors import InvalidRequest, ServiceError
 
 
@@ -32,7 +32,8 @@ class Dialect:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, error: ServiceError) -> Refusal:
-        status = self.statuses.get(error.reason, status_of(error).http)
+        told = HTTP_STATUS_OF_REASON.get(error.reason, status_of(error).http)
+        status = self.statuses.get(error.reason, told)
         message, at = str(error), ""
         if isinstance(error, InvalidRequest):
             at = renamed(error.violations[0][0], self.fields) if error.violations else ""

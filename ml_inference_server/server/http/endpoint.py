@@ -14,10 +14,10 @@ from ml_inference_server.door.rights import INFER, Needs
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.http.answer import HttpAnswer
-from ml_inference_server.server.http.body import BODY_TIMEOUT_S, BodyRefused, parse_json, read_body
+from ml_inference_server.server.http.body import BODY_TIMEOUT_S, parse_json, read_body
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.observation import Reply, expected
-from ml_inference_server.utils.errors import InvalidRequest, ServiceError
+from ml_inference_server.utils.errors import BodyRefused, InvalidRequest, ServiceError
 
 _NOT_STORED = {"Cache-Control": "no-store"}
 _JSON_ONLY = ("application/json",)
@@ -85,8 +85,9 @@ class Endpoints:
         """POST that asks for work: `run` answers it, and it is counted under `metric`."""
 
         async def handle(request: web.Request) -> web.Response:
-            call, body = await self._begin(request)
+            call = self._call(request)
             with self._calls.observe(metric, call) as observed:
+                body = await self._body(request, call)
                 content = await read(body, lambda: validated(schema, parse_json(body)))
                 reply = await run(content, observed.call)
                 observed.reply = reply
@@ -113,8 +114,14 @@ class Endpoints:
                 return work, error
 
         async def handle(request: web.Request) -> web.Response:
-            call, body = await self._begin(request)
-            work, content = await read(body, lambda: chosen(body))
+            call = self._call(request)
+            work: HttpWork[Any] = first
+            content: Schema | InvalidRequest
+            try:
+                body = await self._body(request, call)
+                work, content = await read(body, lambda: chosen(body))
+            except BodyRefused as error:
+                content = error
             try:
                 with self._calls.observe(work.metric, call) as observed:
                     if isinstance(content, InvalidRequest):
@@ -147,8 +154,9 @@ class Endpoints:
         taken = content_types or (_JSON_ONLY if schema is not None else ())
 
         async def handle(request: web.Request) -> web.Response:
-            call, body = await self._begin(request, taken)
+            call = self._call(request)
             with self._calls.observe(metric, call) as observed:
+                body = await self._body(request, call, taken)
                 reply = await run(body, request, observed.call)
                 observed.reply = reply
             return _response(reply.message, call)
@@ -189,10 +197,6 @@ class Endpoints:
                 return await handle(request)
             except ServiceError as error:
                 return refused(route.dialect, error)
-            except BodyRefused as error:
-                response = answer_refusal(route.dialect, Refusal(error.status, "MALFORMED_REQUEST", str(error)))
-                response.force_close()
-                return response
 
         self.routes.append(route)
         self._handlers.append(answered)
@@ -208,13 +212,13 @@ class Endpoints:
             timeout_s=_timeout_s(request.headers.get(_TIMEOUT_HEADER)),
         )
 
-    async def _begin(self, request: web.Request, content_types: Sequence[str] = _JSON_ONLY) -> tuple[Call, bytes]:
+    async def _body(self, request: web.Request, call: Call, content_types: Sequence[str] = _JSON_ONLY) -> bytes:
         """content_types: none refuses none."""
-        call = self._call(request)
         if content_types and request.content_type not in content_types:
-            raise BodyRefused(415, f"send the body with Content-Type: {' or '.join(content_types)}")
+            message = f"send the body with Content-Type: {' or '.join(content_types)}"
+            raise BodyRefused(message, reason="BODY_TYPE")
         timeout_s = min(BODY_TIMEOUT_S, call.deadline - call.received_at)
-        return call, await read_body(request, self._max_body_bytes, timeout_s)
+        return await read_body(request, self._max_body_bytes, timeout_s)
 
 
 async def read(body: bytes, parse: Callable[[], T]) -> T:
@@ -253,6 +257,8 @@ def refused(dialect: Dialect, error: ServiceError) -> web.Response:
     """The answer to a request that fails."""
     refusal = dialect.refusal(error)
     response = answer_refusal(dialect, refusal)
+    if isinstance(error, BodyRefused):
+        response.force_close()
     if error.retry_after_ms is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
         response.headers["retry-after-ms"] = str(error.retry_after_ms)

@@ -14,7 +14,7 @@ from ml_inference_server.server.encodings import EncodedRows, Encoding, encode_r
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, json_list, written
 from ml_inference_server.server.http.dialect import Dialect, Refusal
 from ml_inference_server.server.http.endpoint import Endpoints, Schema, example
-from ml_inference_server.server.http.text_fields import OneOrMoreTexts
+from ml_inference_server.server.http.text_fields import OneOrMoreTexts, is_token_ids
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.options import EmbedOptions, Overflow
 from ml_inference_server.server.service import Answer
@@ -34,14 +34,11 @@ def _error(refusal: Refusal) -> Mapping[str, Any]:
     }
 
 
-DIALECT = Dialect("OpenAI", _error, fields={"texts": "input", "prompt_name": "prompt_name"})
+DIALECT = Dialect("OpenAI", _error, fields={"texts": "input"})
 
 
 def _no_token_ids(value: Any) -> Any:
-    first = value[0] if isinstance(value, list) and value else value
-    if isinstance(first, list) and first:
-        first = first[0]
-    if isinstance(first, int) and not isinstance(first, bool):
+    if is_token_ids(value):
         raise ValueError(
             "token ids are not taken, because another tokenizer than this model's made them: send text "
             "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
@@ -58,7 +55,9 @@ class EmbeddingsRequest(Schema):
     model: str = Field(
         max_length=1024, description="A name that GET /v1/models lists, perhaps with a role: name:query."
     )
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of the numbers, little endian.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        "float", description="base64: of the numbers, little endian."
+    )
     dimensions: int | None = Field(None, description="Keep so many numbers of each vector.")
     user: str | None = Field(None, description="Changes nothing.")
     input_type: str | None = Field(None, description="What the texts are for: query or document.")
@@ -107,9 +106,8 @@ class OpenAi:
         return _json({"object": "list", "data": [self._model(name) for name in names]})
 
     def model(self, request: web.Request) -> web.Response:
-        names = self._state.require_model().service.names
         asked = request.match_info["model"]
-        names.check(asked)
+        self._state.require_model().service.check_model(asked)
         return _json(self._model(asked))
 
     def _model(self, name: str) -> dict[str, Any]:

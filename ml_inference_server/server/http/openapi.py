@@ -21,8 +21,8 @@ _FILES = {
     "/docs.css": ("docs.css", "text/css"),
 }
 _DESCRIPTION = (
-    "Requests of every dialect meet in one queue and one model; vectors and rankings are those of the gRPC service to "
-    "the last bit. Answers tell how many tokens each text had, which texts were cut, and the space of their vectors."
+    "Requests of every dialect meet in one queue and one model, and no dialect changes a bit of what it answers. "
+    "Answers tell how many tokens each text had, which texts were cut, and the space of their vectors."
 )
 _STATUSES = {
     400: "The request is wrong; the message says where",

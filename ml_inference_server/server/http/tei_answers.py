@@ -5,7 +5,6 @@ from typing import Any
 
 from ml_inference_server import __version__
 from ml_inference_server.server.http.dialect import Dialect, Refusal
-from ml_inference_server.server.scheduler import batch_limits
 from ml_inference_server.server.service import TOKENIZE_THREADS
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.server.tei_words import FIELDS, LABEL, worded
@@ -66,7 +65,7 @@ def info(state: ServerState) -> dict[str, Any]:
         "model_type": kind,
         "max_concurrent_requests": settings.batching.max_queue_requests,
         "max_input_length": found.max_tokens,
-        "max_batch_tokens": batch_limits(settings.batching, found).max_batch_tokens,
+        "max_batch_tokens": model.batcher.max_batch_tokens,
         "max_batch_requests": settings.batching.max_batch_size,
         "max_client_batch_size": settings.server.max_texts,
         "auto_truncate": True,

@@ -12,7 +12,7 @@ _TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
 
 
-def _is_token_ids(value: Any) -> bool:
+def is_token_ids(value: Any) -> bool:
     """[1, 2], or [[1, 2], [3]]: judged by its first item, as a list that begins so cannot be a list of texts."""
     while isinstance(value, list) and value:
         value = value[0]
@@ -24,7 +24,7 @@ def _texts(value: Any) -> list[str]:
         raise PydanticCustomError("texts", "a list of strings is needed, not {what}", {"what": json_type(value)})
     for place, each in enumerate(value):
         if not isinstance(each, str):
-            if _is_token_ids(each):
+            if is_token_ids(each):
                 raise PydanticCustomError("token_ids", _REFUSED_IDS)
             context = {"place": place, "what": json_type(each)}
             raise PydanticCustomError("texts", "item {place} must be a string, not {what}", context)
