@@ -18,6 +18,9 @@ from tests.deploy.containerfile import FOLDER, ROOT
 from tests.integration.script_copies import clean_env
 from tests.unit.test_requirements import CORE, EXTRAS
 
+# Its programs start slowly where the machine is busy.
+pytestmark = pytest.mark.timeout(600)
+
 LOCK = ROOT / "requirements.lock"
 BUILDER = FOLDER / "builder.lock"
 STALE = "run ./supply_chain.sh lock"
@@ -143,7 +146,7 @@ def test_a_lock_that_is_behind_is_noticed(tmp_path: Path) -> None:
 
 def supply_chain(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(ROOT / "supply_chain.sh"), *arguments], capture_output=True, text=True, timeout=120, check=False,
+        [str(ROOT / "supply_chain.sh"), *arguments], capture_output=True, text=True, timeout=500, check=False,
         env=clean_env(**env), stdin=subprocess.DEVNULL, cwd=ROOT,
     )  # fmt: skip
 
