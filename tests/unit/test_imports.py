@@ -122,7 +122,7 @@ ALLOWED: dict[str, set[str]] = {
         "benchmark.report",
         "utils",
     },
-    "benchmark.studies": {"benchmark", "proto", "utils"},
+    "benchmark.studies": {"benchmark", "door", "proto", "utils"},
     "deploy": {"server"},
     "main": {"server.serve", "utils"},
     "client": {"benchmark", "utils"},
