@@ -1,6 +1,6 @@
 """What the callers of a run leave, and figures of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,26 @@ _BUSY_MS, _BUSY_SHARE = 50.0, 0.1
 _REFUSED = CODE_NUMBERS["RESOURCE_EXHAUSTED"]
 
 
+def _is_busy(idle_ms: float, waited_share: float) -> bool:
+    return idle_ms > _BUSY_MS or waited_share > _BUSY_SHARE
+
+
 @dataclass
 class Machine:
-    """How busy it was with other things in all runs of a row, at its worst."""
+    """How busy it was with other things in all runs of a row, at its worst; and how late the server's event loop."""
 
     idle_ms: float = 0.0
     waited_share: float = 0.0
+    worst_lag_ms: float = 0.0
 
     def saw(self, run: "LoadRun") -> None:
         self.idle_ms = max(self.idle_ms, run.idle_ms)
         self.waited_share = max(self.waited_share, run.waited_share)
+        self.worst_lag_ms = max(self.worst_lag_ms, run.worst_lag_ms)
 
     @property
     def is_busy(self) -> bool:
-        return self.idle_ms > _BUSY_MS or self.waited_share > _BUSY_SHARE
+        return _is_busy(self.idle_ms, self.waited_share)
 
     def judge(self, exact: bool, timed: bool) -> tuple[bool | None, str]:
         """(verdict, note). exact: what no busy machine excuses. timed: what it makes worthless, either way."""
@@ -42,7 +48,11 @@ class Machine:
         )
 
     def details(self) -> dict[str, float]:
-        return {"idle_process_late_p99_ms": self.idle_ms, "loop_waited_for_a_processor_share": self.waited_share}
+        return {
+            "worst_loop_lag_ms": self.worst_lag_ms,
+            "idle_process_late_p99_ms": self.idle_ms,
+            "loop_waited_for_a_processor_share": self.waited_share,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class LoadRun:
 
     idle_ms: how late a process was that had nothing to do, at the 99th percentile. waited_share: of the time, in which
     the server's event loop was kept waiting for a processor. seconds: the time that goodput is counted in: from the
-    start to the last call that was due.
+    start to the last call that was due. counted: by how much the server's figures grew. worst_lag_ms: of its loop.
     """
 
     ran: list[Ran]
@@ -86,6 +96,12 @@ class LoadRun:
     waited_share: float
     server_cpu_s: float
     seconds: float
+    counted: Mapping[str, float]
+    worst_lag_ms: float
+
+    @property
+    def is_busy(self) -> bool:
+        return _is_busy(self.idle_ms, self.waited_share)
 
     @property
     def goodput(self) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tests.scoreboard.callers import Job
 from tests.scoreboard.load_figures import LoadRun, Machine, arrivals, latency_ms, percentile
-from tests.scoreboard.load_kit import ENGINE, LoadServer, keys, load_server, run_jobs
+from tests.scoreboard.load_kit import ENGINE, LoadServer, keys, load_server, run_calm, run_jobs, tries_of
 from tests.scoreboard.row import Figure, Row, Scope
 
 _RELENTLESS, _PROCESSES = 200, 2
@@ -42,8 +42,8 @@ class Flooded:
 class RelentlessBench:
     """A server with keys, callers who have a key each or one for all, and the loads of a round."""
 
-    def __init__(self, server: LoadServer, tokens: Sequence[str], kind: Keys) -> None:
-        self._server = server
+    def __init__(self, server: LoadServer, tokens: Sequence[str], kind: Keys, tries: int) -> None:
+        self._server, self._tries = server, tries
         self._rate_per_s = _BEHAVED_SHARE[kind] * ENGINE.texts_per_s
         self._relentless = list(tokens[:_RELENTLESS] if kind == "one each" else tokens[:1] * _RELENTLESS)
         self._behaved = list(tokens[:1] * _BEHAVED if kind == "one for all" else tokens[_RELENTLESS:-1])
@@ -60,7 +60,7 @@ class RelentlessBench:
             seconds=seconds,
             timeout_s=_TIMEOUT_S,
         )
-        return await run_jobs(self._server, job)
+        return await run_calm(self._server, job, tries=self._tries)
 
     async def flooded(self, seconds: float, seed: int, machine: Machine) -> Flooded:
         """The well-behaved beside the relentless."""
@@ -79,7 +79,7 @@ class RelentlessBench:
             )
             for part in range(_PROCESSES)
         ]
-        run = await run_jobs(self._server, behaved, *relentless)
+        run = await run_calm(self._server, behaved, *relentless, tries=self._tries)
         machine.saw(run)
         refusals = [value for ran in run.ran[1:] for value in latency_ms(ran.refused, since="sent_s")]
         own = run.ran[0]
@@ -96,7 +96,7 @@ class RelentlessBench:
 
     async def behaved_alone(self, seconds: float, seed: int) -> float:
         """Their p99 in ms."""
-        run = await run_jobs(self._server, self._behaved_job(seconds, seed))
+        run = await run_calm(self._server, self._behaved_job(seconds, seed), tries=self._tries)
         return percentile(latency_ms(run.ran[0].ok), 0.99)
 
     def _behaved_job(self, seconds: float, seed: int) -> Job:
@@ -112,10 +112,10 @@ class RelentlessBench:
 
 
 @contextlib.asynccontextmanager
-async def relentless_bench(kind: Keys) -> AsyncIterator[RelentlessBench]:
+async def relentless_bench(kind: Keys, tries: int) -> AsyncIterator[RelentlessBench]:
     with keys(_RELENTLESS + _BEHAVED + 1) as (tokens, setting):
         async with load_server(*ENGINE.settings(), setting, key=tokens[-1]) as server:
-            yield RelentlessBench(server, tokens, kind)
+            yield RelentlessBench(server, tokens, kind, tries)
 
 
 async def refusal_cpu_us(seconds: float) -> tuple[float, float]:
@@ -140,7 +140,7 @@ async def relentless(scope: Scope) -> Figure:
     attempts_per_s, behaved_ok, broken = math.inf, 1.0, 0
     for number, kind in enumerate(kinds):
         found: list[tuple[float, float, Flooded]] = []
-        async with relentless_bench(kind) as bench:
+        async with relentless_bench(kind, tries_of(scope)) as bench:
             for round_ in range(rounds):
                 scope.tell(number * rounds + round_, steps)
                 seed = scope.seed + round_

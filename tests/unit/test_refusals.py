@@ -1,10 +1,16 @@
 """When a refusal is told: at once, until there are too many."""
 
+import asyncio
 from itertools import pairwise
 
 import pytest
 
+from ml_inference_server.server.admission import Admission
+from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.refusals import RefusalPace
+from ml_inference_server.utils.config import BatchingSettings
+from ml_inference_server.utils.errors import InvalidRequest, Overloaded
+from tests.conftest import virtual_time
 
 
 @pytest.mark.parametrize(("cpus", "per_s"), [(1, 250), (2, 500), (4, 1000), (64, 1000)])
@@ -49,3 +55,42 @@ def test_a_flood_is_forgotten_a_second_after_it() -> None:
     for _ in range(10_000):
         pace.wait_s(0.0, 60)
     assert pace.wait_s(1.2, 60) == 0
+
+
+@virtual_time
+async def test_admission_holds_refusals_and_nothing_else() -> None:
+    loop = asyncio.get_running_loop()
+    settings = BatchingSettings(max_queue_requests=1, max_queue_tokens=256)
+    admission = Admission(settings, EngineRate(), batch_tokens=64)
+    began = loop.time()
+    first = await admission.enter(10, began + 60)
+
+    async def refused() -> float:
+        with pytest.raises(Overloaded, match="retry in"):
+            await admission.enter(10, began + 60)
+        return loop.time() - began
+
+    told_s = await asyncio.gather(*(refused() for _ in range(1000)))
+    at_once = sum(told == 0 for told in told_s)
+    assert 25 <= at_once <= 100
+    assert max(told_s) <= 1
+    with pytest.raises(InvalidRequest):
+        await admission.enter(257, loop.time() + 60)
+    admission.release(first)
+    before = loop.time()
+    await admission.enter(10, before + 60)
+    assert loop.time() == before
+
+
+@virtual_time
+async def test_who_leaves_while_a_refusal_is_held_is_gone_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    admission = Admission(BatchingSettings(max_queue_requests=1), EngineRate(), batch_tokens=64)
+    await admission.enter(10, loop.time() + 60)
+    calls = [asyncio.ensure_future(admission.enter(10, loop.time() + 60)) for _ in range(1000)]
+    await asyncio.sleep(0)
+    for call in calls:
+        call.cancel()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(each, asyncio.CancelledError) for each in ended) >= 900
+    assert admission.requests == 1
