@@ -1,11 +1,11 @@
 """When a refusal is told: at once, unless there are so many that telling them would take the processor from the work.
 
-A refusal costs nearly as much as any answer (docs/performance.md). Callers who come back at once, whatever they are
+A refusal costs nearly as much as any answer (docs/batching.md). Callers who come back at once, whatever they are
 told, would have as many as they can receive. Beyond a rate, refusals wait for their turn, so that each of these callers
 waits as one would who heeds the hint. Pure: no clock of its own.
 """
 
-# Of one processor these take some 10 %. One event loop has to send them, however many processors there are.
+# These take 10 to 20 % of a processor. One event loop has to send them, however many processors there are.
 _PER_S_OF_A_CPU, _MOST_PER_S = 250.0, 1000.0
 # As many as come in so long are told at once although they come together.
 _BURST_S = 0.1
