@@ -89,7 +89,9 @@ class Callers:
         self.not_serving = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: list[Any] = []
-        self._metadata = [(("authorization", f"Bearer {key}"),) for key in job.keys] or [()]
+        self._metadata: list[tuple[tuple[str, str], ...]] = [
+            (("authorization", f"Bearer {key}"),) for key in job.keys
+        ] or [()]
 
     async def connect(self) -> Send:
         job = self.job
@@ -100,7 +102,7 @@ class Callers:
             self._closing.append(session)
             return self._clocked(functools.partial(self._readyz, session))
         if job.style == "our client":
-            keys = job.keys or [None]
+            keys: list[str | None] = [*job.keys] or [None]
             clients = [
                 AsyncClient(job.target, timeout_s=job.timeout_s, api_key=keys[i % len(keys)])
                 for i in range(job.channels)

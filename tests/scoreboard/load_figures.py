@@ -128,8 +128,8 @@ def latency_ms(records: Records, *, since: str = "due_s") -> Any:
 
 
 def percentile(values: Any, share: float) -> float:
-    """NaN where there is none."""
-    return float(np.percentile(values, 100 * share)) if len(values) else float("nan")
+    """One of the values, none between two of them; NaN where there is none."""
+    return float(np.percentile(values, 100 * share, method="higher")) if len(values) else float("nan")
 
 
 def lag_ms(records: Records) -> float:

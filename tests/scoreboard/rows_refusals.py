@@ -3,7 +3,7 @@
 import contextlib
 import math
 import statistics
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,11 +42,11 @@ class Flooded:
 class RelentlessBench:
     """A server with keys, callers who have a key each or one for all, and the loads of a round."""
 
-    def __init__(self, server: LoadServer, tokens: Sequence[str], kind: Keys, tries: int) -> None:
+    def __init__(self, server: LoadServer, tokens: list[str], kind: Keys, tries: int) -> None:
         self._server, self._tries = server, tries
         self._rate_per_s = _BEHAVED_SHARE[kind] * ENGINE.texts_per_s
-        self._relentless = list(tokens[:_RELENTLESS] if kind == "one each" else tokens[:1] * _RELENTLESS)
-        self._behaved = list(tokens[:1] * _BEHAVED if kind == "one for all" else tokens[_RELENTLESS:-1])
+        self._relentless = tokens[:_RELENTLESS] if kind == "one each" else tokens[:1] * _RELENTLESS
+        self._behaved = tokens[:1] * _BEHAVED if kind == "one for all" else tokens[_RELENTLESS:-1]
 
     async def peak(self, seconds: float, seed: int) -> LoadRun:
         """As much as it can do for callers who wait for their answers."""
