@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import sys
+from typing import Any
 
 import grpc
 import uvloop
@@ -32,7 +33,7 @@ def _tell(grpc_port: int, http_port: int) -> None:
 async def main(kind: str) -> None:
     if kind == "echo":
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        methods = {"Embed": grpc.unary_unary_rpc_method_handler(_echo)}
+        methods: dict[str, Any] = {"Embed": grpc.unary_unary_rpc_method_handler(_echo)}
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -19,7 +19,8 @@ Keys = Literal["one for the relentless", "one each", "one for all"]
 _BEHAVED_SHARE: dict[Keys, float] = {"one for the relentless": 0.2, "one each": 0.03, "one for all": 0.2}
 _TIMEOUT_S = 2.0
 _LEAST_OF_PEAK, _LEAST_ANSWERED = 0.9, 0.99
-_OVERLOAD = 5.0
+# Of the calls of the relentless: otherwise there was no overload.
+_LEAST_REFUSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ async def relentless(scope: Scope) -> Figure:
     details: dict[str, float] = {}
     ratios: dict[Keys, float] = {}
     steps = len(kinds) * rounds
-    attempts_per_s, behaved_ok, broken = math.inf, 1.0, 0
+    offered, refused_share, behaved_ok, broken = math.inf, 1.0, 1.0, 0
     for number, kind in enumerate(kinds):
         found: list[tuple[float, float, Flooded]] = []
         async with relentless_bench(kind, tries_of(scope)) as bench:
@@ -162,7 +163,8 @@ async def relentless(scope: Scope) -> Figure:
         }
         details[f"goodput_of_peak, {kind}"] = ratios[kind]
         details |= {f"{name}, {kind}": statistics.median(values) for name, values in figures.items()}
-        attempts_per_s = min(attempts_per_s, *(each.attempts_per_s for each in flooded))
+        offered = min(offered, *(each.attempts_per_s / ENGINE.texts_per_s for each in flooded))
+        refused_share = min(refused_share, *(each.refused / (each.attempts_per_s * seconds) for each in flooded))
         broken += sum(each.broken for each in flooded)
         if kind == "one for the relentless":
             behaved_ok = statistics.median(each.behaved_ok for each in flooded)
@@ -170,15 +172,15 @@ async def relentless(scope: Scope) -> Figure:
     scope.tell(steps, steps)
     worst = min(ratios.values())
     passed, note = machine.judge(
-        exact=attempts_per_s >= _OVERLOAD * ENGINE.texts_per_s and not broken,
+        exact=refused_share >= _LEAST_REFUSED and not broken,
         timed=worst >= _LEAST_OF_PEAK and behaved_ok >= _LEAST_ANSWERED,
     )
     return Figure(
-        text=f"goodput {100 * worst:.0f} % of the peak; {100 * behaved_ok:.1f} % of the others answered; "
+        text=f"goodput {100 * worst:.0f} % of the peak at {offered:.1f}x; {100 * behaved_ok:.1f} % of the others answered; "
         f"a refusal costs {cpu_us:.0f} µs",
         passed=passed,
         note=note,
-        details={**details, "refusal_cpu_us": cpu_us, **machine.details()},
+        details={**details, "refused_share": refused_share, "refusal_cpu_us": cpu_us, **machine.details()},
     )
 
 
