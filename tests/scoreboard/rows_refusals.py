@@ -176,8 +176,8 @@ async def relentless(scope: Scope) -> Figure:
         timed=worst >= _LEAST_OF_PEAK and behaved_ok >= _LEAST_ANSWERED,
     )
     return Figure(
-        text=f"goodput {100 * worst:.0f} % of the peak at {offered:.1f}x; {100 * behaved_ok:.1f} % of the others answered; "
-        f"a refusal costs {cpu_us:.0f} µs",
+        text=f"goodput {100 * worst:.0f} % of the peak at {offered:.1f}x; "
+        f"{100 * behaved_ok:.1f} % of the others answered; a refusal costs {cpu_us:.0f} µs",
         passed=passed,
         note=note,
         details={**details, "refused_share": refused_share, "refusal_cpu_us": cpu_us, **machine.details()},
