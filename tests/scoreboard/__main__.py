@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK
+from tests.scoreboard import rows_of_tests
 from tests.scoreboard.planned import PLANNED
 from tests.scoreboard.registry import Line, UnknownRow, chosen, table
 from tests.scoreboard.results import BrokenResults
@@ -20,8 +21,8 @@ DOCS = ROOT / "ml_inference_server" / "docs"
 QUICK_FOLDER = Path("scoreboard")
 EXIT_ROW_FAILED = 1
 
-# Of the modules that have rows: rows_load, rows_faults, rows_inputs, rows_nothing_lost, rows_of_tests.
-ROWS: tuple[Row, ...] = ()
+# To come: rows_load, rows_faults, rows_inputs, rows_nothing_lost.
+ROWS: tuple[Row, ...] = (*rows_of_tests.ROWS,)
 
 
 def all_lines() -> list[Line]:
