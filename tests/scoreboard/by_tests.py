@@ -7,8 +7,9 @@ import signal
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,10 @@ class TestsNotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TestCount:
-    """Cases by their end; one that errors in a fixture counts as failed. failures: names of those that failed."""
+    """Cases by their end; one that errors in a fixture counts as failed. failures: names of those that failed.
+
+    recorded: sums of the whole numbers that tests gave to pytest's `record_property`, by name.
+    """
 
     __test__ = False
 
@@ -32,6 +36,7 @@ class TestCount:
     failed: int
     skipped: int
     failures: tuple[str, ...] = ()
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tried(self) -> int:
@@ -73,6 +78,8 @@ async def run_pytest(
             "no:cacheprovider",
             "-o",
             "console_output_style=count",
+            "-o",
+            "junit_family=xunit1",  # the one in which tests may record figures
         ]
         command += [f"--junitxml={report}", *extra, *selectors]
         variables = {**os.environ, **(environment or {}), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -127,6 +134,7 @@ def read_report(xml: str) -> TestCount:
     """What a JUnit report of pytest says."""
     passed = skipped = 0
     failures: dict[str, None] = {}
+    recorded: Counter[str] = Counter()
     for case in ElementTree.fromstring(xml).iter("testcase"):  # noqa: S314 - pytest of ours wrote it a moment ago
         ends = {child.tag for child in case}
         if ends & {"failure", "error"}:
@@ -135,4 +143,7 @@ def read_report(xml: str) -> TestCount:
             skipped += 1
         else:
             passed += 1
-    return TestCount(passed, len(failures), skipped, tuple(failures))
+        for each in case.iter("property"):
+            if (value := each.get("value", "")).isdecimal():
+                recorded[each.get("name", "")] += int(value)
+    return TestCount(passed, len(failures), skipped, tuple(failures), dict(recorded))

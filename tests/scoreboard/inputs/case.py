@@ -46,6 +46,11 @@ class GrpcCase(Case):
     compression: grpc.Compression | None = None
     right: Callable[[Sequence[bytes]], None] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes to send."""
+        return sum(map(len, self.messages))
+
 
 @dataclass(frozen=True, kw_only=True)
 class HttpCase(Case):
@@ -56,6 +61,11 @@ class HttpCase(Case):
     ends: bool = False
     says: str = ""
     right: Callable[[HttpReply], None] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes to send."""
+        return len(self.request)
 
 
 def vectors_of(*texts: str) -> Callable[[Sequence[bytes]], None]:
