@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable
 
 from tests.scoreboard.by_tests import TestCount, run_pytest
+from tests.scoreboard.inputs.attacks import attack
+from tests.scoreboard.inputs.canaries import put_in_and_look
 from tests.scoreboard.inputs.tried import all_cases, try_all
 from tests.scoreboard.row import Figure, Row, Scope
 
@@ -99,6 +101,45 @@ async def auth_matrix(scope: Scope) -> Figure:
     )
 
 
+async def payloads(scope: Scope) -> Figure:
+    """X6: both scopes are the same."""
+    found = await attack(scope.tell)
+    return Figure(
+        text=f"{found.payloads.total():,} payloads; {len(found.through)} passed through",
+        passed=not found.through,
+        note="; ".join(found.through[:3]),
+        details={
+            **{f"{kind}_payloads": count for kind, count in found.payloads.items()},
+            "through": len(found.through),
+        },
+    )
+
+
+async def canaries(scope: Scope) -> Figure:
+    """X7: a log in either form, and an engine in threads or in a process of its own, whose errors come over a pipe."""
+    kinds: list[tuple[tuple[str, ...], tuple[str, ...]]] = [((), ())]
+    if not scope.is_quick:
+        kinds.append((("model.process_per_stream=true",), ("--log-format", "json")))
+    looked = []
+    for place, (settings, flags) in enumerate(kinds):
+        looked.append(await put_in_and_look(settings, *flags))
+        scope.tell(place + 1, len(kinds))
+    found = [sentence for each in looked for sentence in each.found()]
+    put_in = sum(len(each.words) + len(each.secrets) for each in looked)
+    outputs = sum(len(each.outputs) for each in looked)
+    return Figure(
+        text=f"{put_in} canaries in {outputs} outputs; {len(found)} found",
+        passed=not found,
+        note="; ".join(found[:3]),
+        details={
+            "canaries": put_in,
+            "outputs": outputs,
+            "searched_bytes": sum(each.searched_bytes for each in looked),
+            "found": len(found),
+        },
+    )
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         key="X1",
@@ -119,4 +160,11 @@ ROWS: tuple[Row, ...] = (
         run=random_requests,
     ),
     Row(key="X5", title="Every method and route with every kind of credential", pass_line="0 wrong", run=auth_matrix),
+    Row(
+        key="X6",
+        title="Path traversal, script, Host, CORS and smuggling payloads",
+        pass_line="0 passed through",
+        run=payloads,
+    ),
+    Row(key="X7", title="Secrets and texts in all that the server puts out", pass_line="0 found", run=canaries),
 )
