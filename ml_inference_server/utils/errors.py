@@ -12,7 +12,7 @@ ServiceError                  one request is answered with an error; the server 
 ├── WrongTask                 the loaded model cannot do this
 ├── ModelNotFound             no model of that name is served here
 ├── SpaceMismatch             the caller expects vectors of another space
-├── Overloaded                the queue is full; come back after `retry_after_ms`
+├── Overloaded                the queue is full, or a limit of the caller's reached; come back after `retry_after_ms`
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
 ├── Unavailable               loading or shutting down, or the engine hangs; safe to retry
 └── BackendFailure            the model failed on this input, alone
@@ -96,13 +96,24 @@ class Forbidden(ServiceError):
 
 
 class InvalidRequest(ServiceError):
-    """The input is wrong. `violations` lists (field path, what is wrong with it), the first 16 of them."""
+    """The input is wrong. `violations` lists (field path, what is wrong with it), the first 16 of them.
+
+    names_as_sent: the paths are those of the caller's own request, and not the service's names of them.
+    """
 
     reason = "INVALID_FIELD"
 
-    def __init__(self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        violations: Sequence[tuple[str, str]] = (),
+        names_as_sent: bool = False,
+    ) -> None:
         super().__init__(message, reason=reason)
         self.violations = tuple(violations[:16])
+        self.names_as_sent = names_as_sent
 
 
 class BodyRefused(InvalidRequest):
@@ -130,7 +141,10 @@ class SpaceMismatch(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full, or the wait in it too long (WAIT_TOO_LONG). `retry_after_ms` estimates when there is room."""
+    """The queue is full, the wait in it too long (WAIT_TOO_LONG), or a caller asks for more than he may (CALLER_LIMIT).
+
+    `retry_after_ms` estimates when there is room; of requests and tokens per second it is exact.
+    """
 
     reason = "QUEUE_FULL"
 

@@ -7,8 +7,9 @@ import signal
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,10 @@ class TestsNotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TestCount:
-    """Cases by their end; one that errors in a fixture counts as failed. failures: "name: why" of those that failed."""
+    """Cases by their end; one that errors in a fixture counts as failed. failures: "name: why" of those that failed.
+
+    recorded: sums of the whole numbers that tests gave to pytest's `record_property`, by name.
+    """
 
     __test__ = False
 
@@ -33,6 +37,7 @@ class TestCount:
     failed: int
     skipped: int
     failures: tuple[str, ...] = ()
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tried(self) -> int:
@@ -74,6 +79,8 @@ async def run_pytest(
             "no:cacheprovider",
             "-o",
             "console_output_style=count",
+            "-o",
+            "junit_family=xunit1",  # the one in which tests may record figures
         ]
         command += [f"--junitxml={report}", *extra, *selectors]
         variables = {**os.environ, **(environment or {}), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -128,6 +135,7 @@ def read_report(xml: str) -> TestCount:
     """What a JUnit report of pytest says."""
     passed = skipped = 0
     failures: dict[str, str] = {}
+    recorded: Counter[str] = Counter()
     for case in ElementTree.fromstring(xml).iter("testcase"):  # noqa: S314 - pytest of ours wrote it a moment ago
         why = {child.tag: child.get("message", "") for child in case}
         if (failure := why.get("failure", why.get("error"))) is not None:
@@ -137,4 +145,8 @@ def read_report(xml: str) -> TestCount:
             skipped += 1
         else:
             passed += 1
-    return TestCount(passed, len(failures), skipped, tuple(f"{name}: {why}" for name, why in failures.items()))
+        for each in case.iter("property"):
+            if (value := each.get("value", "")).isdecimal():
+                recorded[each.get("name", "")] += int(value)
+    told = [f"{name}: {why}" for name, why in failures.items()]
+    return TestCount(passed, len(failures), skipped, tuple(told), dict(recorded))
