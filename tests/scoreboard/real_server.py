@@ -65,6 +65,7 @@ class RealServer:
     grpc_port: int
     http_port: int
     log: Path
+    token: str = ""
 
     @property
     def ps(self) -> psutil.Process:
@@ -74,12 +75,22 @@ class RealServer:
     def address(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of whoever asks for figures."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
     async def scrape(self, *names: str) -> Scrape:
         """What /metrics says to Prometheus, over a connection of its own. names: of metrics, if not all."""
         return parse(await asyncio.to_thread(self._get, "/metrics/prometheus"), names)
 
     def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=30) as answer:
+        request = urllib.request.Request(f"{self.url}{path}", headers=self.headers)  # noqa: S310 - it is ours
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
             body: bytes = answer.read()
         return body.decode()
 
@@ -164,10 +175,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def real_server(folder: Path, *settings: str, module: str = SERVER, **more: str) -> AsyncIterator[RealServer]:
+async def real_server(
+    folder: Path, *settings: str, module: str = SERVER, token: str = "", **more: str
+) -> AsyncIterator[RealServer]:
     """One on free ports with the fake backend, unless `settings` ("key=value") say otherwise; it is always ended.
 
-    module: what is run in place of the server's own. more: of the environment.
+    module: what is run in place of the server's own. token: for its figures. more: of the environment.
     """
     ready_file, log = folder / "ready.json", folder / "server.log"
     ready_file.unlink(missing_ok=True)
@@ -191,7 +204,7 @@ async def real_server(folder: Path, *settings: str, module: str = SERVER, **more
                 raise ServerEnded(f"the server ended with {process.returncode}: {log.read_text()[-2000:]}")
             await asyncio.sleep(_LOOK_EVERY_S)
         ports = json.loads(ready_file.read_text())
-        yield RealServer(process, ports["grpc_port"], ports["http_port"], log)
+        yield RealServer(process, ports["grpc_port"], ports["http_port"], log, token)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
