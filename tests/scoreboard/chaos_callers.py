@@ -64,7 +64,7 @@ class ChaosCaller:
             code = error.code().name
             trailers = dict(error.trailing_metadata() or ())
             by_server = "request-id" in trailers or code == "UNAUTHENTICATED"
-            reason, has_retry_info = _details(trailers.get("grpc-status-details-bin", b""))
+            reason, has_retry_info = error_details(trailers.get("grpc-status-details-bin", b""))
             has_hints = has_retry_info and "grpc-retry-pushback-ms" in trailers
         ended_at = time.monotonic()
         if code == "OK":
@@ -84,7 +84,7 @@ class ChaosCaller:
         )
 
 
-def _details(raw: str | bytes) -> tuple[str, bool]:
+def error_details(raw: str | bytes) -> tuple[str, bool]:
     """The reason, and whether it says when to come again."""
     reason, has_retry_info = "", False
     for detail in status_pb2.Status.FromString(raw if isinstance(raw, bytes) else raw.encode()).details:
