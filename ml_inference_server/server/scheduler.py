@@ -19,7 +19,7 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Reservation
 from ml_inference_server.server.answer_cache import AnswerCache
 from ml_inference_server.server.batch_runner import BatchRunner
-from ml_inference_server.server.batching import BatchQueue, Limits, Running
+from ml_inference_server.server.batching import Batch, BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.out_of_memory import BatchRoom
@@ -42,6 +42,7 @@ def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
         length_grouping=settings.length_grouping,
         overhead_tokens=settings.batch_overhead_tokens or (64 if on_cpu else 4096),
         padding_free=info.padding_free,
+        bulk_share=settings.bulk_share,
     )
 
 
@@ -64,6 +65,8 @@ class _InFlight(NamedTuple):
     since: float
     tokens: int
     cost_tokens: int
+    is_bulk: bool
+    is_express: bool
 
 
 class DynamicBatcher:
@@ -92,7 +95,7 @@ class DynamicBatcher:
         self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
         self._room = BatchRoom(limits.max_batch_tokens)
         self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s, self._room)
-        self._free_slots = worker.slots
+        self._free_slots, self._free_express_slots = worker.slots, worker.express_slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
         self._running: dict[asyncio.Task[None], _InFlight] = {}
@@ -126,7 +129,7 @@ class DynamicBatcher:
         if pending.rows is not None and not pending.missing:
             return Computed(pending.rows, now, now, now, cached=pending.cached)
         self._pending.add(pending)
-        self._queue.add(to_queue)
+        self._queue.add(to_queue, reservation.caller, is_bulk=reservation.is_bulk)
         self._pump_soon()
         timer = self._loop.call_at(call.deadline, pending.expire)
         try:
@@ -149,10 +152,10 @@ class DynamicBatcher:
         if self._window is not None:
             self._window.cancel()
             self._window = None
-        while self._free_slots:
+        while self._free_slots or self._needs_express_slot():
+            is_express = not self._free_slots
             try:
-                smallest = min(self._running.values(), key=_by_tokens, default=None)
-                chosen = self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
+                chosen = self._queue.express_batch() if is_express else self._next_batch()
             except Exception:
                 # A bug in the policy must not leave anybody waiting.
                 log.exception("the batching policy failed; every waiting request is answered with an error")
@@ -166,19 +169,36 @@ class DynamicBatcher:
             if isinstance(chosen, float):
                 self._window = self._loop.call_at(chosen, self._pump)
                 return
-            for item in chosen.items:
-                item.owner.reservation.give_back(item.length)
+            self._start(chosen, is_express)
+
+    def _next_batch(self) -> Batch | float | None:
+        smallest = min(self._running.values(), key=_by_tokens, default=None)
+        return self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
+
+    def _needs_express_slot(self) -> bool:
+        """Bulk batches hold every slot."""
+        return self._free_express_slots > 0 and all(each.is_bulk for each in self._running.values())
+
+    def _start(self, batch: Batch, is_express: bool) -> None:
+        for item in batch.items:
+            item.owner.reservation.give_back(item.length)
+        if is_express:
+            self._free_express_slots -= 1
+        else:
             self._free_slots -= 1
-            task = self._loop.create_task(self._runner.run(chosen))
-            self._running[task] = _InFlight(self._loop.time(), chosen.tokens, self._queue.limits.cost_tokens(chosen))
-            task.add_done_callback(self._slot_free)
+        task = self._loop.create_task(self._runner.run(batch))
+        cost_tokens = self._queue.limits.cost_tokens(batch)
+        self._running[task] = _InFlight(self._loop.time(), batch.tokens, cost_tokens, batch.is_bulk, is_express)
+        task.add_done_callback(self._slot_free)
 
     def _expected(self, batch: _InFlight) -> Running:
         return Running(batch.tokens, batch.since + self._rate.s_per_cost_token * batch.cost_tokens)
 
     def _slot_free(self, task: asyncio.Task[None]) -> None:
-        del self._running[task]
-        self._free_slots += 1
+        if self._running.pop(task).is_express:
+            self._free_express_slots += 1
+        else:
+            self._free_slots += 1
         if self._room.tokens != self._queue.limits.max_batch_tokens:
             self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
         if not task.cancelled() and (error := task.exception()) is not None:
