@@ -170,7 +170,8 @@ async def _quiet(server: RealServer, faults: ChaosFaults, ledger: Path, base: He
     found.breaches += await recovered(server, faults)
     held = await server.at_rest(base)
     if base is not None:
-        found.breaches += [Breach("V10", f"at rest: {what}") for what in held.beyond(base)]
+        if beyond := held.beyond(base):
+            found.breaches.append(Breach("V10", f"at rest: {'; '.join(beyond)}: {dict(server.open_files())}"))
     figures = await server.scrape()
     if left := in_flight(figures):
         found.breaches.append(Breach("V4", f"at rest {left} requests, texts or batches are still counted"))

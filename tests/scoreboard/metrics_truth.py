@@ -131,9 +131,7 @@ def _http(number: int, count: int) -> list[Known]:
         ),
         Known(method="tei.embed", path="/embed", request={"inputs": [first, " "]}, reason="EMPTY_TEXT"),
         Known(method="tei.embed", path="/embed", request={"inputs": f"!raise {first}"}, reason="BACKEND_ERROR"),
-        Known(
-            method="kserve.infer", path="/v2/models/fake/infer", request={"inputs": None}, reason="INVALID_FIELD"
-        ),
+        Known(method="kserve.infer", path="/v2/models/fake/infer", request={"inputs": None}, reason="INVALID_FIELD"),
     ]
 
 

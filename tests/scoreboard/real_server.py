@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,19 @@ class RealServer:
             tasks=int(figures[_TASKS, ()]),
             children=len(ps.children(recursive=True)),
         )
+
+    def open_files(self) -> Counter[str]:
+        """What its descriptors are, TCP connections by their state."""
+        ps = self.ps
+        found = Counter(
+            f"TCP {each.status} to {each.raddr.port if each.raddr else '-'} of {each.laddr.port}"
+            for each in ps.net_connections("tcp")
+        )
+        folder = Path("/proc") / str(ps.pid) / "fd"
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                found[path.readlink().name.partition("[")[0]] += 1
+        return found
 
     async def stop(self) -> int:
         """SIGTERM, and the exit code."""
