@@ -108,6 +108,8 @@ async def chaos(
                 faults.caller = caller
                 async with aiohttp.ClientSession(server.url, headers=server.headers) as session:
                     lag_s = max(lag_s, await _segment(callers, extent.segment_calls, faults, watched, session))
+                if base is None:
+                    await faults.fill_pools()
             done += CALLERS * extent.segment_calls
             base = await _quiet(server, faults, ledger, base, found)
             tell(min(done, extent.calls), extent.calls)
@@ -169,9 +171,8 @@ async def _quiet(server: RealServer, faults: ChaosFaults, ledger: Path, base: He
     found.quiet_points += 1
     found.breaches += await recovered(server, faults)
     held = await server.at_rest(base)
-    if base is not None:
-        if beyond := held.beyond(base):
-            found.breaches.append(Breach("V10", f"at rest: {'; '.join(beyond)}: {dict(server.open_files())}"))
+    if beyond := held.beyond(base or held):
+        found.breaches.append(Breach("V10", f"at rest: {'; '.join(beyond)}: {server.holds()}"))
     figures = await server.scrape()
     if left := in_flight(figures):
         found.breaches.append(Breach("V4", f"at rest {left} requests, texts or batches are still counted"))

@@ -15,13 +15,16 @@ from ml_inference_server.door.keys import create_key
 from ml_inference_server.door.rights import Right
 from tests.scoreboard.chaos_callers import ChaosCaller
 from tests.scoreboard.chaos_ledger import CallEnd, Fault
-from tests.scoreboard.chaos_plan import planned_as
+from tests.scoreboard.chaos_plan import PlannedCall, name_words, planned_as
 from tests.scoreboard.real_server import RealServer
 from tests.scoreboard.tcp_proxy import TcpProxy
 
 _GAP_S = 0.6
 _STALL_S, _MOST_FREEZE_S = 0.2, 0.3
 _WORD_TIMEOUT_S = 20.0
+_STARTED_S = 4.0
+# Long enough to be tokenised in a thread, and so many that all of them are busy.
+_LONG_WORDS, _LONG_TEXTS = 800, 12
 # An engine takes a second or more to come again, and a text that kills it does so three times.
 _WEIGHTS = {"kill": 1.5, "stop": 0.6, "crash": 0.4, "hang": 0.4, "cut": 8, "stall": 3, "freeze": 3, "keys": 6}
 _ENGINE = frozenset({"kill", "stop", "crash", "hang", "freeze"})
@@ -96,6 +99,9 @@ class ChaosFaults:
 
     def _signal(self, number: signal.Signals) -> None:
         engines = sorted(self.engines(), key=lambda engine: engine.pid)
+        if number is signal.SIGSTOP:
+            # One that stops while it starts is noticed after a minute only.
+            engines = [engine for engine in engines if time.time() - engine.create_time() > _STARTED_S]
         if not engines:  # all are being started again: it hits nobody
             del self.faults[-1]
             return
@@ -122,6 +128,18 @@ class ChaosFaults:
         self._server.process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(self._rng.uniform(0.05, _MOST_FREEZE_S))
         self._server.process.send_signal(signal.SIGCONT)
+
+    async def fill_pools(self) -> None:
+        """Whatever threads the server starts when it first needs them, it has then: what it holds can be a base."""
+        words = [f"{name_words(f'dlong{number}')} " + "w " * _LONG_WORDS for number in range(_LONG_TEXTS)]
+        calls = [
+            PlannedCall(name=f"dlong{number}", kind="plain", method="Embed", texts=[text], timeout_s=_WORD_TIMEOUT_S)
+            for number, text in enumerate(words)
+        ]
+        self.ends += await asyncio.gather(*(self.caller.call(each) for each in calls))
+        for engine in self.engines():
+            with contextlib.suppress(psutil.Error):
+                engine.kill()
 
     def is_whole(self) -> bool:
         """All engines are there, and none of them is stopped."""
