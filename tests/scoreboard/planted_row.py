@@ -16,7 +16,7 @@ async def run(scope: Scope) -> Figure:
     bugs = QUICK if scope.is_quick else BUGS
     with copied_project() as root:
         await _all_pass(root, bugs)
-        return await _plant_each(root, bugs, scope.tell)
+        return await plant_each(root, bugs, scope.tell)
 
 
 async def _all_pass(root: Path, bugs: Sequence[Bug]) -> None:
@@ -27,7 +27,7 @@ async def _all_pass(root: Path, bugs: Sequence[Bug]) -> None:
         raise AssertionError(f"without a bug {count.passed} of {len(tests)} tests passed: {'; '.join(count.failures)}")
 
 
-async def _plant_each(root: Path, bugs: Sequence[Bug], tell: Callable[[int, int], None]) -> Figure:
+async def plant_each(root: Path, bugs: Sequence[Bug], tell: Callable[[int, int], None]) -> Figure:
     seen: dict[str, str] = {}
     missed: list[str] = []
     for number, bug in enumerate(bugs):
