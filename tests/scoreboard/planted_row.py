@@ -8,7 +8,7 @@ from tests.scoreboard.planted_bugs import BUGS, QUICK
 from tests.scoreboard.planting import Bug, NotPlanted, copied_project, planted
 from tests.scoreboard.row import Figure, Scope
 
-# Each takes less than 5 s on a quiet machine. One that runs into the limit has seen nothing, as a busy machine is no bug.
+# Each takes less than 5 s on a quiet machine. One that runs into the limit has seen nothing.
 _ARGUMENTS = ("--timeout=120", "--tb=native")
 _TIMED_OUT = "from pytest-timeout"
 

@@ -58,7 +58,7 @@ def peer() -> Contender:
     """NotRun where nobody said how to start one."""
     command = shlex.split(os.environ.get(PEER, ""))
     if not command:
-        raise NotRun(f"no other server was given: set {PEER} to the command that starts one (docs/scoreboard_peer.md)")
+        raise NotRun(f"no other server was given: set {PEER} to the command that starts one (see docs/scoreboard.md)")
     return Contender(name=os.environ.get(PEER_NAME, Path(command[0]).name), command=tuple(command))
 
 
