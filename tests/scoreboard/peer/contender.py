@@ -29,6 +29,8 @@ PEER, PEER_NAME = "SCOREBOARD_PEER", "SCOREBOARD_PEER_NAME"
 MODEL_NAME = "fake"
 ROUTE = "/v1/embeddings"
 START_S = 300.0
+# Of all good callers together, as aiohttp has it where nobody says otherwise.
+CONNECTIONS = 100
 _STOP_S = 60.0
 _LOOK_EVERY_S = 0.1
 _SAME_COSINE = 0.999
@@ -144,7 +146,8 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
 @contextlib.asynccontextmanager
 async def contest(contender: Contender, folder: Path) -> AsyncIterator[tuple[Contestant, "Caller"]]:
     """One that answers, and a caller who knows the right answers. RuntimeError where it does not come up."""
-    async with launched(contender, folder) as contestant, aiohttp.ClientSession() as session:
+    pool = aiohttp.TCPConnector(limit=CONNECTIONS)
+    async with launched(contender, folder) as contestant, aiohttp.ClientSession(connector=pool) as session:
         caller = Caller(contestant.url, session)
         give_up_at = time.monotonic() + START_S
         while True:

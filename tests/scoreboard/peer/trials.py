@@ -179,7 +179,7 @@ async def bad_clients(contestant: Contestant, caller: Caller, count: int, score:
 
 
 async def crowd(contestant: Contestant, caller: Caller, count: int, score: Score) -> None:
-    """So many calls at once: each is answered, or told in words to come back; health answers meanwhile."""
+    """So many calls at once over 100 connections: each is answered, or told to come back; health answers meanwhile."""
     waits_s: list[float] = []
 
     async def health() -> None:
