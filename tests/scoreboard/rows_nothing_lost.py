@@ -19,7 +19,7 @@ SOAKS: tuple[tuple[Mix, int], ...] = ((BOTH, 1_000_000), (OK, 400_000), (CANCELL
 QUICK_SOAKS: tuple[tuple[Mix, int], ...] = ((BOTH, 8_000),)
 
 CHAOS = Extent(calls=500_000, faults=1_000, segment_calls=20_000, most_s=3_300)
-QUICK_CHAOS = Extent(calls=2_400, faults=4, segment_calls=600, most_s=60)
+QUICK_CHAOS = Extent(calls=1_200, faults=4, segment_calls=300, most_s=90)
 TRUTH_REQUESTS, QUICK_TRUTH_REQUESTS = 20_000, 1_500
 # Of the figures that a load of all protocols has: without them it was another load.
 _LEAST_KINDS = 25
@@ -65,10 +65,17 @@ def chaos_figure(found: Chaos, extent: Extent) -> Figure:
     }
     return Figure(
         text=f"{calls:,} calls, {faults:,} faults, {breaches} breaches",
-        passed=not notes,
+        passed=_is_enough(found, extent),
         note="; ".join(notes),
         details=details,
     )
+
+
+def _is_enough(found: Chaos, extent: Extent) -> bool | None:
+    """None where nothing was broken, and the machine was too slow for all that was to be tried."""
+    if found.breaches or not found.faults or not found.calls:
+        return False
+    return True if found.calls.total() >= extent.calls and found.faults.total() >= extent.faults else None
 
 
 async def _metrics_truth(scope: Scope) -> Figure:
@@ -136,24 +143,31 @@ async def _honesty(scope: Scope) -> Figure:
         for key, (_, tests) in CHECKS.items()
     }
     asked = {key: tests for key, tests in asked.items() if tests}
-    held, notes = [], []
-    details: dict[str, float | int | str] = {}
-    for number, (key, tests) in enumerate(asked.items()):
-        scope.tell(number, len(asked))
-        count = await tests_pass(*tests)
-        details[f"{key}: {CHECKS[key][0]}"] = f"{count.passed} of {count.tried} cases: {', '.join(tests)}"
-        if count.failed or count.skipped or not count.passed:
-            notes.append(f"{key}: {count.failed} failed, {count.skipped} skipped {'; '.join(count.failures)}")
-        else:
-            held.append(key)
+    count = await tests_pass(*(test for tests in asked.values() for test in tests), tell=scope.tell)
+    broken = {
+        key: found
+        for key, tests in asked.items()
+        if (found := [failure for failure in count.failures if any(_is_of(failure, test) for test in tests)])
+    }
+    notes = [f"{key}: {'; '.join(found)}" for key, found in broken.items()]
+    if count.skipped:
+        notes.append(f"{count.skipped} cases were skipped")
+    is_held = not count.failed and not count.skipped
     if scope.is_quick:
         notes.append(f"the part of {', '.join(asked)} that needs no server")
     return Figure(
-        text=f"{len(held)} of {len(asked)} checks hold",
-        passed=len(held) == len(asked),
+        text=f"{len(asked) - len(broken)} of {len(asked)} checks hold ({count.passed} cases)",
+        passed=is_held,
         note="; ".join(notes),
-        details=details,
+        details={f"{key}: {CHECKS[key][0]}": ", ".join(tests) for key, tests in asked.items()},
     )
+
+
+def _is_of(failure: str, test: str) -> bool:
+    """failure: "module::name[case]: why", as pytest's report names them."""
+    path, _, name = test.partition("::")
+    module, _, rest = failure.partition("::")
+    return module == path.removesuffix(".py").replace("/", ".") and rest.partition(": ")[0].partition("[")[0] == name
 
 
 async def _soaks(scope: Scope) -> Figure:
