@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _PYTEST_OK, _PYTEST_FAILED = 0, 1
 _LAST_LINES = 15
+_MOST_WHY_CHARACTERS = 200
 
 
 class TestsNotRun(Exception):
@@ -25,7 +26,7 @@ class TestsNotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TestCount:
-    """Cases by their end; one that errors in a fixture counts as failed. failures: names of those that failed.
+    """Cases by their end; one that errors in a fixture counts as failed. failures: "name: why" of those that failed.
 
     recorded: sums of the whole numbers that tests gave to pytest's `record_property`, by name.
     """
@@ -133,17 +134,19 @@ def progress(output: str) -> tuple[int, int] | None:
 def read_report(xml: str) -> TestCount:
     """What a JUnit report of pytest says."""
     passed = skipped = 0
-    failures: dict[str, None] = {}
+    failures: dict[str, str] = {}
     recorded: Counter[str] = Counter()
     for case in ElementTree.fromstring(xml).iter("testcase"):  # noqa: S314 - pytest of ours wrote it a moment ago
-        ends = {child.tag for child in case}
-        if ends & {"failure", "error"}:
-            failures[f"{case.get('classname')}::{case.get('name')}"] = None
-        elif "skipped" in ends:
+        why = {child.tag: child.get("message", "") for child in case}
+        if (failure := why.get("failure", why.get("error"))) is not None:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failures.setdefault(name, " ".join(failure.split())[:_MOST_WHY_CHARACTERS])
+        elif "skipped" in why:
             skipped += 1
         else:
             passed += 1
         for each in case.iter("property"):
             if (value := each.get("value", "")).isdecimal():
                 recorded[each.get("name", "")] += int(value)
-    return TestCount(passed, len(failures), skipped, tuple(failures), dict(recorded))
+    told = [f"{name}: {why}" for name, why in failures.items()]
+    return TestCount(passed, len(failures), skipped, tuple(told), dict(recorded))

@@ -216,10 +216,16 @@ def test_progress_is_read_from_what_pytest_prints() -> None:
 def test_an_error_in_a_fixture_is_a_failure_and_a_skip_is_no_pass() -> None:
     cases = "".join(
         f'<testcase classname="c" name="{name}">{child}</testcase>'
-        for name, child in [("a", ""), ("b", "<failure/>"), ("c", "<skipped/>"), ("d", "<error/>"), ("d", "<error/>")]
+        for name, child in [
+            ("a", ""),
+            ("b", "<failure message='a&#10;b'/>"),
+            ("c", "<skipped/>"),
+            ("d", "<error/>"),
+            ("d", "<error/>"),
+        ]
     )
     count = read_report(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert count == TestCount(1, 2, 1, ("c::b", "c::d"))
+    assert count == TestCount(1, 2, 1, ("c::b: a b", "c::d: "))
     assert count.tried == 3
 
 
