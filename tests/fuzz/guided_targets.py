@@ -96,7 +96,10 @@ def _tensors(request: Any) -> None:
     ]
     asked = InferParameters({name: getattr(each, each.WhichOneof("parameter_choice") or "int64_param")
                              for name, each in request.parameters.items()})  # fmt: skip
-    asked.overflow(), asked.whole("dimensions"), asked.text("prompt_name"), asked.check_known_to_texts()
+    asked.overflow()
+    asked.whole("dimensions")
+    asked.text("prompt_name")
+    asked.check_known_to_texts()
     queries, texts = read_texts(inputs, needs_query=False, max_texts=LIMITS.max_texts)
     assert len(texts) <= LIMITS.max_texts
     assert queries is None or len(queries) == len(texts)

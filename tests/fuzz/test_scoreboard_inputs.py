@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from tests.fuzz import guided_targets
+from tests.fuzz.grpc_wire import Outcome
 from tests.integration.http_kit import HttpReply
 from tests.scoreboard.inputs import attacks, guided_runs, send_grpc, send_http
 from tests.scoreboard.inputs.canaries import Canaries
@@ -77,7 +78,7 @@ def test_a_wrong_vector_is_seen() -> None:
     case = next(case for case in all_cases() if isinstance(case, GrpcCase) and case.right and "Embed" in case.path)
     assert case.code is grpc.StatusCode.OK
     with pytest.raises(AssertionError):
-        send_grpc.check(case, send_grpc.Outcome(None, [b""]))
+        send_grpc.check(case, Outcome(None, [b""]))
 
 
 def test_a_canary_that_came_out_is_seen() -> None:
