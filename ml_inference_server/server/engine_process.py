@@ -37,9 +37,13 @@ log = logging.getLogger(__name__)
 _FRAME = struct.Struct("<BQ")
 _RUN = struct.Struct("<I??xx")  # texts, whether segments follow the ids, and then variants
 _ROWS = struct.Struct("<IIdd")  # rows, dimension, started_at, ended_at
+# Far more than the largest batch has: a head that tells of more is none.
+_MOST_PAYLOAD_BYTES = 2**36
 
 
-class _Kind(IntEnum):
+class FrameKind(IntEnum):
+    """What a frame holds."""
+
     PHASE = 1  # a sentence: what the start is busy with
     READY = 2  # a pickled Described
     REFUSED = 3  # the pickled error that ended the start
@@ -69,7 +73,12 @@ def pack_batch(batch: TokenBatch) -> bytes:
 
 
 def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
-    """What `pack_batch` packed; its arrays may be written to, as those of a batch that did not travel."""
+    """What `pack_batch` packed; its arrays may be written to, as those of a batch that did not travel.
+
+    ValueError where the payload has another length than the batch that it tells of.
+    """
+    if len(payload) < _RUN.size:
+        raise ValueError("the payload is no batch")
     texts, has_types, has_variants = _RUN.unpack_from(payload)
     payload = bytearray(payload)
     ends = itertools.accumulate([_RUN.size, 8 * (texts + 1), 8 * texts * has_variants])
@@ -78,7 +87,26 @@ def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
     variants = np.frombuffer(payload, np.int64, texts, variants_at) if has_variants else None
     numbers = np.frombuffer(payload, np.int32, -1, ids_at)
     tokens = int(starts[-1])
+    if tokens < 0 or len(numbers) != tokens * (1 + has_types):
+        raise ValueError(f"{len(numbers)} numbers for a batch of {tokens} tokens")
     return TokenBatch(numbers[:tokens], starts, numbers[tokens:] if has_types else None, variants)
+
+
+def frame_head(head: bytes) -> tuple[FrameKind, int]:
+    """(kind, bytes of the payload). ValueError where these bytes are the head of no frame."""
+    number, length = _FRAME.unpack(head)
+    if length > _MOST_PAYLOAD_BYTES:
+        raise ValueError(f"a frame of {length} bytes")
+    return FrameKind(number), length
+
+
+def unpack_rows(payload: bytes) -> Output:
+    """What the child answered to a batch. ValueError where the payload has another length than its head tells."""
+    if len(payload) < _ROWS.size:
+        raise ValueError("the payload is no rows")
+    count, dimension, started_at, ended_at = _ROWS.unpack_from(payload)
+    rows: NDArray[np.float32] = np.frombuffer(payload, np.float32, offset=_ROWS.size).reshape(count, dimension)
+    return Output(rows, started_at, ended_at)
 
 
 def _child(
@@ -90,17 +118,17 @@ def _child(
     connection.setblocking(True)
     stream = connection.makefile("rb")
     try:
-        backend, described = _load(asked, lambda text: _send(connection, _Kind.PHASE, text.encode()))
+        backend, described = _load(asked, lambda text: _send(connection, FrameKind.PHASE, text.encode()))
         if faults:
             enable_faults(backend)
     except StartError as error:
-        _send(connection, _Kind.REFUSED, pickle.dumps(error))
+        _send(connection, FrameKind.REFUSED, pickle.dumps(error))
         return
-    _send(connection, _Kind.READY, pickle.dumps(described))
+    _send(connection, FrameKind.READY, pickle.dumps(described))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             kind, request = _receive(stream)
-            _send(connection, *((_Kind.PONG, b"") if kind is _Kind.PING else _answer(backend, request)))
+            _send(connection, *((FrameKind.PONG, b"") if kind is FrameKind.PING else _answer(backend, request)))
     os._exit(0)  # threads of a library must not keep it
 
 
@@ -111,27 +139,27 @@ def _load(asked: ModelSettings | Resolution, phase: Callable[[str], None]) -> tu
     return started.backend, started.described()
 
 
-def _answer(backend: Backend, request: bytes) -> tuple[_Kind, bytes]:
+def _answer(backend: Backend, request: bytes) -> tuple[FrameKind, bytes]:
     started_at = time.monotonic()
     try:
         rows = np.ascontiguousarray(backend.infer(unpack_batch(request)), np.float32)
         head = _ROWS.pack(len(rows), rows.shape[1], started_at, time.monotonic())
-        return _Kind.ROWS, head + rows.tobytes()
+        return FrameKind.ROWS, head + rows.tobytes()
     except Exception as error:
         log.debug("a batch raised", exc_info=error)
-        return _Kind.RAISED, f"{type(error).__name__}: {error}".encode(errors="replace")
+        return FrameKind.RAISED, f"{type(error).__name__}: {error}".encode(errors="replace")
 
 
-def _send(connection: socket.socket, kind: _Kind, payload: bytes) -> None:
+def _send(connection: socket.socket, kind: FrameKind, payload: bytes) -> None:
     connection.sendall(_FRAME.pack(kind, len(payload)) + payload)
 
 
-def _receive(stream: BinaryIO) -> tuple[_Kind, bytes]:
+def _receive(stream: BinaryIO) -> tuple[FrameKind, bytes]:
     head = stream.read(_FRAME.size)
     if len(head) < _FRAME.size:
         raise EOFError
-    kind, length = _FRAME.unpack(head)
-    return _Kind(kind), stream.read(length)
+    kind, length = frame_head(head)
+    return kind, stream.read(length)
 
 
 class EngineProcess:
@@ -153,7 +181,7 @@ class EngineProcess:
         self._process = multiprocessing.get_context("spawn").Process(
             target=_child, args=(self._there, asked, faults, level, log_format), name="engine", daemon=False
         )
-        self._answer: asyncio.Future[tuple[_Kind, bytes]] | None = None
+        self._answer: asyncio.Future[tuple[FrameKind, bytes]] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._exit_code: int | None = None  # once it has ended
@@ -178,7 +206,7 @@ class EngineProcess:
             self.kill()
             raise
         content = pickle.loads(payload)  # noqa: S301 - of our own child
-        if kind is _Kind.REFUSED:
+        if kind is FrameKind.REFUSED:
             self.kill()
             raise content
         described: Described | None = content
@@ -187,18 +215,18 @@ class EngineProcess:
     async def run(self, batch: TokenBatch, limit_s: float) -> Output:
         """EngineDied if the process ends or takes longer than `limit_s`, which ends it; RuntimeError if it raised."""
         late = f"a batch ran for {limit_s:.3g} s (server.hang_timeout_ms is the most): its process was ended"
-        kind, content = await self._ask(_Kind.RUN, pack_batch(batch), limit_s, late)
-        if kind is _Kind.RAISED:
+        kind, content = await self._ask(FrameKind.RUN, pack_batch(batch), limit_s, late)
+        if kind is FrameKind.RAISED:
             raise RuntimeError(content.decode())
-        count, dimension, started_at, ended_at = _ROWS.unpack_from(content)
-        rows: NDArray[np.float32] = np.frombuffer(content, np.float32, offset=_ROWS.size).reshape(count, dimension)
-        return Output(rows, started_at, ended_at)
+        return unpack_rows(content)
 
     async def ping(self, limit_s: float) -> None:
         """EngineDied if it does not answer within `limit_s`, which ends it."""
-        await self._ask(_Kind.PING, b"", limit_s, f"it was idle and did not answer for {limit_s:.3g} s: it was ended")
+        await self._ask(
+            FrameKind.PING, b"", limit_s, f"it was idle and did not answer for {limit_s:.3g} s: it was ended"
+        )
 
-    async def _ask(self, kind: _Kind, payload: bytes, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+    async def _ask(self, kind: FrameKind, payload: bytes, limit_s: float, late: str) -> tuple[FrameKind, bytes]:
         if self._writer is None or not self.alive:
             raise EngineDied("the process of the engine has ended")
         self._answer = asyncio.get_running_loop().create_future()
@@ -209,7 +237,7 @@ class EngineProcess:
             self.kill()  # its answer would be taken for that of the next batch
             raise
 
-    async def _within(self, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+    async def _within(self, limit_s: float, late: str) -> tuple[FrameKind, bytes]:
         """The answer that is waited for; after `limit_s` the process is ended and EngineDied says why."""
         answer = self._answer
         assert answer is not None  # noqa: S101 - whoever asks waits for one
@@ -229,9 +257,9 @@ class EngineProcess:
         # ValueError: what came is no frame of ours. Whatever ends the reading ends the process, which is then replaced.
         with contextlib.suppress(asyncio.IncompleteReadError, OSError, ValueError):
             while True:
-                number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
-                kind, payload = _Kind(number), await reader.readexactly(length)
-                if kind is _Kind.PHASE:
+                kind, length = frame_head(await reader.readexactly(_FRAME.size))
+                payload = await reader.readexactly(length)
+                if kind is FrameKind.PHASE:
                     self._phase(payload.decode())
                 elif self._answer is not None and not self._answer.done():
                     self._answer.set_result((kind, payload))
