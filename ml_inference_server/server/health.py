@@ -37,6 +37,8 @@ async def watch_health(state: ServerState, health: Health) -> None:
     while True:
         await asyncio.sleep(INTERVAL_S)
         turn += 1
+        if state.model is not None:
+            state.model.batcher.look_after()
         ready, why = state.readiness()
         if ready != health.serving:
             log.log(
@@ -63,7 +65,7 @@ async def _model_fails(model: ReadyModel) -> bool:
         await model.service.embed(["health probe"], call)
     except ServiceError as error:
         log.info("health probe failed: %s", error)
-        return isinstance(error, BackendFailure)
+        return isinstance(error, BackendFailure) or error.reason == ServiceError.reason
     return False
 
 
