@@ -262,8 +262,8 @@ class TextTokenizer(Protocol):
 class Backend(Protocol):
     """A model that can be run.
 
-    `infer` is called from at most `info.concurrency` threads at a time; everything else from one. A backend runs
-    what its settings say or raises ModelError in `load_model`; it never falls back by itself.
+    `infer` is called from `info.concurrency` threads at a time, and on a CPU from one more; everything else from one.
+    A backend runs what its settings say or raises ModelError in `load_model`; it never falls back by itself.
     """
 
     def __init__(self, model: ModelSettings) -> None: ...

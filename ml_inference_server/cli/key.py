@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.file
     if arguments.action == "list":
         for key in list_keys(path):
-            print(f"{key.name}\t{','.join(sorted(key.rights))}")
+            limits = " ".join(f"{name}={value:g}" for name, value in key.limits.model_dump(exclude_none=True).items())
+            print("\t".join(filter(None, [key.name, ",".join(sorted(key.rights)), limits])))
     elif arguments.action == "revoke":
         _replace(path, revoke_key(path, arguments.name))
     else:

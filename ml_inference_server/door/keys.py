@@ -26,6 +26,14 @@ _RANDOM_BYTES = 32
 _MOST_FILE_BYTES = 4 << 20
 
 
+class KeyLimits(Section):
+    """What the callers who share a key may take together; None: as much as there is."""
+
+    requests_per_s: float | None = Field(None, gt=0, le=1e6)
+    tokens_per_s: float | None = Field(None, gt=0, le=1e9)
+    queue_share: float | None = Field(None, gt=0, le=1, description="Of the queue's requests and of its tokens.")
+
+
 def _rights(given: object) -> object:
     return frozenset(Right(each) for each in given) if isinstance(given, list) else given
 
@@ -36,6 +44,7 @@ class CallerKey(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     hash: str = Field(pattern=rf"^{_HASH_PREFIX}[0-9a-f]{{64}}$")
     rights: Annotated[frozenset[Right], BeforeValidator(_rights)] = Field(min_length=1)
+    limits: KeyLimits = Field(default_factory=KeyLimits)
 
     @property
     def digest(self) -> bytes:
@@ -109,7 +118,7 @@ def _explain(error: ValidationError) -> str:
     for part in problem["loc"]:
         at += f"[{part}]" if isinstance(part, int) else f".{part}" if at else str(part)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {at.rpartition('.')[0] or 'at the top'}: known are keys, name, hash, rights"
+        return f"unknown key {at.rpartition('.')[0] or 'at the top'}: known are keys, name, hash, rights, limits"
     if at.endswith(".hash"):
         return f"{at}: expected sha256: and 64 hexadecimal digits, as 'mlis key create' writes it"
     if at.rpartition(".")[2] == "name":
@@ -163,4 +172,6 @@ def written(keys: Sequence[CallerKey], path: Path) -> str:
 
 def _plain(key: CallerKey) -> dict[str, Any]:
     plain: dict[str, Any] = {"name": key.name, "hash": key.hash, "rights": sorted(key.rights)}
+    if limits := key.limits.model_dump(exclude_none=True):
+        plain["limits"] = limits
     return {name: [str(each) for each in value] if name == "rights" else value for name, value in plain.items()}

@@ -51,6 +51,13 @@ class Series:
         }
         self._names = {(row.name, values): _names(row, values) for row in TABLE for values in row.label_sets()}
 
+    def add_caller(self, name: str) -> None:
+        """One more value of the label `caller`; a name of a key needs no escaping."""
+        for row in TABLE:
+            if row.labels == ("caller",):
+                self.numbers[row.name].setdefault((name,), 0)
+                self._names[row.name, (name,)] = _names(row, (name,))
+
     def text(self, accept: str) -> tuple[bytes, str]:
         """Body and content type: OpenMetrics where the Accept header names it, else Prometheus text."""
         _, content_type = choose_encoder(accept)

@@ -42,6 +42,11 @@ def _refusals(figures: Mapping[str, Any]) -> Iterator[str]:
             f"{_count(refused, 'request was', 'requests were')} refused {period}, because waiting would have taken "
             f"most of the time that their callers allow. {cause}"
         )
+    if refused := errors.get("CALLER_LIMIT"):
+        yield (
+            f"{_count(refused, 'request was', 'requests were')} refused {period}, because their callers may ask for no "
+            "more (server.limits, or the limits of a key)."
+        )
     if late := errors.get("DEADLINE_EXCEEDED"):
         yield (
             f"{_count(late, 'request', 'requests')} ran out of time {period}: the callers' deadlines are shorter than "

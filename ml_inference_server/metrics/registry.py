@@ -6,7 +6,7 @@ time, once a second or when somebody reads.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_inference_server.metrics.exposition import Series
@@ -14,7 +14,7 @@ from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_loop_
 from ml_inference_server.metrics.model_figures import ModelFigures, model_figures
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
-from ml_inference_server.metrics.table import METHODS
+from ml_inference_server.metrics.table import METHODS, MOST_CALLERS, OTHER_CALLER
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.window import SlidingWindow, Slot
 from ml_inference_server.utils.stages import Stamps
@@ -46,6 +46,7 @@ class Metrics:
         self._cache_bytes: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
+        self._callers = {OTHER_CALLER: (OTHER_CALLER,)}
         self._in_flight: defaultdict[str, int] = defaultdict(int)
         # Noted by the hot path, of the current slot only; `_settle` counts it.
         self._requests: list[Any] = []
@@ -73,12 +74,14 @@ class Metrics:
         reason: str = "",
         request_id: str = "",
         trace_id: str = "",
+        caller: str = "",
     ) -> None:
         """Call once for each `request_started`, whatever the outcome.
 
         code: a gRPC status name, any other counts as UNKNOWN. texts, pairs, truncated: how many were answered, and how
         many of the texts were cut. stamps: None for a request that was not answered. reason: of an error; one that the
-        table does not know counts as other. The ids lead from a bucket of the histogram to this request.
+        table does not know counts as other. The ids lead from a bucket of the histogram to this request. caller: one
+        that is not among the named ones counts as other.
         """
         if not self.enabled:
             return
@@ -86,10 +89,27 @@ class Metrics:
         self._open_slot()
         self._requests += (method, code, seconds, texts, pairs, truncated, reason, request_id, trace_id)
         self._requests += stamps or NO_STAMPS
+        numbers, label = self._series.numbers, self._caller_label(caller)
+        numbers["mlis_caller_requests_total"][label] += 1
+        if reason == "CALLER_LIMIT":
+            numbers["mlis_caller_limited_requests_total"][label] += 1
 
-    def tokenized(self, texts: int, tokens: int, seconds: float) -> None:
+    def name_callers(self, names: Iterable[str]) -> None:
+        """Names of keys, for the label `caller`: the first ones that are ever told keep their place."""
+        for name in names:
+            if len(self._callers) > MOST_CALLERS:
+                return
+            if name not in self._callers:
+                self._callers[name] = (name,)
+                self._series.add_caller(name)
+
+    def _caller_label(self, caller: str) -> tuple[str]:
+        return self._callers.get(caller) or self._callers[OTHER_CALLER]
+
+    def tokenized(self, texts: int, tokens: int, seconds: float, caller: str = "") -> None:
         """The texts of one request were turned into `tokens` tokens in `seconds`."""
         if self.enabled:
+            self._series.numbers["mlis_caller_tokens_total"][self._caller_label(caller)] += tokens
             self._tokenized += (texts, tokens, seconds)
 
     def batch_finished(

@@ -61,6 +61,7 @@ REASONS = (
     "SPACE_MISMATCH",
     "QUEUE_FULL",
     "WAIT_TOO_LONG",
+    "CALLER_LIMIT",
     "DEADLINE_EXCEEDED",
     "CANCELLED",
     "MODEL_LOADING",
@@ -73,6 +74,10 @@ REASONS = (
     "other",
 )
 
+OTHER_CALLER = "other"
+MOST_CALLERS = 32
+"""Names of keys that are values of the label `caller`; what an address is never becomes one."""
+
 LABEL_VALUES = {
     "method": METHODS,
     "code": CODES,
@@ -80,8 +85,12 @@ LABEL_VALUES = {
     "outcome": OUTCOMES,
     "stage": STAGE_NAMES,
     "reason": REASONS,
+    "caller": (OTHER_CALLER,),
 }
-"""Every value that a label can have: whatever arrives, the number of series stays what it is at the start."""
+"""Every value that a label can have: whatever arrives, the number of series stays what it is at the start.
+
+For each key that the server has, up to MOST_CALLERS, `caller` has one more (Metrics.name_callers).
+"""
 
 # Ratio 2 from 1.6 us to 13 s, then a minute: decoding a query and a request that waited out its deadline both fit.
 _SECONDS = (*(50e-6 * 2**step for step in range(-5, 19)), 30.0, 60.0)
@@ -136,6 +145,23 @@ TABLE = (
         _SECONDS,
     ),
     MetricRow("mlis_request_errors_total", "counter", "errors", ("reason",), "Requests that failed, by reason."),
+    MetricRow(
+        "mlis_caller_requests_total",
+        "counter",
+        "requests",
+        ("caller",),
+        "Requests that ended, by the name of their key; other: without one, or beyond the first 32.",
+    ),
+    MetricRow(
+        "mlis_caller_tokens_total", "counter", "tokens", ("caller",), "Tokens of the texts that each caller sent."
+    ),
+    MetricRow(
+        "mlis_caller_limited_requests_total",
+        "counter",
+        "requests",
+        ("caller",),
+        "Requests refused because their caller may ask for no more (CALLER_LIMIT).",
+    ),
     MetricRow(
         "mlis_request_stage_seconds",
         "histogram",

@@ -23,6 +23,12 @@ class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENCODING_INT8: _ClassVar[Encoding]
     ENCODING_BINARY: _ClassVar[Encoding]
     ENCODING_UBINARY: _ClassVar[Encoding]
+
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_INTERACTIVE: _ClassVar[Priority]
+    PRIORITY_BULK: _ClassVar[Priority]
 OVERFLOW_UNSPECIFIED: Overflow
 OVERFLOW_CUT: Overflow
 OVERFLOW_CUT_LEFT: Overflow
@@ -34,6 +40,9 @@ ENCODING_FLOAT16: Encoding
 ENCODING_INT8: Encoding
 ENCODING_BINARY: Encoding
 ENCODING_UBINARY: Encoding
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_INTERACTIVE: Priority
+PRIORITY_BULK: Priority
 
 class Timing(_message.Message):
     __slots__ = ("tokenize_us", "queue_us", "compute_us", "total_us", "shared_texts", "cached_texts")
@@ -52,7 +61,7 @@ class Timing(_message.Message):
     def __init__(self, tokenize_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., total_us: _Optional[int] = ..., shared_texts: _Optional[int] = ..., cached_texts: _Optional[int] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("texts", "prompt_name", "truncate", "overflow", "input_type", "dimensions", "encoding", "expect_space_id", "model")
+    __slots__ = ("texts", "prompt_name", "truncate", "overflow", "input_type", "dimensions", "encoding", "expect_space_id", "model", "priority")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +71,7 @@ class EmbedRequest(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     EXPECT_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     prompt_name: str
     truncate: bool
@@ -71,7 +81,8 @@ class EmbedRequest(_message.Message):
     encoding: Encoding
     expect_space_id: str
     model: str
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., prompt_name: _Optional[str] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., input_type: _Optional[str] = ..., dimensions: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., expect_space_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., prompt_name: _Optional[str] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., input_type: _Optional[str] = ..., dimensions: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., expect_space_id: _Optional[str] = ..., model: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
     __slots__ = ("embeddings", "count", "dimension", "timing", "truncated", "token_counts", "truncated_rows", "used_token_counts", "space_id", "prompt_name", "encoding", "scales", "warnings")
@@ -142,16 +153,18 @@ class Pair(_message.Message):
     def __init__(self, query: _Optional[str] = ..., passage: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("pairs", "truncate", "overflow", "model")
+    __slots__ = ("pairs", "truncate", "overflow", "model", "priority")
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     pairs: _containers.RepeatedCompositeFieldContainer[Pair]
     truncate: bool
     overflow: Overflow
     model: str
-    def __init__(self, pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("scores", "timing", "truncated", "token_counts", "truncated_rows", "used_token_counts", "warnings")
@@ -172,7 +185,7 @@ class ScoreResponse(_message.Message):
     def __init__(self, scores: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., truncated: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., truncated_rows: _Optional[_Iterable[int]] = ..., used_token_counts: _Optional[_Iterable[int]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RerankRequest(_message.Message):
-    __slots__ = ("query", "documents", "top_k", "truncate", "overflow", "model", "max_document_tokens")
+    __slots__ = ("query", "documents", "top_k", "truncate", "overflow", "model", "max_document_tokens", "priority")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +193,7 @@ class RerankRequest(_message.Message):
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_DOCUMENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     query: str
     documents: _containers.RepeatedScalarFieldContainer[str]
     top_k: int
@@ -187,7 +201,8 @@ class RerankRequest(_message.Message):
     overflow: Overflow
     model: str
     max_document_tokens: int
-    def __init__(self, query: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ..., max_document_tokens: _Optional[int] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, query: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., truncate: _Optional[bool] = ..., overflow: _Optional[_Union[Overflow, str]] = ..., model: _Optional[str] = ..., max_document_tokens: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class Rank(_message.Message):
     __slots__ = ("index", "score")

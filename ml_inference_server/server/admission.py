@@ -1,11 +1,15 @@
 """Who is let in: bounded in requests and in tokens, and decided before any work is done for a request."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from types import TracebackType
 
+from ml_inference_server.server.caller_limits import NO_LIMITS, CallerBuckets, CallerLimits
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.options import Priority
+from ml_inference_server.server.shares import QueueShares
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
 
@@ -18,20 +22,25 @@ _TIME_FOR_THE_QUEUE = 0.8
 class Reservation:
     """The room of one request, as a `with` block: what is left of it at the end is given back.
 
-    tokens: those that no batch has taken yet.
+    caller: who holds it. is_bulk: its texts are served as such. tokens: those that no batch has taken yet.
     """
 
-    __slots__ = ("_admission", "tokens")
+    __slots__ = ("_admission", "_held", "_is_overflow", "_shares", "caller", "is_bulk", "tokens")
 
-    def __init__(self, admission: "Admission", tokens: int) -> None:
-        self._admission = admission
-        self.tokens = tokens
-        admission.reserved_tokens += tokens
+    def __init__(
+        self, admission: "Admission", shares: QueueShares, caller: str, tokens: int, *, is_bulk: bool, is_overflow: bool
+    ) -> None:
+        self._admission, self._shares = admission, shares
+        self.caller, self.is_bulk, self._is_overflow = caller, is_bulk, is_overflow
+        self.tokens = 0
+        self._held = shares.enter(caller)
+        self.resize(tokens)
 
     def resize(self, tokens: int) -> None:
         """Hold `tokens` from now on: the true number, in place of the estimate."""
-        self._admission.reserved_tokens += tokens - self.tokens
-        self.tokens = tokens
+        if more := tokens - self.tokens:
+            self.tokens = tokens
+            self._shares.change(self._held, more, is_bulk=self.is_bulk, is_overflow=self._is_overflow)
 
     def give_back(self, tokens: int) -> None:
         """A batch has taken `tokens` of them out of the queue."""
@@ -47,37 +56,58 @@ class Reservation:
 
 
 class Admission:
-    """reserved_tokens: of all requests that were let in, without those that a batch has taken."""
+    """batch_tokens: of one batch, at most."""
 
-    def __init__(self, settings: BatchingSettings, rate: EngineRate, *, stuck: Callable[[], str] = lambda: "") -> None:
-        """stuck: why no request could be worked on now, nor soon."""
+    def __init__(
+        self,
+        settings: BatchingSettings,
+        rate: EngineRate,
+        *,
+        batch_tokens: int,
+        stuck: Callable[[], str] = lambda: "",
+        limits_of: Callable[[str], CallerLimits] = lambda caller: NO_LIMITS,
+    ) -> None:
+        """stuck: why no request could be worked on now, nor soon. limits_of: a caller, as they are now."""
         self._settings = settings
         self._stuck = stuck
         self._rate = rate
+        self._shares = QueueShares(
+            max_requests=settings.max_queue_requests,
+            max_tokens=settings.max_queue_tokens,
+            batch_tokens=batch_tokens,
+        )
+        self._limits_of = limits_of
+        self._buckets = CallerBuckets()
         self._loop = asyncio.get_running_loop()
         self._held: set[Reservation] = set()
         self._refuses = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self.reserved_tokens = 0
 
     @property
     def requests(self) -> int:
         """How many were let in and are not answered."""
         return len(self._held)
 
-    def admit(self, tokens: int, deadline: float) -> Reservation:
-        """Room for a request of about `tokens` tokens, all or nothing.
+    @property
+    def reserved_tokens(self) -> int:
+        """Of all requests that were let in, without those that a batch has taken."""
+        return self._shares.tokens
+
+    def admit(self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None) -> Reservation:
+        """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.
 
         Raises Unavailable while draining or stuck, InvalidRequest if the request could never fit, Overloaded with a
-        hint if it does not fit now or would wait for most of its time, DeadlinePassed if it is late already.
+        hint if it is beyond the limits of its caller, does not fit now or would wait for most of its time,
+        DeadlinePassed if it is late already.
         """
         settings = self._settings
         if self._refuses:
             raise Unavailable("the server is shutting down; send the request to another one")
         if stuck := self._stuck():
             raise Unavailable(f"{stuck}; send the request to another server", reason="ENGINE_STUCK")
-        time_left_s = deadline - self._loop.time()
+        now = self._loop.time()
+        time_left_s = deadline - now
         if time_left_s <= 0:
             raise DeadlinePassed("the deadline had passed before the request was admitted")
         if tokens > settings.max_queue_tokens:
@@ -85,11 +115,13 @@ class Admission:
                 f"the request has about {tokens} tokens, the whole queue takes {settings.max_queue_tokens}: split it",
                 reason="TOO_MANY_TEXTS",
             )
-        if self.requests >= settings.max_queue_requests:
-            raise self._full(f"{settings.max_queue_requests} requests")
-        if self.reserved_tokens + tokens > settings.max_queue_tokens:
-            raise self._full(f"{settings.max_queue_tokens} tokens")
-        wait_s = self._seconds_for(self.reserved_tokens)
+        limits = self._limits_of(caller)
+        if limits is not NO_LIMITS:
+            self._check_limits(caller, limits, tokens, now)
+        if bound := self._shares.full(caller, tokens):
+            raise self._full(bound)
+        priority, is_overflow = self._shares.priority(caller, tokens, asked)
+        wait_s = self._seconds_for(self._shares.tokens_ahead(caller, priority))
         if wait_s > _TIME_FOR_THE_QUEUE * time_left_s:
             hint = _retry_hint_ms(wait_s - _TIME_FOR_THE_QUEUE * time_left_s)
             raise Overloaded(
@@ -98,17 +130,42 @@ class Admission:
                 reason="WAIT_TOO_LONG",
                 retry_after_ms=hint,
             )
-        reservation = Reservation(self, tokens)
+        if limits is not NO_LIMITS:
+            self._buckets.take(caller, limits, tokens, now)
+        is_bulk = priority is Priority.BULK
+        reservation = Reservation(self, self._shares, caller, tokens, is_bulk=is_bulk, is_overflow=is_overflow)
         self._held.add(reservation)
         self._empty.clear()
         return reservation
 
     def release(self, reservation: Reservation) -> None:
         """Give back all that it still holds. A second time does nothing."""
+        if reservation not in self._held:
+            return
         reservation.resize(0)
+        self._shares.leave(reservation.caller)
         self._held.discard(reservation)
         if not self._held:
             self._empty.set()
+
+    def _check_limits(self, caller: str, limits: CallerLimits, tokens: int, now: float) -> None:
+        wait_s, said = self._buckets.wait_s(caller, limits, tokens, now), "per second"
+        if not wait_s and limits.queue_share is not None:
+            most = limits.queue_share * self._settings.max_queue_tokens
+            if tokens > most:
+                raise InvalidRequest(
+                    f"the request has about {tokens} tokens, this caller's share of the queue is {most:.0f}: split it",
+                    reason="TOO_MANY_TEXTS",
+                )
+            if excess := self._shares.beyond(caller, tokens, limits.queue_share):
+                wait_s, said = max(self._seconds_for(excess, unknown_s=1.0), _MIN_RETRY_MS / 1e3), "in the queue"
+        if wait_s:
+            hint = math.ceil(1e3 * wait_s)
+            raise Overloaded(
+                f"this caller may ask for no more {said}; retry in {hint} ms",
+                reason="CALLER_LIMIT",
+                retry_after_ms=hint,
+            )
 
     def _seconds_for(self, tokens: float, unknown_s: float = 0.0) -> float:
         """How long the engine takes for them; `unknown_s` before it has run a batch."""

@@ -9,11 +9,12 @@ import numpy as np
 
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.batching import Batch, ClosedBy, Item, Limits
+from ml_inference_server.server.batching import Batch, ClosedBy, Limits
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.out_of_memory import BatchRoom, may_have_run_out, ran_out_of_memory
 from ml_inference_server.server.patience import hang_limit_s
 from ml_inference_server.server.pending import Subscriptions
+from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Output, Worker
 from ml_inference_server.utils.errors import BackendFailure, NonFiniteOutput, OutOfMemory, ServiceError
 

@@ -14,20 +14,20 @@ docs/batching.md holds the measurements behind this choice.
 Company: while a small batch is running, a second stream is not opened for little work. What waits joins the next batch
 instead, which ends sooner than two small ones that share the processor would; and never waits long for it.
 
-Turns: first come, first served, in portions of at most a batch. A later portion of a request is tagged as if it had
-arrived when another batch's worth of tokens had (after start-time fair queueing, Goyal et al. 1996). So a request of
-one text does not wait for the end of one of a thousand, which does go on however many small ones come; and requests
-that fit into a batch are not served all at the same time, each of them slowly.
+Turns: by priority, then by caller, then by request (turns.py has the last two). Texts of different priorities never
+share a batch: a query would wait for all that travels with it. Interactive texts go first; while both wait, bulk ones
+get their share of the work and whatever the others leave, so that nothing waits for ever. While bulk batches run on all
+streams, one interactive batch may run beside them: processors are shared better by the operating system than by waiting
+for the end of a long batch.
 """
 
-import bisect
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_inference_server.backends.base import packed_size
+from ml_inference_server.server.turns import Item, Line, NextTurn
 
 # A text waits at most so long for a running batch while another stream is free, and no longer than until that batch
 # should have ended. Where small batches take less (AMX), it waits for their end; where they take longer, a core would
@@ -46,42 +46,12 @@ class ClosedBy(Enum):
     RETRY = "retry"  # part of a batch that raised
 
 
-Places = int | list[int]
-"""Where in a request a row goes; several where texts of the request are equal."""
-
-
-def count_of(places: Places) -> int:
-    return 1 if isinstance(places, int) else len(places)
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """One text to compute. owner: the request that pays for it; the policy only asks whether two have the same.
-
-    subscribers: all requests that are to get its row, each with the places where it goes; the first to come is first.
-    """
-
-    owner: Any
-    length: int
-    enqueued_at: float
-    payload: Any = None
-    key: Any = None
-    subscribers: dict[Any, Places] = field(default_factory=dict)
-    tag: float = 0.0
-    seq: int = 0
-    waiting: bool = False
-
-    def add_place(self, subscriber: Any, place: int) -> None:
-        places = self.subscribers[subscriber]
-        if isinstance(places, int):
-            self.subscribers[subscriber] = [places, place]
-        else:
-            places.append(place)
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """overhead_tokens: what starting one more batch costs, in tokens of work. padding_free: padding costs nothing."""
+    """overhead_tokens: what starting one more batch costs, in tokens of work. padding_free: padding costs nothing.
+
+    bulk_share: of the work, for bulk texts that wait while interactive ones do.
+    """
 
     max_batch_size: int
     max_batch_tokens: int
@@ -90,6 +60,7 @@ class Limits:
     length_grouping: bool = True
     overhead_tokens: int = 64
     padding_free: bool = False
+    bulk_share: float = 0.1
 
     @property
     def worth_a_stream_tokens(self) -> int:
@@ -109,6 +80,7 @@ class Limits:
 class Batch:
     items: list[Item]
     closed_by: ClosedBy
+    is_bulk: bool = False
 
     @property
     def tokens(self) -> int:
@@ -126,104 +98,115 @@ class Running(NamedTuple):
     ends_at: float
 
 
-@dataclass(slots=True)
 class BatchQueue:
-    """The texts that wait, and the choice of the next batch. `texts` and `tokens` count what waits."""
+    """The texts that wait, and the choice of the next batch."""
 
-    limits: Limits
-    texts: int = 0
-    tokens: int = 0
-    _turns: list[tuple[float, int, Item]] = field(default_factory=list)
-    _by_length: list[Item] = field(default_factory=list)
-    _virtual_time: float = 0.0
-    _seq: int = 0
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._interactive, self._bulk = (
+            Line(
+                is_bulk=is_bulk,
+                portion_tokens=limits.max_batch_tokens,
+                portion_texts=limits.max_batch_size,
+                in_portions=limits.enabled,
+            )
+            for is_bulk in (False, True)
+        )
+        self._owed_tokens = 0.0  # of work, to bulk texts
 
-    def add(self, items: Sequence[Item]) -> None:
+    @property
+    def texts(self) -> int:
+        """How many wait."""
+        return self._interactive.texts + self._bulk.texts
+
+    @property
+    def tokens(self) -> int:
+        """Of the texts that wait."""
+        return self._interactive.tokens + self._bulk.tokens
+
+    def add(self, items: Sequence[Item], caller: str = "", *, is_bulk: bool = False) -> None:
         """Put the texts of one request in line, in their order.
 
         One that waits already, for another request, moves forward to the turn that it would get now, where that is an
         earlier one. So who shares a text never waits longer for it than he would alone.
         """
-        limits, placed, ahead = self.limits, 0, 0
-        for item in items:
-            tag = 0.0  # without batching: equal tags, arrival order
-            if limits.enabled:
-                portion = max(ahead // limits.max_batch_tokens, placed // limits.max_batch_size)
-                # One more, so that who comes next goes before a second portion.
-                tag = self._virtual_time + portion * (limits.max_batch_tokens + 1)
-            if item.waiting:
-                if item.tag <= tag:
-                    continue
-                self.remove([item])
-            self._seq += 1
-            item.tag, item.seq, item.waiting = tag, self._seq, True
-            heapq.heappush(self._turns, (tag, item.seq, item))
-            bisect.insort(self._by_length, item, key=_length_key)
-            self.texts += 1
-            self.tokens += item.length
-            placed, ahead = placed + 1, ahead + item.length
-        self._virtual_time += min(ahead, limits.max_batch_tokens)
+        if is_bulk:
+            self._bulk.add([item for item in items if not item.waiting or item.is_bulk], caller)
+            return
+        if self._bulk.texts:
+            self._bulk.remove([item for item in items if item.is_bulk])
+        self._interactive.add(items, caller)
 
     def remove(self, items: Sequence[Item]) -> None:
         """Forget those of `items` that still wait (their caller has left, or their deadline has passed)."""
         for item in items:
-            if item.waiting:
-                item.waiting = False
-                del self._by_length[self._position(item)]
-                self.texts -= 1
-                self.tokens -= item.length
+            (self._bulk if item.is_bulk else self._interactive).remove([item])
 
     def next_batch(self, now: float, running: Running | None = None) -> Batch | float | None:
         """The next batch, removed from the queue; or the time at which to ask again; or None when nothing waits.
 
         running: the smallest of the batches in flight, if there are any; its end is another reason to ask again.
         """
-        anchor = self._first()
-        if anchor is None:
+        line, other = self._interactive, self._bulk
+        if not line.texts or (other.texts and self._owed_tokens >= self._bulk_batch_tokens()):
+            line, other = other, line
+        turn = line.first()
+        if turn is None:
             return None
+        anchor = turn.item
         if running is not None and self._should_wait_for(running.tokens):
             opens_at = min(anchor.enqueued_at + COMPANY_WAIT_S, running.ends_at)
             if now < opens_at:
                 return opens_at
-        batch = self._choose(anchor)
-        if batch.closed_by is ClosedBy.IDLE and self.limits.timeout_s:
+        batch = self._choose(line, anchor)
+        if batch.closed_by is ClosedBy.IDLE and self.limits.timeout_s and not other.texts:
             closes_at = anchor.enqueued_at + self.limits.timeout_s
             if now < closes_at:
                 return closes_at
-            batch = Batch(batch.items, ClosedBy.TIMER)
-        self._virtual_time = max(self._virtual_time, anchor.tag)
-        self.remove(batch.items)
+            batch = Batch(batch.items, ClosedBy.TIMER, line.is_bulk)
+        return self._take(line, turn, batch)
+
+    def express_batch(self) -> Batch | None:
+        """An interactive batch, to run beside bulk ones that hold every stream; None when no such text waits."""
+        turn = self._interactive.first()
+        return turn and self._take(self._interactive, turn, self._choose(self._interactive, turn.item))
+
+    def _take(self, line: Line, turn: NextTurn, batch: Batch) -> Batch:
+        line.remove(batch.items)
+        line.took(turn, batch.items)
+        if not self._bulk.texts:
+            self._owed_tokens = 0.0
+        else:
+            cost = self.limits.cost_tokens(batch)
+            self._owed_tokens += self.limits.bulk_share * cost
+            if line.is_bulk:
+                self._owed_tokens = max(0.0, self._owed_tokens - cost)
         return batch
+
+    def _bulk_batch_tokens(self) -> int:
+        """What the next one costs, at most."""
+        return self.limits.overhead_tokens + min(self._bulk.tokens, self.limits.max_batch_tokens)
 
     def _should_wait_for(self, running_tokens: int) -> bool:
         limits, worth = self.limits, self.limits.worth_a_stream_tokens
         can_grow = limits.enabled and self.texts < limits.max_batch_size
         return can_grow and self.tokens < worth and running_tokens < 2 * worth
 
-    def _first(self) -> Item | None:
-        while self._turns and not _is_current(self._turns[0]):
-            heapq.heappop(self._turns)
-        return self._turns[0][2] if self._turns else None
-
-    def _choose(self, anchor: Item) -> Batch:
-        limits = self.limits
+    def _choose(self, line: Line, anchor: Item) -> Batch:
+        limits, most = self.limits, self.limits.max_batch_size
         if not limits.enabled:
-            return Batch(self._fit([item for item in self._in_turn() if item.owner is anchor.owner]), ClosedBy.SINGLE)
+            own = [item for item in line.in_turn(most) if item.owner is anchor.owner]
+            return Batch(self._fit(own), ClosedBy.SINGLE, line.is_bulk)
         grouped = limits.length_grouping and not limits.padding_free
-        batch = Batch(self._dense_run(anchor) if grouped else self._fit(self._in_turn()), ClosedBy.IDLE)
-        if len(batch.items) >= limits.max_batch_size:
-            return Batch(batch.items, ClosedBy.FULL)
+        items = self._dense_run(line, anchor) if grouped else self._fit(line.in_turn(most))
+        batch = Batch(items, ClosedBy.IDLE, line.is_bulk)
+        if len(items) >= most:
+            return Batch(items, ClosedBy.FULL, line.is_bulk)
         # One more text like the longest of it, or the next in line where that is what would have come.
-        more = limits.work_tokens(len(batch.items) + 1, batch.longest, batch.tokens + batch.longest)
-        left_behind = limits.padding_free and self.texts > len(batch.items)
+        more = limits.work_tokens(len(items) + 1, batch.longest, batch.tokens + batch.longest)
+        left_behind = limits.padding_free and line.texts > len(items)
         full = more > limits.max_batch_tokens or left_behind
-        return Batch(batch.items, ClosedBy.TOKENS if full else ClosedBy.IDLE)
-
-    def _in_turn(self) -> list[Item]:
-        """The first texts in line, at least max_batch_size of them where so many wait."""
-        gone = len(self._turns) - self.texts
-        first = heapq.nsmallest(self.limits.max_batch_size + gone, self._turns)
-        return [turn[2] for turn in first if _is_current(turn)]
+        return Batch(items, ClosedBy.TOKENS if full else ClosedBy.IDLE, line.is_bulk)
 
     def _fit(self, items: Sequence[Item]) -> list[Item]:
         """The longest prefix of `items` within both budgets, at least one."""
@@ -236,10 +219,10 @@ class BatchQueue:
                 return list(items[:count])
         return list(items)
 
-    def _dense_run(self, anchor: Item) -> list[Item]:
+    def _dense_run(self, line: Line, anchor: Item) -> list[Item]:
         """The run of neighbours in length with the highest rate (see the module's docstring)."""
-        queue, limits = self._by_length, self.limits
-        at = self._position(anchor)
+        queue, limits = line.by_length, self.limits
+        at = line.position(anchor)
         best = (0.0, at, at)
         anchor_to_high = 0
         for high in range(at, min(len(queue), at + limits.max_batch_size)):
@@ -262,16 +245,3 @@ class BatchQueue:
             if rate > best[0]:
                 best = (rate, low, high)
         return queue[best[1] : best[2] + 1]
-
-    def _position(self, item: Item) -> int:
-        return bisect.bisect_left(self._by_length, _length_key(item), key=_length_key)
-
-
-def _is_current(turn: tuple[float, int, Item]) -> bool:
-    """Not of a text that has left, or has moved to another turn."""
-    _, seq, item = turn
-    return item.waiting and item.seq == seq
-
-
-def _length_key(item: Item) -> tuple[int, int]:
-    return (item.length, item.seq)

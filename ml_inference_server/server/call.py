@@ -12,7 +12,7 @@ class Call:
     expect_space_id: which space its vectors must be of, as a header said it; empty: any. trace: the request's own span,
     where traces are sent. fresh: the model must run; no answer out of the cache will do. caller: who asks, for turns
     and limits: the name of its key, or where there are no keys the address that its connection comes from, without its
-    port; empty: the server itself.
+    port; empty: the server itself. priority: as a header said it.
     """
 
     request_id: str
@@ -23,3 +23,4 @@ class Call:
     trace: RequestTrace | None = None
     fresh: bool = False
     caller: str = ""
+    priority: str = ""

@@ -42,6 +42,7 @@ class Calls:
         request_id: object = None,
         traceparent: object = None,
         expect_space_id: object = None,
+        priority: object = None,
         peer: str = "",
         timeout_s: float | None = None,
         limit_s: float | None = None,
@@ -62,6 +63,7 @@ class Calls:
             traceparent=_header(traceparent),
             expect_space_id=_header(expect_space_id),
             caller=caller_at(peer) if self._door is None else self._door.caller(),
+            priority=_header(priority),
         )
 
     def opened(self) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ml_inference_server.backends.startup.resolve import title
@@ -13,11 +13,12 @@ from ml_inference_server.door.exposure import warn_if_open
 from ml_inference_server.metrics.http_server import Sidecar
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
+from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.health import watch_health
 from ml_inference_server.server.http.api import HttpApi
 from ml_inference_server.server.open_inference import OpenInference
-from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model
+from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model, same_limits
 from ml_inference_server.server.rpc.grpc_server import GrpcServer, start_grpc
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.native import NativeServicer
@@ -80,7 +81,7 @@ async def serving(
         _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
         _sidecar(state, metrics, calls, door, tls) as http_port,
         _watched_files(door, tls),
-        _model(state, metrics, load) as model,
+        _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
         _health(state, grpc_server) as health,
     ):
         server = Server(
@@ -96,6 +97,23 @@ async def serving(
         finally:
             server.cut_off = await _drain(state, model, grpc_server)
     log.info("stopped")
+
+
+def _limits_of(settings: Settings, metrics: Metrics, door: Door | None) -> Callable[[str], CallerLimits]:
+    """Those of a caller's key as they are now, and `server.limits` for what it does not say."""
+    default_of = same_limits(settings.server.limits)
+    if door is None:
+        return default_of
+    metrics.name_callers(door.keys.by_name)
+
+    def of(caller: str) -> CallerLimits:
+        default, key = default_of(caller), door.keys.by_name.get(caller)
+        if key is None:  # the server itself, or taken back a moment ago
+            return default
+        metrics.name_callers([caller])  # it may be new in the file
+        return default.changed(key.limits.requests_per_s, key.limits.tokens_per_s, key.limits.queue_share)
+
+    return of
 
 
 @contextlib.asynccontextmanager
@@ -180,7 +198,9 @@ async def _sidecar(
 
 
 @contextlib.asynccontextmanager
-async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncIterator[ReadyModel]:
+async def _model(
+    state: ServerState, metrics: Metrics, load: Load, limits_of: Callable[[str], CallerLimits]
+) -> AsyncIterator[ReadyModel]:
     """Resolved, loaded, warm, and behind the batcher and the service."""
 
     def phase(text: str) -> None:
@@ -188,7 +208,7 @@ async def _model(state: ServerState, metrics: Metrics, load: Load) -> AsyncItera
 
     described, worker = await load(state.settings, phase)
     try:
-        model = state.model = assemble(state.settings, described, worker, metrics)
+        model = state.model = assemble(state.settings, described, worker, metrics, limits_of=limits_of)
     except BaseException:
         worker.close()
         raise

@@ -88,6 +88,7 @@ class Observation:
             reason=reason,
             request_id=call.request_id,
             trace_id=trace_id,
+            caller=call.caller,
         )
         if call.trace is not None and self._metrics.tracer is not None:
             self._metrics.tracer.end_request(call.trace, code, stamps, ended_at, texts=texts, pairs=pairs)

@@ -13,13 +13,21 @@ class Overflow(StrEnum):
     CHUNK = "chunk"  # all of it is used, in overlapping windows; the mean of their vectors, weighted by tokens
 
 
+class Priority(StrEnum):
+    """How urgent a request is."""
+
+    INTERACTIVE = "interactive"  # somebody waits for it
+    BULK = "bulk"  # it takes what the others leave, and never less than its share
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedOptions:
     """prompt_name: one of the model's own prompts. role: what the texts are for (see roles.py); at most one of the two.
 
     dimensions: keep so many numbers of each vector; None: all. normalize: True scales vectors to length 1; False and
     None leave them as the model gives them, as sentence-transformers does. expect_space_id: refuse where the vectors
-    would be of another space; empty: any. model: the name that the caller believes to be served; empty: any.
+    would be of another space; empty: any. model: the name that the caller believes to be served; empty: any. priority:
+    None: what the call's header says, or else what follows from its size.
     """
 
     prompt_name: str | None = None
@@ -29,6 +37,7 @@ class EmbedOptions:
     normalize: bool | None = None
     expect_space_id: str = ""
     model: str = ""
+    priority: Priority | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,7 @@ class ScoreOptions:
 
     overflow: Overflow = Overflow.CUT
     model: str = ""
+    priority: Priority | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +56,4 @@ class RerankOptions:
     overflow: Overflow = Overflow.CUT
     model: str = ""
     max_document_tokens: int | None = None
+    priority: Priority | None = None

@@ -16,8 +16,8 @@ from ml_inference_server.backends.base import Encoded
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Reservation
 from ml_inference_server.server.answer_cache import AnswerCache, TextKey, key_of
-from ml_inference_server.server.batching import Item, Places, count_of
 from ml_inference_server.server.call import Call
+from ml_inference_server.server.turns import Item, Places, count_of
 from ml_inference_server.utils.errors import DeadlinePassed, ServiceError
 
 

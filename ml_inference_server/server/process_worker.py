@@ -32,6 +32,8 @@ _MOST_PING_S = 10.0
 class ProcessWorker:
     """A process for each slot; one that ends is replaced. `start` first."""
 
+    express_slots = 0  # another process would hold the model once more
+
     def __init__(self, *, hang_timeout_s: float, faults: bool) -> None:
         """faults: let the fake backend obey its fault words."""
         self._hang_timeout_s = hang_timeout_s

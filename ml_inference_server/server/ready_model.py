@@ -12,6 +12,7 @@ from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.answer_cache import BYTES_PER_MB, AnswerCache
+from ml_inference_server.server.caller_limits import NO_LIMITS, CallerLimits
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.names import ModelNames
 from ml_inference_server.server.process_worker import ProcessWorker
@@ -20,6 +21,7 @@ from ml_inference_server.server.service import InferenceService
 from ml_inference_server.server.workers import ThreadWorker, Worker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.limit_settings import LimitSettings
 
 T = TypeVar("T")
 
@@ -58,8 +60,15 @@ class ReadyModel:
         self.service.close()
 
 
-def assemble(settings: Settings, described: Described, worker: Worker, metrics: Metrics) -> ReadyModel:
-    """ConfigError where settings and model disagree."""
+def assemble(
+    settings: Settings,
+    described: Described,
+    worker: Worker,
+    metrics: Metrics,
+    *,
+    limits_of: Callable[[str], CallerLimits] | None = None,
+) -> ReadyModel:
+    """ConfigError where settings and model disagree. limits_of: a caller; None: `server.limits` for each."""
     info = described.info
     if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
         raise ConfigError(
@@ -67,10 +76,17 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
             f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
         )
     rate = EngineRate()
-    admission = Admission(settings.batching, rate, stuck=lambda: worker.stuck)
+    limits = batch_limits(settings.batching, info)
+    admission = Admission(
+        settings.batching,
+        rate,
+        batch_tokens=limits.max_batch_tokens,
+        stuck=lambda: worker.stuck,
+        limits_of=limits_of or same_limits(settings.server.limits),
+    )
     batcher = DynamicBatcher(
         worker,
-        batch_limits(settings.batching, info),
+        limits,
         rate,
         metrics,
         share_equal_texts=settings.batching.share_equal_texts,
@@ -84,6 +100,14 @@ def assemble(settings: Settings, described: Described, worker: Worker, metrics: 
     )
     service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics, names)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
+
+
+def same_limits(settings: LimitSettings) -> Callable[[str], CallerLimits]:
+    """For each caller but the server itself, whose health probe has none."""
+    limits = CallerLimits(settings.requests_per_s, settings.tokens_per_s, settings.queue_share)
+    if limits == NO_LIMITS:
+        return lambda caller: NO_LIMITS
+    return lambda caller: limits if caller else NO_LIMITS
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

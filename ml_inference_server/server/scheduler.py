@@ -20,11 +20,12 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Reservation
 from ml_inference_server.server.answer_cache import AnswerCache
 from ml_inference_server.server.batch_runner import BatchRunner
-from ml_inference_server.server.batching import Batch, BatchQueue, Item, Limits, Running
+from ml_inference_server.server.batching import Batch, BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.out_of_memory import BatchRoom
 from ml_inference_server.server.pending import Pending, Subscriptions
+from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Worker
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import ServiceError, Unavailable
@@ -67,6 +68,7 @@ class _InFlight(NamedTuple):
     batch: Batch
     since: float
     cost_tokens: int
+    is_express: bool
 
 
 class DynamicBatcher:
@@ -129,7 +131,7 @@ class DynamicBatcher:
         self._pending.add(pending)
         timer = self._loop.call_at(call.deadline, pending.expire)
         try:
-            self._put_in_line(to_queue)
+            self._put_in_line(to_queue, reservation)
             rows = await pending.future
         finally:
             timer.cancel()
@@ -139,9 +141,9 @@ class DynamicBatcher:
             rows, now, pending.engine_started_at, pending.engine_ended_at, shared=pending.shared, cached=pending.cached
         )
 
-    def _put_in_line(self, items: Sequence[Item]) -> None:
+    def _put_in_line(self, items: Sequence[Item], reservation: Reservation) -> None:
         try:
-            self._queue.add(items)
+            self._queue.add(items, reservation.caller, is_bulk=reservation.is_bulk)
             self._pump_soon()
         except Exception:
             self._start_anew()
@@ -163,15 +165,23 @@ class DynamicBatcher:
             if self._window is not None:
                 self._window.cancel()
                 self._window = None
-            while len(self._running) < self._worker.slots and self._hand_out():
+            while self._has_slot() and self._hand_out():
                 pass
         except Exception:
             self._start_anew()
 
+    def _has_slot(self) -> bool:
+        """One that is free; an express one is only for when bulk batches hold all others."""
+        running = self._running.values()
+        taken, express_taken = sum(not each.is_express for each in running), sum(each.is_express for each in running)
+        if taken < self._worker.slots:
+            return True
+        return express_taken < self._worker.express_slots and all(each.batch.is_bulk for each in running)
+
     def _hand_out(self) -> bool:
         """Start the next batch; False where there is none now."""
-        smallest = min(self._running.values(), key=_by_tokens, default=None)
-        chosen = self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
+        is_express = sum(not each.is_express for each in self._running.values()) >= self._worker.slots
+        chosen = self._queue.express_batch() if is_express else self._next_batch()
         if chosen is None:
             return False
         if isinstance(chosen, float):
@@ -179,11 +189,15 @@ class DynamicBatcher:
             return False
         for item in chosen.items:
             item.owner.reservation.give_back(item.length)
-        running = _InFlight(chosen, self._loop.time(), self._queue.limits.cost_tokens(chosen))
+        running = _InFlight(chosen, self._loop.time(), self._queue.limits.cost_tokens(chosen), is_express)
         task = self._loop.create_task(self._runner.run(chosen))
         self._running[task] = running
         task.add_done_callback(self._ended)
         return True
+
+    def _next_batch(self) -> Batch | float | None:
+        smallest = min(self._running.values(), key=_by_tokens, default=None)
+        return self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
 
     def _start_anew(self) -> None:
         """After a bug in the policy, which must not leave anybody waiting, nor a queue that is no longer true."""
@@ -212,7 +226,7 @@ class DynamicBatcher:
         """Go on where a bug has left texts waiting beside a free slot. For whoever looks now and then."""
         for task in [task for task in self._running if task.done()]:
             self._ended(task)
-        if self._queue.texts and len(self._running) < self._worker.slots:
+        if self._queue.texts and self._has_slot():
             self._pump()
 
     # Health and end

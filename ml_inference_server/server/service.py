@@ -13,7 +13,7 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Admission
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.names import ModelNames
-from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
+from ml_inference_server.server.options import EmbedOptions, Overflow, Priority, RerankOptions, ScoreOptions
 from ml_inference_server.server.roles import check_prompt, is_role, prompt_for
 from ml_inference_server.server.scheduler import DynamicBatcher
 from ml_inference_server.server.similarity import similarity
@@ -122,7 +122,7 @@ class InferenceService:
         _check_space(space_id, options.expect_space_id, call.expect_space_id)
         self._texts.check_count("texts", len(texts))
         jobs = [embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
-        rows = await self._rows(jobs, call, options.overflow)
+        rows = await self._rows(jobs, call, options.overflow, options.priority)
         values = rows.values
         if dimension < values.shape[1]:
             values = values[:, :dimension]
@@ -142,11 +142,11 @@ class InferenceService:
         passages = [(f"pairs[{i}].passage", passage) for i, (_, passage) in enumerate(pairs)]
         if self._is_cross_encoder:
             jobs = [pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
-            rows = await self._rows(jobs, call, options.overflow)
+            rows = await self._rows(jobs, call, options.overflow, options.priority)
             return replace(rows, values=rows.values[:, 0])
         jobs = [embedding_job(*query, self._query_prompt) for query in queries]
         jobs += [embedding_job(*passage, self._document_prompt) for passage in passages]
-        rows = await self._rows(jobs, call, options.overflow)
+        rows = await self._rows(jobs, call, options.overflow, options.priority)
         scores = similarity(self._info.similarity, *np.split(rows.values, 2))
         return replace(rows, values=scores, lengths=_of_pairs(rows.lengths, len(pairs)))
 
@@ -166,12 +166,12 @@ class InferenceService:
             raise InvalidRequest(f"max_document_tokens: {message}", violations=[("max_document_tokens", message)])
         if self._is_cross_encoder:
             jobs = [pair_job(document[0], ("query", query), document, most_tokens) for document in named]
-            rows = await self._rows(jobs, call, options.overflow)
+            rows = await self._rows(jobs, call, options.overflow, options.priority)
             scores, lengths = rows.values[:, 0], rows.lengths
         else:
             jobs = [embedding_job("query", query, self._query_prompt)]
             jobs += [embedding_job(*document, self._document_prompt, most_tokens) for document in named]
-            rows = await self._rows(jobs, call, options.overflow)
+            rows = await self._rows(jobs, call, options.overflow, options.priority)
             scores = similarity(self._info.similarity, rows.values[:1], rows.values[1:])
             lengths = _without_first(rows.lengths)
             if 0 in rows.lengths.truncated_rows:
@@ -232,20 +232,25 @@ class InferenceService:
             message = "a cross-encoder reads a pair as one text: use cut or refuse"
             raise InvalidRequest(f"overflow: {message}", violations=[("overflow", message)])
 
-    async def _rows(self, jobs: Sequence[Job], call: Call, overflow: Overflow) -> Answer:
+    async def _rows(
+        self, jobs: Sequence[Job], call: Call, overflow: Overflow, priority: Priority | None = None
+    ) -> Answer:
         loop = asyncio.get_running_loop()
+        priority = priority or _priority(call.priority)
         sizes = self._texts.sizes(jobs)
         # Equal texts of one request are computed once.
         places: dict[Key, int] = {}
         where = [places.setdefault(job.key, len(places)) for job in jobs]
-        with self._admission.admit(self._texts.estimate_tokens(sizes, overflow), call.deadline) as reservation:
+        tokens = self._texts.estimate_tokens(sizes, overflow)
+        with self._admission.admit(tokens, call.deadline, caller=call.caller, asked=priority) as reservation:
             admitted_at = loop.time()
             if sum(sizes) <= _INLINE_BYTES:
                 texts = self._texts.encode(list(places), overflow)
             else:
                 texts = await loop.run_in_executor(self._pool, self._texts.encode, list(places), overflow)
             parts = [part for text in texts for part in text.parts]
-            self._metrics.tokenized(len(texts), sum(part.length for part in parts), loop.time() - admitted_at)
+            sent = sum(part.length for part in parts)
+            self._metrics.tokenized(len(texts), sent, loop.time() - admitted_at, call.caller)
             self._texts.check_tokens(jobs, where, texts, overflow)
             computed = await self._batcher.compute(parts, call, reservation)
         rows = computed.rows if len(parts) == len(texts) else self._mean_of_windows(computed.rows, texts)
@@ -282,6 +287,16 @@ class InferenceService:
             means = _normalized(means)
         means[~chunked] = rows[starts][~chunked]
         return means
+
+
+def _priority(header: str) -> Priority | None:
+    if not header:
+        return None
+    try:
+        return Priority(header.lower())
+    except ValueError:
+        message = f"expected {' or '.join(Priority)}"
+        raise InvalidRequest(f"x-priority: {message}", violations=[("x-priority", message)]) from None
 
 
 def _check_space(space_id: str, *expected: str) -> None:

@@ -13,6 +13,7 @@ LABEL = "LABEL_0"
 _BEGINNINGS = {
     "QUEUE_FULL": "Model is overloaded: ",
     "WAIT_TOO_LONG": "Model is overloaded: ",
+    "CALLER_LIMIT": "Model is overloaded: ",
     "EMPTY_TEXT": "Input validation error: ",
     "TEXT_TOO_LONG": "Input validation error: ",
     "INVALID_FIELD": "Input validation error: ",

@@ -28,10 +28,13 @@ class Output:
 
 
 class Worker(Protocol):
-    """`slots` batches may be in flight at a time."""
+    """`slots` batches may be in flight at a time, and `express_slots` more for a moment."""
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def express_slots(self) -> int: ...
 
     @property
     def pids(self) -> Sequence[int]:
@@ -93,7 +96,7 @@ class _Running:
 
 
 class ThreadWorker:
-    """Runs a loaded backend in `backend.info.concurrency` threads of this process.
+    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more.
 
     No thread can be ended from outside: one that hangs for good is lost, and the process with it.
     """
@@ -104,8 +107,9 @@ class ThreadWorker:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.slots = backend.info.concurrency
+        self.express_slots = int(backend.info.device == "cpu")
         self.trouble = self.stuck = self.lost = ""
-        self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="backend")
+        self._pool = ThreadPoolExecutor(self.slots + self.express_slots, thread_name_prefix="backend")
         self._running: set[_Running] = set()
         self._fails = False
 

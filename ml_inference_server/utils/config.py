@@ -27,6 +27,7 @@ from ml_inference_server.utils.layers import (
     parse_override,
     read_yaml,
 )
+from ml_inference_server.utils.limit_settings import LimitSettings
 from ml_inference_server.utils.section import Section
 
 BASE_CONFIG = EXPERIMENTS_DIR / "base_config.yaml"
@@ -142,6 +143,13 @@ class BatchingSettings(Section):
     share_equal_texts: bool = Field(
         True, description="Compute equal texts of different requests once while they wait or run; needs `enabled`."
     )
+    bulk_share: float = Field(
+        0.1,
+        ge=0.01,
+        le=0.99,
+        description="Of the model's work, for bulk texts that wait while interactive ones do; what these leave is "
+        "theirs as well.",
+    )
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Accepted requests that may wait or run.")
     max_queue_tokens: int = Field(262_144, ge=256, le=100_000_000, description="Tokens that may wait in the queue.")
 
@@ -208,6 +216,7 @@ class ServerSettings(Section):
     accept_any_model: bool = Field(
         False, description="Answer whatever model a request names, for clients that cannot be told another."
     )
+    limits: LimitSettings = Field(default_factory=LimitSettings)
     tls: TlsSettings = Field(default_factory=TlsSettings)
     auth: AuthSettings = Field(default_factory=AuthSettings)
     enable_test_faults: bool = Field(False, description="Let the fake backend obey fault words; loopback only.")

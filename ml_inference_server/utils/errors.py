@@ -12,7 +12,7 @@ ServiceError                  one request is answered with an error; the server 
 ├── WrongTask                 the loaded model cannot do this
 ├── ModelNotFound             no model of that name is served here
 ├── SpaceMismatch             the caller expects vectors of another space
-├── Overloaded                the queue is full; come back after `retry_after_ms`
+├── Overloaded                the queue is full, or a limit of the caller's reached; come back after `retry_after_ms`
 ├── DeadlinePassed            the caller's time ran out before an answer was ready
 ├── Unavailable               loading or shutting down, or the engine hangs; safe to retry
 └── BackendFailure            the model failed on this input, alone
@@ -130,7 +130,10 @@ class SpaceMismatch(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full, or the wait in it too long (WAIT_TOO_LONG). `retry_after_ms` estimates when there is room."""
+    """The queue is full, the wait in it too long (WAIT_TOO_LONG), or a caller asks for more than he may (CALLER_LIMIT).
+
+    `retry_after_ms` estimates when there is room; of requests and tokens per second it is exact.
+    """
 
     reason = "QUEUE_FULL"
 

@@ -14,6 +14,7 @@ from ml_inference_server.server.answer_cache import AnswerCache
 from ml_inference_server.server.batching import Limits
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
+from ml_inference_server.server.options import Priority
 from ml_inference_server.server.scheduler import Computed, DynamicBatcher
 from ml_inference_server.server.workers import Output
 from ml_inference_server.utils.config import BatchingSettings
@@ -25,6 +26,7 @@ HOUR = 3600.0
 class StubWorker:
     """A worker without threads: a text's row is its first token id. Holds batches while `gate` is closed."""
 
+    express_slots = 0
     pids: Sequence[int] = ()
     restarts = 0
     trouble = stuck = lost = ""
@@ -91,7 +93,7 @@ class Rig:
         rate = EngineRate()
         batching = BatchingSettings.model_validate(settings)
         self._whole_queue_tokens = batching.max_queue_tokens
-        self.admission = Admission(batching, rate)
+        self.admission = Admission(batching, rate, batch_tokens=limits.max_batch_tokens)
         self.cache = AnswerCache(cache_bytes) if cache_bytes else None
         self.batcher = DynamicBatcher(
             self.worker,
@@ -103,23 +105,41 @@ class Rig:
             hang_timeout_s=hang_timeout_s,
         )
 
-    def call(self, *ids: int, timeout_s: float = HOUR, tokens: int | None = None) -> asyncio.Task[list[float]]:
-        return asyncio.create_task(self._call(ids, timeout_s, tokens))
+    def call(
+        self,
+        *ids: int,
+        timeout_s: float = HOUR,
+        tokens: int | None = None,
+        length: int = 3,
+        caller: str = "",
+        asked: Priority | None = None,
+    ) -> asyncio.Task[list[float]]:
+        """tokens: the estimate that it is admitted with; None: what it has."""
+        return asyncio.create_task(self._call([text(i, length) for i in ids], timeout_s, tokens, caller, asked))
 
-    async def _call(self, ids: Sequence[int], timeout_s: float, tokens: int | None) -> list[float]:
-        computed = await self._compute([text(i) for i in ids], timeout_s, tokens, fresh=False)
+    async def _call(
+        self, texts: Sequence[Encoded], timeout_s: float, tokens: int | None, caller: str, asked: Priority | None
+    ) -> list[float]:
+        computed = await self._compute(texts, timeout_s, tokens, fresh=False, caller=caller, asked=asked)
         return [float(value) for value in computed.rows[:, 0]]
 
     def compute(self, *texts: Encoded, timeout_s: float = HOUR, fresh: bool = False) -> asyncio.Task[Computed]:
         return asyncio.create_task(self._compute(texts, timeout_s, None, fresh=fresh))
 
     async def _compute(
-        self, texts: Sequence[Encoded], timeout_s: float, tokens: int | None, *, fresh: bool
+        self,
+        texts: Sequence[Encoded],
+        timeout_s: float,
+        tokens: int | None,
+        *,
+        fresh: bool,
+        caller: str = "",
+        asked: Priority | None = None,
     ) -> Computed:
         now = asyncio.get_running_loop().time()
         call = Call("test", received_at=now, deadline=now + timeout_s, fresh=fresh)
         estimate = sum(each.length for each in texts) if tokens is None else tokens
-        with self.admission.admit(estimate, call.deadline) as reservation:
+        with self.admission.admit(estimate, call.deadline, caller=caller, asked=asked) as reservation:
             return await self.batcher.compute(texts, call, reservation)
 
     def queue(self) -> tuple[int, int, int]:

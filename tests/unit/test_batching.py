@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Item, Limits, Running
+from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Limits, Running
+from ml_inference_server.server.turns import Item
 
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
 

@@ -79,6 +79,7 @@ TIMERS = {"full": 0, "tokens": 0, "timer": 150, "idle": 50, "single": 0, "retry"
         (lambda f: f["errors_by_reason"].update(WAIT_TOO_LONG=2), ["2 requests were refused", "more would fit"]),
         (both(BUSY, lambda f: f["errors_by_reason"].update(WAIT_TOO_LONG=2)),
          ["waiting would have taken most of the time", "The model is the limit (97\u00a0% busy)"]),
+        (lambda f: f["errors_by_reason"].update(CALLER_LIMIT=2), ["2 requests were refused", "server.limits"]),
         (lambda f: f["errors_by_reason"].update(DEADLINE_EXCEEDED=3), ["3 requests ran out of time"]),
         (lambda f: f["errors_by_reason"].update(BACKEND_ERROR=1, NON_FINITE_OUTPUT=1), ["failed on 2 requests"]),
         (lambda f: f.update(truncated_texts=200), ["200 texts were cut at the model's limit"]),

@@ -41,6 +41,13 @@ def test_a_key_that_was_made_is_found_and_one_that_was_taken_back_is_not(tmp_pat
     assert [key.name for key in list_keys(path)] == ["watcher"]
 
 
+def test_limits_are_kept_when_another_key_is_made(tmp_path: Path) -> None:
+    limits = {"requests_per_s": 5, "tokens_per_s": 1e4, "queue_share": 0.25}
+    path = file_of(tmp_path, {"keys": [{"name": "a", "hash": HASH, "rights": ["infer"], "limits": limits}]})
+    path.write_text(create_key(path, "b", [Right.INFER])[1])
+    assert read_keys(path).by_name["a"].limits.model_dump() == limits
+
+
 def test_tokens_differ_and_are_long() -> None:
     tokens = {new_token() for _ in range(100)}
     assert len(tokens) == 100
@@ -66,8 +73,8 @@ SECRET = "mlis_" + "s" * 43
         ({"keys": [{"name": "a", "hash": HASH, "rights": [["infer"]]}]}, "keys[0].rights"),
         ({"keys": [{"name": "a", "hash": HASH}]}, "keys[0].rights"),
         (
-            {"keys": [{"name": "a", "hash": HASH, "rights": ["infer"], "limits": {"queue_share": 0.5}}]},
-            "unknown key keys[0]",
+            {"keys": [{"name": "a", "hash": HASH, "rights": ["infer"], "limits": {"queue_share": 2}}]},
+            "keys[0].limits.queue_share",
         ),
         (
             {"keys": [{"name": n, "hash": HASH, "rights": ["infer"]} for n in ("a", "b")]},

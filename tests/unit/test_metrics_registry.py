@@ -313,3 +313,38 @@ def test_every_metric_is_documented_as_it_is() -> None:
 
 def test_every_column_of_the_history_is_documented() -> None:
     assert list(table_rows("History")) == list(COLUMNS)
+
+
+def test_callers_are_counted_by_the_names_of_their_keys_and_by_nothing_else(metrics: Metrics) -> None:
+    metrics.name_callers(["search", "nightly"])
+    answer(metrics, "Embed", "OK", 0.01, caller="search")
+    answer(metrics, "Embed", "RESOURCE_EXHAUSTED", 0.01, caller="nightly", reason="CALLER_LIMIT")
+    answer(metrics, "Embed", "OK", 0.01, caller="192.0.2.1")
+    metrics.tokenized(2, 30, 0.001, "search")
+    metrics.tokenized(2, 5, 0.001, "192.0.2.1")
+    found = series(metrics)
+    by_caller = {
+        (name.removeprefix("mlis_caller_"), labels[0][1]): value
+        for (name, labels), value in found.items()
+        if name.startswith("mlis_caller_") and value
+    }
+    assert by_caller == {
+        ("requests_total", "search"): 1,
+        ("requests_total", "nightly"): 1,
+        ("requests_total", "other"): 1,
+        ("tokens_total", "search"): 30,
+        ("tokens_total", "other"): 5,
+        ("limited_requests_total", "nightly"): 1,
+    }
+
+
+def test_no_more_callers_than_the_first_32_get_series(metrics: Metrics) -> None:
+    metrics.name_callers([f"key-{number}" for number in range(20)])
+    metrics.name_callers([f"key-{number}" for number in range(10, 100)])  # after a change of the file
+    answer(metrics, "Embed", "OK", 0.01, caller="key-31")
+    answer(metrics, "Embed", "OK", 0.01, caller="key-32")
+    requests = {
+        labels[0][1]: value for (name, labels), value in series(metrics).items() if name == "mlis_caller_requests_total"
+    }
+    assert len(requests) == 33
+    assert (requests["key-31"], requests["other"]) == (1, 1)

@@ -77,7 +77,7 @@ async def test_a_batch_that_hangs_in_a_thread_is_told_then_refused_then_lost() -
     backend = FakeBackend(ModelSettings(backend="fake", streams=2))
     backend.load_model()
     worker = ThreadWorker(backend)
-    admission = Admission(BatchingSettings(), EngineRate(), stuck=lambda: worker.stuck)
+    admission = Admission(BatchingSettings(), EngineRate(), stuck=lambda: worker.stuck, batch_tokens=2048)
     batch = TokenBatch.of(backend.tokenizer.encode(["a"]))
     deadline = asyncio.get_running_loop().time() + 3600
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ml_inference_server.server import batch_runner, batching, engine_rate, out_of_memory, pending, scheduler
+from ml_inference_server.server import turns as turns_of_callers
 from ml_inference_server.server.batching import BatchQueue
 from ml_inference_server.server.health import INTERVAL_S
 from ml_inference_server.utils.errors import BackendFailure, ServiceError
@@ -19,7 +20,8 @@ from tests.faults.planted import Planted, Planter
 from tests.unit.scheduler_kit import POISON, Rig, turns
 
 FILES = frozenset(
-    Path(str(module.__file__)) for module in (scheduler, batching, batch_runner, pending, engine_rate, out_of_memory)
+    Path(str(module.__file__))
+    for module in (scheduler, batching, batch_runner, pending, engine_rate, out_of_memory, turns_of_callers)
 )
 _LEAST_LINES = 250
 

@@ -41,6 +41,7 @@ class SlowWorker:
     restarts = 0
     trouble = stuck = lost = ""
     slots = 1
+    express_slots = 0
 
     def __init__(self, backend: FakeBackend) -> None:
         self.backend = backend

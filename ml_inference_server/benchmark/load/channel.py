@@ -154,10 +154,11 @@ class Target:
             return True
         return False
 
-    async def embed(self, texts: Sequence[str], timeout_s: float, **options: Any) -> Any:
-        """options: further fields of the EmbedRequest."""
+    async def embed(self, texts: Sequence[str], timeout_s: float, *, priority: str = "", **options: Any) -> Any:
+        """priority: told as x-priority, if any. options: further fields of the EmbedRequest."""
         request = inference_pb2.EmbedRequest(texts=texts, **options)
-        return await self._stub.Embed(request, timeout=timeout_s, metadata=self._metadata)
+        metadata = (*self._metadata, ("x-priority", priority)) if priority else self._metadata
+        return await self._stub.Embed(request, timeout=timeout_s, metadata=metadata)
 
     async def rerank(self, query: str, documents: Sequence[str], timeout_s: float) -> Any:
         request = inference_pb2.RerankRequest(query=query, documents=documents)

@@ -22,7 +22,8 @@ REQUESTS_PER_S_OF_A_PROCESS = 500.0
 class Share:
     """What one process sends: the requests first, first + step, ..., when they are due or `concurrency` at a time.
 
-    requests: how many of them in a closed loop; without effect where `duration_s` or `due_s` say it.
+    requests: how many of them in a closed loop; without effect where `duration_s` or `due_s` say it. priority: of
+    embeddings that do not stream; empty: none is named.
     """
 
     workload: Workload
@@ -35,6 +36,7 @@ class Share:
     due_s: list[float] | None = None
     first: int = 0
     step: int = 1
+    priority: str = ""
 
 
 @dataclass
@@ -58,7 +60,9 @@ class Driver:
     def __init__(self, target: Target, share: Share, on_call: Callable[[FinishedRequest], None]) -> None:
         self._share = share
         self._stream = EmbedStream(target) if share.streaming else None
-        send = sender(target, share.workload, share.batch_size, share.timeout_s, stream=self._stream)
+        send = sender(
+            target, share.workload, share.batch_size, share.timeout_s, stream=self._stream, priority=share.priority
+        )
         kind = ClosedLoop if share.due_s is None else OpenLoop
         self._loop: ClosedLoop | OpenLoop = kind(send, target.is_alive, on_call)
         self._cpu_start_s = time.process_time()

@@ -109,6 +109,7 @@ def sender(
     *,
     warmup: bool = False,
     stream: EmbedStream | None = None,
+    priority: str = "",
 ) -> Send:
     """How one request is sent, clocked and verified. With a `stream` it travels there, else as a unary call."""
     embeds = workload.kind != "pairs"
@@ -121,7 +122,8 @@ def sender(
             if stream is not None:
                 response = await stream.embed(batch, timeout_s)
             else:
-                response = await (target.embed(batch, timeout_s) if embeds else target.score(batch, timeout_s))
+                asked = target.embed(batch, timeout_s, priority=priority) if embeds else target.score(batch, timeout_s)
+                response = await asked
             done_s = time.perf_counter()
             reply = check_embeddings(response, batch_size) if embeds else check_scores(response, batch_size)
             t = response.timing

@@ -13,6 +13,7 @@ from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
 from ml_inference_server.utils.config import load_settings
+from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.asynccontextmanager
-async def own_server(experiment: Path, overrides: Sequence[str], stop: Stop) -> AsyncIterator[OwnServer]:
-    """A server that is ready. ConfigError for settings that cannot be, StartError where it does not start."""
+async def own_server(
+    experiment: Path | None, overrides: Sequence[str], stop: Stop, connection: Connection = IN_THE_CLEAR
+) -> AsyncIterator[OwnServer]:
+    """A server that is ready. ConfigError for settings that cannot be, StartError where it does not start.
+
+    experiment: None takes the settings as they are by default. connection: how it is reached with these settings.
+    """
     settings = load_settings(experiment, overrides=overrides)
     given = [part for override in overrides for part in ("--set", override)]
     with tempfile.TemporaryDirectory(prefix="ml_inference_server-") as folder:
-        arguments = ["--experiment", str(experiment), *given, "--port", "0", "--http-port", "0"]
+        named = ["--experiment", str(experiment)] if experiment else []
+        arguments = [*named, *given, "--port", "0", "--http-port", "0"]
         drain_s = settings.server.drain_timeout_ms / 1e3
         options = ServerOptions(arguments, Path(folder) / "server.log", START_TIMEOUT_S, drain_s)
         async with ServerProcess(options, stop) as server:
             ports = await stop.race(server.start())
-            async with Target(LOOPBACK, ports["grpc_port"]) as target:
+            async with Target(LOOPBACK, ports["grpc_port"], connection) as target:
                 info = await target.server_info()
                 yield OwnServer(target, info, ports["grpc_port"], ports["http_port"], ports["pid"])

@@ -207,6 +207,7 @@ class Endpoints:
             request_id=request.headers.get("x-request-id"),
             traceparent=request.headers.get("traceparent"),
             expect_space_id=request.headers.get("x-expect-space-id"),
+            priority=request.headers.get("x-priority"),
             peer=request.remote or "",
             timeout_s=_timeout_s(request.headers.get(_TIMEOUT_HEADER)),
         )

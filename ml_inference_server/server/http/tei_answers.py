@@ -14,6 +14,7 @@ _TYPES = {
     "EMPTY_REQUEST": "Empty",
     "QUEUE_FULL": "Overloaded",
     "WAIT_TOO_LONG": "Overloaded",
+    "CALLER_LIMIT": "Overloaded",
     "MODEL_LOADING": "Unhealthy",
     "DRAINING": "Unhealthy",
     "ENGINE_STUCK": "Unhealthy",

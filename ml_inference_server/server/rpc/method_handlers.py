@@ -168,6 +168,7 @@ class MethodHandlers:
             request_id=metadata.get("x-request-id"),
             traceparent=metadata.get("traceparent"),
             expect_space_id=metadata.get("x-expect-space-id"),
+            priority=metadata.get("x-priority"),
             peer=context.peer(),
             timeout_s=context.time_remaining(),
             limit_s=limit_s,

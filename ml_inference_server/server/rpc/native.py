@@ -13,7 +13,7 @@ from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.encodings import Encoding, bytes_per_vector, encode_rows
 from ml_inference_server.server.observation import Reply
-from ml_inference_server.server.options import EmbedOptions, Overflow, RerankOptions, ScoreOptions
+from ml_inference_server.server.options import EmbedOptions, Overflow, Priority, RerankOptions, ScoreOptions
 from ml_inference_server.server.rpc.method_handlers import MethodHandlers
 from ml_inference_server.server.rpc.status import grpc_code
 from ml_inference_server.server.rpc.streams import MAX_STREAM_IN_FLIGHT, next_or_none
@@ -34,6 +34,11 @@ _OVERFLOWS: dict[int, Overflow] = {
     pb.OVERFLOW_CUT_LEFT: Overflow.CUT_LEFT,
     pb.OVERFLOW_REFUSE: Overflow.REFUSE,
     pb.OVERFLOW_CHUNK: Overflow.CHUNK,
+}
+_PRIORITIES: dict[int, Priority | None] = {
+    pb.PRIORITY_UNSPECIFIED: None,
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_BULK: Priority.BULK,
 }
 _ENCODING_NUMBERS: dict[Encoding, pb.Encoding] = {
     Encoding.FLOAT32: pb.ENCODING_FLOAT32,
@@ -85,6 +90,7 @@ class NativeServicer:
                 dimensions=dimensions,
                 expect_space_id=request.expect_space_id,
                 model=request.model,
+                priority=_priority(request),
             ),
         )
         count, dimension = answer.values.shape
@@ -106,7 +112,7 @@ class NativeServicer:
         service = self._state.require_model().service
         service.check_count("pairs", len(request.pairs))
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
-        options = ScoreOptions(overflow=_overflow(request), model=request.model)
+        options = ScoreOptions(overflow=_overflow(request), model=request.model, priority=_priority(request))
         answer = await service.score(pairs, call, options)
         message = pb.ScoreResponse(scores=answer.values, **_told(answer))
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
@@ -118,6 +124,7 @@ class NativeServicer:
             overflow=_overflow(request),
             model=request.model,
             max_document_tokens=request.max_document_tokens or None,
+            priority=_priority(request),
         )
         ranking = await service.rerank(request.query, request.documents, request.top_k, call, options)
         ranks = [pb.Rank(index=index, score=score) for index, score in ranking.ranks]
@@ -248,6 +255,13 @@ def _overflow(request: Any) -> Overflow:
         message = "says another thing than overflow: send one of them"
         raise InvalidRequest(f"truncate: {message}", violations=[("truncate", message)])
     return overflow if request.truncate else Overflow.REFUSE
+
+
+def _priority(request: Any) -> Priority | None:
+    if request.priority not in _PRIORITIES:
+        message = f"expected 0 to {max(_PRIORITIES)}"
+        raise InvalidRequest(f"priority: {message}", violations=[("priority", message)])
+    return _PRIORITIES[request.priority]
 
 
 def _encoding(request: pb.EmbedRequest) -> Encoding:

@@ -21,6 +21,7 @@ from ml_inference_server.server import (
     patience,
     pending,
     scheduler,
+    turns,
     workers,
 )
 from tests.conftest import FakeServer, fake_server
@@ -31,7 +32,7 @@ from tests.scoreboard.row import Figure, Row, Scope
 
 FILES = frozenset(
     Path(str(module.__file__))
-    for module in (scheduler, batching, batch_runner, pending, engine_rate, out_of_memory, patience, workers)
+    for module in (scheduler, batching, batch_runner, pending, engine_rate, out_of_memory, patience, turns, workers)
 )
 # Each has its answer or one error long before; who waits for so long was forgotten.
 _PATIENCE_S = 5.0

@@ -1,0 +1,151 @@
+"""What the door costs: keys, limits and TLS on, against off.
+
+    python -m ml_inference_server.benchmark.studies.door_cost [--tls-cert FILE --tls-key FILE] [--experiment FILE]
+
+Each block starts one server for each way and loads them in short turns, in an order that changes with each round. Two
+processes of one program differ by some percent, so there are several blocks, and two servers of them have no door: what
+they differ by is the noise. Without --experiment the model costs nothing: the worst case.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ml_inference_server.benchmark.load.channel import Target, check_embeddings
+from ml_inference_server.benchmark.studies.metrics_overhead import Turn, interval
+from ml_inference_server.benchmark.studies.own_server import OwnServer, own_server
+from ml_inference_server.benchmark.target.conditions import process_cpu_s
+from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
+from ml_inference_server.door.keys import CallerKey, create_key, list_keys, written
+from ml_inference_server.door.rights import Right
+from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
+from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
+
+_TIMEOUT_S = 60.0
+_TEXT = "what is a cell and why does it have a membrane"
+_OFF, _CONTROL = "off", "off (control)"
+# Never reached, so that what is measured is the looking.
+_LIMITS = {"requests_per_s": 1e6, "tokens_per_s": 1e9, "queue_share": 1.0}
+_MOST_LOSS = 0.02  # of throughput and of CPU time, by keys and limits
+
+Way = tuple[list[str], Connection]
+"""The settings of a server, and how it is reached then."""
+
+
+def _ways(folder: Path, tls_cert: str, tls_key: str) -> dict[str, Way]:
+    plain, limited = folder / "keys.json", folder / "limited.json"
+    token, content = create_key(plain, "study", [Right.INFER])
+    plain.write_text(content)
+    only = list_keys(plain)[0].model_dump(mode="json") | {"limits": _LIMITS}
+    limited.write_text(written([CallerKey.model_validate(only | {"rights": list(only["rights"])})], limited))
+    with_key = Connection(api_key=token)
+    found: dict[str, Way] = {
+        _OFF: ([], IN_THE_CLEAR),
+        _CONTROL: ([], IN_THE_CLEAR),
+        "keys": ([f"server.auth.keys_file={plain}"], with_key),
+        "keys and limits": ([f"server.auth.keys_file={limited}"], with_key),
+    }
+    if tls_cert:
+        tls = [f"server.tls.cert={tls_cert}", f"server.tls.key={tls_key}"]
+        found["TLS"] = (tls, Connection(tls=True, ca=tls_cert))
+        found["TLS, keys and limits"] = (
+            [*tls, f"server.auth.keys_file={limited}"],
+            Connection(tls=True, ca=tls_cert, api_key=token),
+        )
+    return found
+
+
+async def _turn(server: OwnServer, seconds: float, in_flight: int, texts: int) -> Turn:
+    """Closed loop: as soon as a request is answered, the next one is sent."""
+    target, batch = server.target, [_TEXT] * texts
+    await target.embed(batch, _TIMEOUT_S)
+    answered, began, cpu_s = 0, time.monotonic(), process_cpu_s(server.pid) or 0.0
+
+    async def call(target: Target) -> None:
+        nonlocal answered
+        while time.monotonic() < began + seconds:
+            reply = check_embeddings(await target.embed(batch, _TIMEOUT_S), texts)
+            if reply.code != "OK":
+                raise RuntimeError(reply.message)
+            answered += 1
+
+    await asyncio.gather(*(call(target) for _ in range(in_flight)))
+    took_s = time.monotonic() - began
+    return Turn(answered / took_s, ((process_cpu_s(server.pid) or 0.0) - cpu_s) / answered)
+
+
+async def _run(args: argparse.Namespace, stop: Stop) -> int:
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise ConfigError("--tls-cert and --tls-key go together: name both files")
+    overrides = args.overrides or ([] if args.experiment else ["model.backend=fake"])
+    with tempfile.TemporaryDirectory(prefix="ml_inference_server-") as folder:
+        ways = _ways(Path(folder), args.tls_cert, args.tls_key)
+        turns: dict[str, list[Turn]] = {name: [] for name in ways}
+        bar = tqdm(total=args.blocks * args.rounds * len(ways), desc="turns", disable=None)
+        for block in range(args.blocks):
+            async with contextlib.AsyncExitStack() as stack:
+                servers = {
+                    name: await stack.enter_async_context(
+                        own_server(args.experiment, [*overrides, *settings], stop, connection)
+                    )
+                    for name, (settings, connection) in ways.items()
+                }
+                names = list(servers)
+                for number in range(args.rounds + 1):
+                    first = (number + block) % len(names)
+                    for name in [*names[first:], *names[:first]]:
+                        done = await stop.race(_turn(servers[name], args.seconds, args.in_flight, args.texts))
+                        if number:  # the first round warms up
+                            turns[name].append(done)
+                            bar.update()
+                title = servers[_OFF].info["title"]
+        bar.close()
+    print(f"{title}; {args.in_flight} requests of {args.texts} texts in flight; {len(turns[_OFF])} turns each\n")
+    cpu_us = 1e6 * statistics.median(turn.cpu_s for turn in turns[_OFF])
+    print(f"A request costs the server {cpu_us:.0f} us of CPU without a door. Of that, median [95 % interval]:\n")
+    print("| door | requests/s | CPU per request |\n| --- | --- | --- |")
+    held = True
+    for name, own in turns.items():
+        if name == _OFF:
+            continue
+        pairs = list(zip(own, turns[_OFF], strict=True))
+        speed = interval([a.requests_per_s / b.requests_per_s for a, b in pairs])
+        cpu = interval([a.cpu_s / b.cpu_s for a, b in pairs])
+        print(f"| {name} | {_told(speed)} | {_told(cpu)} |")
+        held &= not name.startswith("keys") or speed[0] >= 1 - _MOST_LOSS
+    print(f"\nKeys and limits cost less than {_MOST_LOSS:.0%} of the throughput: {'yes' if held else 'NO'}.")
+    if not args.tls_cert:
+        print("TLS was not measured: name a certificate for localhost with --tls-cert and --tls-key.")
+    return EXIT_OK if held else EXIT_FAILED_RUN
+
+
+def _told(ratio: tuple[float, float, float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*ratio)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ml_inference_server.benchmark.studies.door_cost", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--experiment", type=Path, metavar="FILE", help="experiment file (YAML)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--tls-cert", default="", metavar="FILE", help="a certificate for 127.0.0.1, signed by itself")
+    parser.add_argument("--tls-key", default="", metavar="FILE", help="its private key")
+    parser.add_argument("--blocks", type=int, default=4, help="times that all servers are started (default 4)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each server in a block (default 15)")
+    parser.add_argument("--seconds", type=float, default=0.7, help="length of a turn (default 0.7)")
+    parser.add_argument("--in-flight", type=int, default=32, help="requests in flight (default 32)")
+    parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
+    return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Who still comes into the queue, as what, and how long he will wait: by what he and the others hold of it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ml_inference_server.server.options import Priority
+from ml_inference_server.server.shares import QueueShares
+
+BULK, INTERACTIVE = Priority.BULK, Priority.INTERACTIVE
+
+
+def shares(*, requests: int = 100, tokens: int = 4000, batch: int = 100) -> QueueShares:
+    return QueueShares(max_requests=requests, max_tokens=tokens, batch_tokens=batch)
+
+
+def fill(shares: QueueShares, caller: str, *sizes: int, is_bulk: bool = False, is_overflow: bool = False) -> None:
+    for tokens in sizes:
+        shares.change(shares.enter(caller), tokens, is_bulk=is_bulk, is_overflow=is_overflow)
+
+
+def test_one_caller_may_fill_the_queue() -> None:
+    queue = shares(tokens=4000)
+    assert queue.full("a", 4000) == ""
+    fill(queue, "a", 3000)
+    assert queue.full("a", 1000) == ""
+    assert queue.full("a", 1001) == "4000 tokens"
+
+
+@pytest.mark.parametrize("others", [1, 3, 9])
+def test_one_who_fills_the_queue_keeps_nobody_out_who_holds_little(others: int) -> None:
+    queue = shares(tokens=4000, requests=100)
+    fill(queue, "flood", *[40] * 100)
+    assert queue.full("flood", 1) == "100 requests"
+    for number in range(others):
+        fitting = 1000 // (number + 2)  # of a fourth of the queue, an equal part for each
+        assert queue.full(f"other {number}", fitting) == ""
+        assert queue.full(f"other {number}", fitting + 1) == "4000 tokens"
+        fill(queue, f"other {number}", 60)
+    assert queue.full("flood", 1) == "100 requests"
+
+
+def test_the_reserve_has_an_end() -> None:
+    queue = shares(tokens=4000, requests=100)
+    fill(queue, "flood", *[40] * 100)
+    for number in range(24):
+        assert queue.full(f"other {number}", 1) == "", number
+        fill(queue, f"other {number}", 1)
+    assert queue.full("one more", 1) == "100 requests"
+
+
+def test_room_comes_back_with_those_who_leave() -> None:
+    queue = shares(tokens=4000)
+    held = queue.enter("a")
+    queue.change(held, 4000, is_bulk=True, is_overflow=True)
+    assert queue.full("a", 1)
+    queue.change(held, -4000, is_bulk=True, is_overflow=True)
+    queue.leave("a")
+    assert queue.full("a", 4000) == ""
+    assert (queue.tokens, queue.requests, queue.of("a").tokens) == (0, 0, 0)
+
+
+def test_a_request_of_more_than_a_batch_is_bulk() -> None:
+    queue = shares(batch=100)
+    assert queue.priority("a", 100, None) == (INTERACTIVE, False)
+    assert queue.priority("a", 101, None) == (BULK, False)
+
+
+def test_what_a_request_asks_holds() -> None:
+    queue = shares(batch=100)
+    fill(queue, "a", 90)
+    assert queue.priority("a", 5000, INTERACTIVE) == (INTERACTIVE, False)
+    assert queue.priority("a", 1, BULK) == (BULK, False)
+
+
+def test_who_has_a_batch_in_line_is_served_as_bulk_until_nothing_of_that_is_left() -> None:
+    queue = shares(batch=100)
+    fill(queue, "a", 60)
+    assert queue.priority("a", 60, None) == (BULK, True)
+    held = queue.enter("a")
+    queue.change(held, 60, is_bulk=True, is_overflow=True)
+    assert queue.priority("a", 1, None) == (BULK, True)  # else it would come before the one that came before it
+    assert queue.priority("b", 60, None) == (INTERACTIVE, False)
+    queue.change(held, -60, is_bulk=True, is_overflow=True)
+    assert queue.priority("a", 40, None) == (INTERACTIVE, False)
+
+
+def test_a_bulk_job_in_line_leaves_the_small_requests_of_its_caller_interactive() -> None:
+    queue = shares(batch=100)
+    fill(queue, "a", 3000, is_bulk=True)
+    assert queue.priority("a", 60, None) == (INTERACTIVE, False)
+
+
+def test_alone_one_waits_for_all_that_one_has_in_line() -> None:
+    queue = shares()
+    fill(queue, "a", 300)
+    fill(queue, "a", 500, is_bulk=True)
+    assert queue.tokens_ahead("a", INTERACTIVE) == 300
+    assert queue.tokens_ahead("a", BULK) == 800
+
+
+def test_of_others_one_waits_for_a_turn_for_each_of_ones_own_and_one_more() -> None:
+    queue = shares(batch=100)
+    fill(queue, "flood", 3000)
+    fill(queue, "light", 20)
+    fill(queue, "flood", 500, is_bulk=True)
+    assert queue.tokens_ahead("new", INTERACTIVE) == 100 + 20
+    assert queue.tokens_ahead("light", INTERACTIVE) == 20 + 120
+    assert queue.tokens_ahead("flood", INTERACTIVE) == 3000 + 20
+    assert queue.tokens_ahead("new", BULK) == 3020 + 100
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abc"), st.integers(1, 300), st.sampled_from([None, BULK, INTERACTIVE]), st.booleans()
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_the_sums_are_those_of_what_is_held_and_the_bounds_hold(
+    steps: list[tuple[str, int, Priority | None, bool]],
+) -> None:
+    queue = shares(requests=8, tokens=1000, batch=100)
+    inside: list[tuple[str, int, bool, bool]] = []
+    for caller, tokens, asked, leaves in steps:
+        if leaves and inside:
+            name, size, is_bulk, is_overflow = inside.pop(0)
+            queue.change(queue.of(name), -size, is_bulk=is_bulk, is_overflow=is_overflow)
+            queue.leave(name)
+        if not queue.full(caller, tokens):
+            priority, is_overflow = queue.priority(caller, tokens, asked)
+            queue.change(queue.enter(caller), tokens, is_bulk=priority is BULK, is_overflow=is_overflow)
+            inside.append((caller, tokens, priority is BULK, is_overflow))
+        assert queue.requests == len(inside) <= 8 + 2
+        assert queue.tokens == sum(size for _, size, _, _ in inside) <= 1000 + 250
+        for name in "abc":
+            assert queue.of(name).tokens == sum(size for own, size, _, _ in inside if own == name)
+            for priority in Priority:
+                assert 0 <= queue.tokens_ahead(name, priority) <= queue.tokens
