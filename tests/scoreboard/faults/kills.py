@@ -106,7 +106,7 @@ async def _while_it_starts_again(live: Live) -> Killed:
 
 
 async def _draining(live: Live) -> Killed:
-    calls = [await live.holding(300)]
+    calls = [await live.holding(2000)]
     calls += [live.asking(new_text()) for _ in range(3)]
 
     async def all_in() -> bool:
