@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,11 +19,11 @@ UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 _END_HEADERS, _END_STREAM, _DATA, _INITIAL_WINDOW_SIZE = 4, 1, 0, 4
 
 
-def watch(channel: grpc.aio.Channel, service: str = "") -> grpc.aio.UnaryStreamCall:
-    return health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))  # type: ignore[no-any-return]
+def watch(channel: grpc.aio.Channel, service: str = "") -> Any:
+    return health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
 
 
-async def next_status(call: grpc.aio.UnaryStreamCall) -> int:
+async def next_status(call: Any) -> int:
     return int((await call.read()).status)
 
 

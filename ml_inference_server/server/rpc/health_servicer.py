@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-_Context = "grpc.aio.ServicerContext[Any, Any]"
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
@@ -27,14 +26,14 @@ class HealthServicer:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def Check(self, request: Any, context: _Context) -> Any:
+    async def Check(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         """NOT_FOUND for a service that is not known, as the protocol has it."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service of that name is known here")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def Watch(self, request: Any, context: _Context) -> None:
+    async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
         """Until the watcher leaves. One that reads slowly gets the newest status then, not all that were before."""
         told = None
         while True:

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 
@@ -59,16 +60,16 @@ def _channel(port: int) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
 
 
-def _calls(channel: grpc.aio.Channel, count: int = CALLS) -> list[grpc.aio.UnaryUnaryCall]:
+def _calls(channel: grpc.aio.Channel, count: int = CALLS) -> list[Any]:
     stub = rpc.InferenceServiceStub(channel)
     return [stub.Embed(pb.EmbedRequest(texts=[new_text()]), timeout=60) for _ in range(count)]
 
 
-async def _first_ended(calls: list[grpc.aio.UnaryUnaryCall]) -> None:
+async def _first_ended(calls: list[Any]) -> None:
     await until(lambda: any(call.done() for call in calls), "a call is answered")
 
 
-async def _all_ended(calls: list[grpc.aio.UnaryUnaryCall]) -> Counter[str]:
+async def _all_ended(calls: list[Any]) -> Counter[str]:
     ends: Counter[str] = Counter()
     for call in calls:
         try:
@@ -161,7 +162,7 @@ async def _slow_read(live: Live, rng: random.Random) -> int:
     return len(streams)
 
 
-async def _write_on(stream: grpc.aio.StreamStreamCall, large: pb.EmbedRequest) -> None:
+async def _write_on(stream: Any, large: pb.EmbedRequest) -> None:
     """Until the server takes no more for a second, or has taken sixty."""
     for number in range(2, 62):
         try:

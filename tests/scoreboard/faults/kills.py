@@ -148,7 +148,7 @@ async def load_times_s(count: int) -> list[float]:
     return found
 
 
-async def _survives(live: Live, name: str, outcomes: Outcomes) -> float:
+async def _survives(live: Live, name: str, outcomes: Outcomes) -> int:
     """One kill; how many loads its recovery takes."""
     wrong: list[str] = []
     before = await live.restarts()
