@@ -128,7 +128,7 @@ def _model_starts(folder: Path) -> list[Start]:
         return Start(name, [*PYTORCH, "--model-name", str(path), *extra], 3, says, _OFFLINE)
 
     starts = [
-        start("M3 no such folder", folder / "no" / "such", "was not found"),
+        start("M3 no such folder", folder / "no" / "such", "does not exist"),
         start("M3 an empty folder", folder / "empty", str(folder / "empty")),
         start("M3 a file in its place", folder / "file", str(folder / "file")),
         start("M5 a cross-encoder without its head", whole, "", "--set", "model.task=cross_encoder"),
