@@ -29,7 +29,7 @@ from ml_inference_server.utils.config import Settings
 
 log = logging.getLogger(__name__)
 
-# Before gRPC is stopped: a quiet period without a new call, and the longest wait for one.
+# Before gRPC, and HTTP, is stopped: a quiet period without a new call, and the longest wait for one.
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to reach the socket, and then to leave it.
 _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
@@ -79,7 +79,7 @@ async def serving(
     async with (
         _traces(settings, metrics),
         _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
-        _sidecar(state, metrics, calls, door, tls) as http_port,
+        _sidecar(state, metrics, calls, _QUIET_S if ends_process else quiet_s, door, tls) as http_port,
         _watched_files(door, tls),
         _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
         _health(state, grpc_server) as health,
@@ -176,7 +176,7 @@ async def _grpc(
 
 @contextlib.asynccontextmanager
 async def _sidecar(
-    state: ServerState, metrics: Metrics, calls: Calls, door: Door | None, tls: TlsFiles | None
+    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float, door: Door | None, tls: TlsFiles | None
 ) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
@@ -187,6 +187,7 @@ async def _sidecar(
         api=HttpApi(state, calls, metrics),
         door=door,
         tls=tls,
+        is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
     scheme = "https" if tls else "http"
@@ -194,7 +195,7 @@ async def _sidecar(
     try:
         yield port
     finally:
-        await sidecar.stop()
+        await sidecar.stop(quiet_s)
 
 
 @contextlib.asynccontextmanager
