@@ -105,14 +105,14 @@ async def spread_and_restarts(folder: Path, *, calls: int, servers: int = 3, set
             going_on.by_server.clear()  # until all were connected, the first one had all calls
             await _until(lambda: going_on.by_server.total() >= calls)
             spread = going_on.by_server.copy()
-            begun, known, restarts = going_on.total, set(going_on.by_server), 0
+            begun, known, restarts = going_on.total, len(going_on.by_server), 0
             while restarts < servers or going_on.total - begun < calls:
                 port = fleet.ports[restarts % servers]
                 await asyncio.to_thread(fleet.stop, port)
                 await asyncio.to_thread(fleet.start, port)
                 # The next one is not stopped before the clients have found this one again.
-                await _until(lambda: not known.issuperset(going_on.by_server))
-                known |= set(going_on.by_server)
+                await _until(lambda known=known: len(going_on.by_server) > known)
+                known = len(going_on.by_server)
                 restarts += 1
         for port in fleet.ports:
             await asyncio.to_thread(fleet.stop, port)
@@ -161,7 +161,7 @@ async def newcomer(folder: Path, *, max_connection_age_s: float) -> Found:
     return Found(first_s, even_s, going_on.lost)
 
 
-async def _until(condition: Callable[[], bool]) -> None:
+async def _until(condition: Callable[..., bool]) -> None:
     while not condition():  # noqa: ASYNC110 - the state of other processes
         await asyncio.sleep(0.01)
 

@@ -9,11 +9,10 @@ _ANSWER_FLAGS = 0x8580  # an answer, authoritative, no error
 
 
 class Names(asyncio.DatagramProtocol):
-    """Answers each question with `addresses`, and each one about other than IPv4 with none. questions: how many came."""
+    """Answers each question about IPv4 with `addresses`, and others with none."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = list(addresses)
-        self.questions = 0
         self._transport: asyncio.DatagramTransport | None = None
 
     async def listen(self) -> int:
@@ -30,7 +29,6 @@ class Names(asyncio.DatagramProtocol):
         name_ends = data.index(b"\0", _HEADER_BYTES) + 1
         question, kind = data[_HEADER_BYTES : name_ends + 4], struct.unpack_from(">H", data, name_ends)[0]
         found = self.addresses if kind == _TYPE_A else []
-        self.questions += kind == _TYPE_A
         header = data[:2] + struct.pack(">HHHHH", _ANSWER_FLAGS, 1, len(found), 0, 0)
         # Each answer: the name as the question has it, how long it holds (no time), and four bytes of address.
         answers = [
