@@ -127,12 +127,12 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
 
     Whoever calls it ends the process then.
     """
-    set_up_logging(args.log_level, args.log_format)
+    seat: Seat | None = args.worker
+    set_up_logging(args.log_level, args.log_format, None if seat is None else seat.index)
     if args.supervise:
         command = supervised_command("--supervise")
         return Supervisor(command, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent).run()
     settings = settings_from(args)
-    seat: Seat | None = args.worker
     if seat is not None:
         os.environ[SHARE_VARIABLE] = str(seat.cpus)
     elif (count := worker_count(settings.server.workers)) > 1:

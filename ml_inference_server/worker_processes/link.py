@@ -35,6 +35,7 @@ class Link:
         self._answer = answer
         self._told = told
         self._writer: asyncio.StreamWriter | None = None
+        self._connected = asyncio.Event()
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count()
         self._answering: set[asyncio.Task[None]] = set()
@@ -47,6 +48,7 @@ class Link:
     async def run(self, end: socket.socket) -> None:
         """Until the other side has closed its end."""
         reader, self._writer = await asyncio.open_connection(sock=end)
+        self._connected.set()
         try:
             while True:
                 size, kind, number = _HEADER.unpack(await reader.readexactly(_HEADER.size))
@@ -62,6 +64,10 @@ class Link:
                     asked.future.set_exception(_ended())
             for task in self._answering:
                 task.cancel()
+
+    async def ready(self) -> None:
+        """Once `run` has begun."""
+        await self._connected.wait()
 
     async def ask(self, question: Any, timeout_s: float, then: Callable[[Any], None] | None = None) -> Any:
         """The answer. Unavailable where the other side has ended or takes too long; ValueError where it refuses.

@@ -19,7 +19,7 @@ from ml_inference_server.worker_processes.words import Message, Question, Servin
 _TIMEOUT_S = 5.0
 
 
-class Described(Protocol):
+class OwnState(Protocol):
     """What a worker says of itself."""
 
     @property
@@ -33,7 +33,7 @@ class Described(Protocol):
 class WorkerView:
     """A `View` of all workers, as the supervisor sees them."""
 
-    def __init__(self, metrics: Metrics, state: Described) -> None:
+    def __init__(self, metrics: Metrics, state: OwnState) -> None:
         self._metrics = metrics
         self._state = state
         self._link = Link(self._answer, self._take)
@@ -45,6 +45,7 @@ class WorkerView:
     async def linked(self, seat: Seat) -> AsyncIterator[None]:
         """Answers the supervisor inside; tells it the last figures at the end."""
         running = asyncio.create_task(self._link.run(_own_end(seat)))
+        await self._link.ready()
         try:
             yield
         finally:
