@@ -100,10 +100,12 @@ async def _measure(args: argparse.Namespace, stop: Stop) -> int:
                 if number:  # the first round warms up
                     turns[count].append(done)
     print(f"\n{args.rounds} turns each, {args.connections} connections, {args.texts} texts per call\n")
-    print("| workers | calls/s | CPUs: server | client |\n| --- | --- | --- | --- |")
+    print("| workers | calls/s | CPUs: server | client | calls per second of the server's CPU |")
+    print("| --- | --- | --- | --- | --- |")
     for count, own in turns.items():
         middle = [statistics.median(getattr(turn, name) for turn in own) for name in WorkersTurn.__slots__]
-        print("| {} | {:.0f} | {:.2f} | {:.2f} |".format(count, *middle))
+        per_cpu = statistics.median(turn.calls_per_s / turn.server_cpus for turn in own)
+        print("| {} | {:.0f} | {:.2f} | {:.2f} | {:.0f} |".format(count, *middle, per_cpu))
     ratios = [two.calls_per_s / one.calls_per_s for one, two in zip(turns[1], turns[2], strict=True)]
     print("\nTwo against one: {:.2f} [{:.2f}, {:.2f}] times the calls.".format(*interval(ratios)))
     return EXIT_OK
