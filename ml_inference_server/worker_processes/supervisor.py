@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -12,11 +13,12 @@ from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.cores import claimed, divided, listed
 from ml_inference_server.utils.cpu import available_cpus, quota_cpus
-from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_MODEL, EXIT_OK, EXIT_PORT, ConfigError
+from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_MODEL, EXIT_OK, EXIT_PORT, EXIT_TERMINATED, ConfigError
 from ml_inference_server.utils.files import replace_file
 from ml_inference_server.utils.ports import check_shared_ports, reserved
 from ml_inference_server.utils.process import hangup_signal
@@ -101,7 +103,7 @@ class _Workers:
                 name=f"worker {index}",
                 final=(),
                 final_at_first=_FINAL_AT_FIRST,
-                equipment=lambda index=index: self._equipment(index),
+                equipment=functools.partial(self._equipment, index),
             )
             for index in range(len(cpus))
         ]
@@ -113,36 +115,39 @@ class _Workers:
         watching = [asyncio.create_task(each) for each in self._watches()]
         self._hub.start()
         try:
-            first = await self._start_all()
-            announced = asyncio.create_task(self._announce()) if first is None else None
-            if first is None:
-                await asyncio.wait(self._lives, return_when=asyncio.FIRST_COMPLETED)
-                if not self._hub.is_stopping:  # a worker that will not start ends the others
-                    self._stop(signal.SIGTERM)
-            codes = await asyncio.gather(*self._lives)
-            if announced is not None:
+            if await self._start_all():
+                announced = asyncio.create_task(self._announce())
+                await asyncio.wait({*self._lives, announced}, return_when=asyncio.FIRST_COMPLETED)
+                if announced.done():
+                    announced.result()
+                    await asyncio.wait(self._lives, return_when=asyncio.FIRST_COMPLETED)
                 announced.cancel()
         finally:
+            if not self._hub.is_stopping:  # a worker that does not start ends the others, and so does a fault here
+                self._stop(signal.SIGTERM)
+            codes = await asyncio.gather(*self._lives)
             for task in watching:
                 task.cancel()
             if self._orders.ready_file is not None:
                 self._orders.ready_file.unlink(missing_ok=True)
             await self._hub.stop()
         log.info("stopped")
-        return next((code for code in codes if code), EXIT_OK)
+        # Of a worker that was just being started again the stop is no fault, where others stopped after their work.
+        stopped = {EXIT_OK, EXIT_TERMINATED} if EXIT_OK in codes else {EXIT_OK}
+        return next((code for code in codes if code is not None and code not in stopped), EXIT_OK)
 
-    async def _start_all(self) -> int | None:
-        """The first one alone, for it fills the caches that the others read. None once it serves and all are started;
-        else what it ended with."""
+    async def _start_all(self) -> bool:
+        """The first one alone, for it fills the caches that the others read. Whether it serves, and all are started."""
         first = self._start(0)
-        served = asyncio.create_task(self._hub.members[0].has_served.wait())
-        await asyncio.wait({first, served}, return_when=asyncio.FIRST_COMPLETED)
+        served = asyncio.ensure_future(self._hub.members[0].has_served.wait())
+        waited: set[asyncio.Future[Any]] = {first, served}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         served.cancel()
         if first.done() or self._hub.is_stopping:
-            return await first or EXIT_OK
+            return False
         for index in range(1, len(self._kept)):
             self._start(index)
-        return None
+        return True
 
     def _start(self, index: int) -> "asyncio.Future[int | None]":
         life = self._loop.run_in_executor(self._threads, self._kept[index].run)
@@ -160,7 +165,13 @@ class _Workers:
         for member in self._hub.members:
             await member.has_served.wait()
         if self._orders.ready_file is not None and not self._hub.is_stopping:
-            replace_file(self._orders.ready_file, json.dumps(self._ports | {"pid": os.getpid()}) + "\n")
+            ports = json.dumps(self._ports | {"pid": os.getpid()})
+            try:
+                replace_file(self._orders.ready_file, f"{ports}\n")
+            except OSError as error:
+                raise ConfigError(
+                    f"--ready-file {self._orders.ready_file} cannot be written: {error.strerror}"
+                ) from error
         log.info("ready: %d workers", len(self._kept))
 
     @contextlib.contextmanager

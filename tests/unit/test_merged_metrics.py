@@ -1,5 +1,6 @@
 """What several processes count, added up: the same as one process that had counted all of it."""
 
+import functools
 import math
 import pickle
 import random
@@ -109,7 +110,7 @@ def test_a_process_that_ended_keeps_its_counts_and_loses_its_gauges() -> None:
     merged = MergedMetrics(window_s=30, clock=clock, ready=lambda: 1, restarts=lambda: 1)
     first, second = Metrics(window_s=30, clock=clock), Metrics(window_s=30, clock=clock)
     for metrics, queued in ((first, 5), (second, 7)):
-        metrics.watch(queue_texts=lambda queued=queued: queued, queue_tokens=int, batches_in_flight=int, slots=2)
+        metrics.watch(queue_texts=functools.partial(int, queued), queue_tokens=int, batches_in_flight=int, slots=2)
         something(random.Random(1), metrics)
     merged.put(0, sent(first))
     merged.put(1, sent(second))
