@@ -239,6 +239,7 @@ TABLE = (
         (),
         "Processes of the model that ended and were replaced (model.process_per_stream).",
     ),
+    MetricRow("mlis_event_loop_tasks", "gauge", "tasks", (), "Tasks of the event loop that have not ended."),
     MetricRow(
         "mlis_workers", "gauge", "workers", (), "Processes that serve; with server.workers, those that are ready."
     ),

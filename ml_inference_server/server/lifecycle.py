@@ -35,7 +35,7 @@ from ml_inference_server.worker_processes.seat import Seat
 
 log = logging.getLogger(__name__)
 
-# Before gRPC is stopped: a quiet period without a new call, and the longest wait for one.
+# Before gRPC, and HTTP, is stopped: a quiet period without a new call, and the longest wait for one.
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to reach the socket, and then to leave it.
 _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
@@ -98,7 +98,7 @@ async def serving(
         loading = _model(state, metrics, load, _limits_of(settings, metrics, door))
         model = await enter(loading) if seat is not None else None
         grpc_server = await enter(_grpc(how, view, None if ends_process else quiet_s))
-        http_port = await enter(_sidecar(how, view))
+        http_port = await enter(_sidecar(how, view, _QUIET_S if ends_process else quiet_s))
         await enter(_watched_files(door, tls))
         if model is None:
             model = await enter(loading)
@@ -217,7 +217,7 @@ async def _grpc(how: _Listening, view: View, quiet_s: float | None) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(how: _Listening, view: View) -> AsyncIterator[int]:
+async def _sidecar(how: _Listening, view: View, quiet_s: float) -> AsyncIterator[int]:
     state = how.state
     sidecar = Sidecar(
         state.settings.metrics,
@@ -228,6 +228,7 @@ async def _sidecar(how: _Listening, view: View) -> AsyncIterator[int]:
         door=how.door,
         tls=how.tls,
         shares_port=how.shares_port,
+        is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
     scheme = "https" if how.tls else "http"
@@ -235,7 +236,7 @@ async def _sidecar(how: _Listening, view: View) -> AsyncIterator[int]:
     try:
         yield port
     finally:
-        await sidecar.stop()
+        await sidecar.stop(quiet_s)
 
 
 @contextlib.asynccontextmanager
