@@ -117,7 +117,8 @@ class _Workers:
         try:
             if await self._start_all():
                 announced = asyncio.create_task(self._announce())
-                await asyncio.wait({*self._lives, announced}, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {*self._lives, announced}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if announced.done():
                     announced.result()
                     await asyncio.wait(self._lives, return_when=asyncio.FIRST_COMPLETED)
