@@ -234,7 +234,7 @@ async def _model(
 
 @contextlib.asynccontextmanager
 async def _health(state: ServerState, grpc_server: GrpcServer) -> AsyncIterator[asyncio.Task[None]]:
-    await grpc_server.set_serving(True)
+    grpc_server.set_serving(True)
     watcher = asyncio.create_task(watch_health(state, grpc_server))
     try:
         yield watcher
@@ -246,7 +246,7 @@ async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer)
     """Health first, then refuse new calls, then finish what was let in; how many requests could not be finished."""
     settings = state.settings.server
     state.draining.set()
-    await grpc_server.set_serving(False)
+    grpc_server.set_serving(False)
     if model.worker.lost:
         model.admission.refuse_new()
         return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)

@@ -32,6 +32,4 @@ PLANNED = {
     "Z3": "Metrics against the ledger",
     "Z4": "Vectors alone and in a batch, real model",
     "Z5": "Honesty of the benchmark",
-    "K2": "A leak that is planted in the server",
-    "K3": "The same tests against another server",
 }

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,15 @@ async def soak(
     *,
     seed: int,
     module: str = SERVER,
+    variables: Mapping[str, str] | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Soaked:
     """`calls` calls of `mix` to a server of its own, from two processes.
 
-    Before them a tenth as many warm it up: what it holds after those is the base. module: what is run as the server.
+    Before them a tenth as many warm it up: what it holds after those is the base. module: what is run as the server;
+    variables: of its environment.
     """
-    async with real_server(folder, *SETTINGS, module=module) as server:
+    async with real_server(folder, *SETTINGS, module=module, **(variables or {})) as server:
         warm_up = max(1000, min(calls // 10, 20_000))
         await _calls(server, mix, warm_up, seed + 1_000_000)
         before = await server.at_rest()

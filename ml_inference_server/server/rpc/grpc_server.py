@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from ml_inference_server.door.certificates import Certificates, TlsFiles
 from ml_inference_server.door.door import Door
 from ml_inference_server.server.rpc.doorkeeper import Doorkeeper
+from ml_inference_server.server.rpc.health_servicer import HealthServicer
 from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
 from ml_inference_server.server.rpc.services import Servicer
 from ml_inference_server.utils.config import ServerSettings
@@ -64,22 +65,20 @@ class GrpcServer:
     """A listening server. Its health says NOT_SERVING until it is set."""
 
     server: grpc.aio.Server
-    health: Any
+    health: HealthServicer
     servicers: Sequence[Servicer]
     port: int = 0
     serving: bool = False
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """What health clients and watchers get, for the whole server and for each service.
 
         A service that the loaded model can do nothing for stays NOT_SERVING, as in Text Embeddings Inference.
         """
         self.serving = serving
         services = {name: able for servicer in self.servicers for name, able in servicer.services().items()}
-        for name, able in {"": True, **services}.items():
-            up = serving and able
-            status = health_pb2.HealthCheckResponse.SERVING if up else health_pb2.HealthCheckResponse.NOT_SERVING
-            await self.health.set(name, status)
+        up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        self.health.set({name: up if serving and able else down for name, able in {"": True, **services}.items()})
 
 
 async def start_grpc(
@@ -93,13 +92,13 @@ async def start_grpc(
     with _socket_threads_wait_their_turn():
         interceptors = [] if door is None else [Doorkeeper(door)]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = HealthServicer()
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     handlers = [handler for servicer in servicers for handler in servicer.handlers()]
     server.add_generic_rpc_handlers([*handlers, health_handlers(health_servicer), reflection_handlers(described)])
     built = GrpcServer(server, health_servicer, servicers)
-    await built.set_serving(False)
+    built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
     try:

@@ -77,7 +77,7 @@ class NativeServicer:
 
     async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply[pb.EmbedResponse]:
         model, count = self._state.require_model(), len(request.texts)
-        encoding = _encoding(request)
+        encoding = encoding_of(request)
         dimensions = request.dimensions if request.HasField("dimensions") else None
         own = model.info.dimension
         self._check_reply_size("texts", count, bytes_per_vector(min(dimensions or own, own), encoding))
@@ -87,7 +87,7 @@ class NativeServicer:
             EmbedOptions(
                 prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
                 role=request.input_type,
-                overflow=_overflow(request),
+                overflow=overflow_of(request),
                 dimensions=dimensions,
                 expect_space_id=request.expect_space_id,
                 model=request.model,
@@ -113,7 +113,7 @@ class NativeServicer:
         service = self._state.require_model().service
         service.check_count("pairs", len(request.pairs))
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
-        options = ScoreOptions(overflow=_overflow(request), model=request.model, priority=_priority(request))
+        options = ScoreOptions(overflow=overflow_of(request), model=request.model, priority=_priority(request))
         answer = await service.score(pairs, call, options)
         message = pb.ScoreResponse(scores=answer.values, **_told(answer))
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
@@ -122,7 +122,7 @@ class NativeServicer:
         service, count = self._state.require_model().service, len(request.documents)
         self._check_reply_size("documents", count, _RANK_BYTES, request.top_k)
         options = RerankOptions(
-            overflow=_overflow(request),
+            overflow=overflow_of(request),
             model=request.model,
             max_document_tokens=request.max_document_tokens or None,
             priority=_priority(request),
@@ -244,7 +244,7 @@ class NativeServicer:
         )
 
 
-def _overflow(request: Any) -> Overflow:
+def overflow_of(request: Any) -> Overflow:
     """InvalidRequest for a number that is none, and for two answers to one question."""
     overflow = _OVERFLOWS.get(request.overflow)
     if overflow is None:
@@ -265,7 +265,8 @@ def _priority(request: Any) -> Priority | None:
     return _PRIORITIES[request.priority]
 
 
-def _encoding(request: pb.EmbedRequest) -> Encoding:
+def encoding_of(request: pb.EmbedRequest) -> Encoding:
+    """InvalidRequest for a number that is none."""
     encoding = _ENCODINGS.get(request.encoding)
     if encoding is None:
         message = f"expected 0 to {max(_ENCODINGS)}"
