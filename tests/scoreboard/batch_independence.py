@@ -18,7 +18,8 @@ from ml_inference_server.utils.sample import sample_pairs
 from tests.scoreboard.real_server import RealServer, real_server, sum_of
 
 PATHS = {"PyTorch": "false", "compiled": "true"}
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
+_QUERIES_AT_ONCE = 2
 _LONG_WORDS = 400
 # A batch in which nothing shares the pass with a text says nothing: so many texts in the mean at least.
 _LEAST_MEAN_BATCH = 4.0
@@ -73,6 +74,7 @@ async def independence(
         "model.device=cpu",
         f"model.compile={compiled}",
         "batching.share_equal_texts=false",
+        "server.default_timeout_ms=300000",
     )
     async with (
         real_server(folder, *settings) as server,
@@ -131,9 +133,17 @@ async def _in_batches(stub: Any, texts: Sequence[str], order: Sequence[int]) -> 
 async def _swaps(
     stub: Any, texts: Sequence[str], queries: Sequence[str], alone: Sequence[NDArray[np.float32]]
 ) -> tuple[int, int]:
-    """(pairs of documents that all these queries, asked at once, put in another order; pairs)."""
-    requests = [pb.RerankRequest(query=query, documents=texts) for query in queries]
-    replies = await asyncio.gather(*(stub.Rerank(request, timeout=_TIMEOUT_S) for request in requests))
+    """(pairs of documents that these queries, some asked at once, put in another order; pairs)."""
+    some = asyncio.Semaphore(_QUERIES_AT_ONCE)
+
+    async def reranked(query: str) -> pb.RerankResponse:
+        async with some:
+            reply: pb.RerankResponse = await stub.Rerank(
+                pb.RerankRequest(query=query, documents=texts), timeout=_TIMEOUT_S
+            )
+        return reply
+
+    replies = await asyncio.gather(*(reranked(query) for query in queries))
     documents = np.stack(alone[: len(texts)]).astype(np.float64)
     swaps = pairs = 0
     for reply, query in zip(replies, alone[len(texts) :], strict=True):

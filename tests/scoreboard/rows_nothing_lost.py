@@ -104,7 +104,7 @@ def truth_figure(ledger: Ledger, found: Sequence[tuple[str, int]]) -> Figure:
 
 async def _independence(scope: Scope) -> Figure:
     paths = {"PyTorch": PATHS["PyTorch"]} if scope.is_quick else PATHS
-    texts, queries, rounds = (40, 4, 1) if scope.is_quick else (400, 40, 5)
+    texts, queries, rounds = (40, 4, 1) if scope.is_quick else (160, 10, 3)
     found: dict[str, Independence] = {}
     for name, compiled in paths.items():
         with tempfile.TemporaryDirectory() as folder:
