@@ -1,6 +1,8 @@
 """A process that runs a backend: the child's side, the frames between the two, and the server's hold on it.
 
-A frame is a kind and a length, then the payload, over a socket pair. A batch travels as the arrays that it is.
+A frame says what it is, which question it belongs to and how long it is; then comes the payload, over a socket pair. A
+batch travels as the arrays that it is. What is no frame, or answers another question than the one that is open, ends
+the process: from then on nobody could tell which answer belongs to whom.
 """
 
 import asyncio
@@ -34,7 +36,9 @@ from ml_inference_server.utils.logging import LogFormat, logging_choice, set_up_
 
 log = logging.getLogger(__name__)
 
-_FRAME = struct.Struct("<BQ")
+_MAGIC = b"MLE1"
+_FRAME = struct.Struct("<4sBIQ")  # magic, kind, number of the question, bytes of the payload
+_NO_QUESTION, _MOST_QUESTIONS = 0, 2**32 - 1
 _RUN = struct.Struct("<I??xx")  # texts, whether segments follow the ids, and then variants
 _ROWS = struct.Struct("<IIdd")  # rows, dimension, started_at, ended_at
 # Far more than the largest batch has: a head that tells of more is none.
@@ -54,6 +58,9 @@ class FrameKind(IntEnum):
     PONG = 8
 
 
+_KINDS = frozenset(FrameKind)
+
+
 class EngineDied(RuntimeError):
     """The process ended, or was ended because it hung, while a batch ran in it.
 
@@ -63,6 +70,23 @@ class EngineDied(RuntimeError):
     def __init__(self, message: str, *, is_killed: bool = False) -> None:
         super().__init__(message)
         self.is_killed = is_killed
+
+
+class BrokenFrame(ValueError):
+    """What came is no frame, or no answer to the question that is open."""
+
+
+def pack_frame(kind: int, question: int, payload: bytes) -> bytes:
+    """question: the number of the one that it asks or answers; 0 for what the start says."""
+    return _FRAME.pack(_MAGIC, kind, question, len(payload)) + payload
+
+
+def frame_head(head: bytes) -> tuple[FrameKind, int, int]:
+    """(kind, question, bytes of the payload). BrokenFrame where these bytes are the head of no frame."""
+    magic, kind, question, length = _FRAME.unpack(head)
+    if magic != _MAGIC or kind not in _KINDS or length > _MOST_PAYLOAD_BYTES:
+        raise BrokenFrame("it sent what is no frame")
+    return FrameKind(kind), question, length
 
 
 def pack_batch(batch: TokenBatch) -> bytes:
@@ -92,14 +116,6 @@ def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
     return TokenBatch(numbers[:tokens], starts, numbers[tokens:] if has_types else None, variants)
 
 
-def frame_head(head: bytes) -> tuple[FrameKind, int]:
-    """(kind, bytes of the payload). ValueError where these bytes are the head of no frame."""
-    number, length = _FRAME.unpack(head)
-    if length > _MOST_PAYLOAD_BYTES:
-        raise ValueError(f"a frame of {length} bytes")
-    return FrameKind(number), length
-
-
 def unpack_rows(payload: bytes) -> Output:
     """What the child answered to a batch. ValueError where the payload has another length than its head tells."""
     if len(payload) < _ROWS.size:
@@ -127,8 +143,9 @@ def _child(
     _send(connection, FrameKind.READY, pickle.dumps(described))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            kind, request = _receive(stream)
-            _send(connection, *((FrameKind.PONG, b"") if kind is FrameKind.PING else _answer(backend, request)))
+            kind, question, request = _receive(stream)
+            answer = (FrameKind.PONG, b"") if kind is FrameKind.PING else _answer(backend, request)
+            _send(connection, *answer, question)
     os._exit(0)  # threads of a library must not keep it
 
 
@@ -150,16 +167,16 @@ def _answer(backend: Backend, request: bytes) -> tuple[FrameKind, bytes]:
         return FrameKind.RAISED, f"{type(error).__name__}: {error}".encode(errors="replace")
 
 
-def _send(connection: socket.socket, kind: FrameKind, payload: bytes) -> None:
-    connection.sendall(_FRAME.pack(kind, len(payload)) + payload)
+def _send(connection: socket.socket, kind: FrameKind, payload: bytes, question: int = _NO_QUESTION) -> None:
+    connection.sendall(pack_frame(kind, question, payload))
 
 
-def _receive(stream: BinaryIO) -> tuple[FrameKind, bytes]:
+def _receive(stream: BinaryIO) -> tuple[FrameKind, int, bytes]:
     head = stream.read(_FRAME.size)
     if len(head) < _FRAME.size:
         raise EOFError
-    kind, length = frame_head(head)
-    return kind, stream.read(length)
+    kind, question, length = frame_head(head)
+    return kind, question, stream.read(length)
 
 
 class EngineProcess:
@@ -182,19 +199,20 @@ class EngineProcess:
             target=_child, args=(self._there, asked, faults, level, log_format), name="engine", daemon=False
         )
         self._answer: asyncio.Future[tuple[FrameKind, bytes]] | None = None
+        self._question = _NO_QUESTION
+        self._broken = ""  # what it sent in place of an answer
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._exit_code: int | None = None  # once it has ended
+        self.pid = 0
         self.alive = False
         self.is_killed = False
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid or 0
 
     async def start(self, limit_s: float = math.inf) -> Described | None:
         """Until it is loaded and warm. Raises what the child refused with, or EngineDied, also after `limit_s`."""
         with huge_pages_for_children():
             self._process.start()
+        self.pid = self._process.pid or 0
         self._there.close()
         self.alive = True
         try:
@@ -219,7 +237,12 @@ class EngineProcess:
         kind, content = await self._ask(FrameKind.RUN, pack_batch(batch), limit_s, late)
         if kind is FrameKind.RAISED:
             raise RuntimeError(content.decode())
-        return unpack_rows(content)
+        try:
+            return unpack_rows(content)
+        except ValueError as error:
+            self._broken = "its answer to a batch holds no rows"
+            self.kill()
+            raise EngineDied(f"the process of the engine was ended: {self._broken}") from error
 
     async def ping(self, limit_s: float) -> None:
         """EngineDied if it does not answer within `limit_s`, which ends it."""
@@ -231,8 +254,9 @@ class EngineProcess:
         if self._writer is None or not self.alive:
             raise EngineDied("the process of the engine has ended")
         self._answer = asyncio.get_running_loop().create_future()
+        self._question = self._question % _MOST_QUESTIONS + 1
         try:
-            self._writer.write(_FRAME.pack(kind, len(payload)) + payload)
+            self._writer.write(pack_frame(kind, self._question, payload))
             return await self._within(limit_s, late)
         except asyncio.CancelledError:
             self.kill()  # its answer would be taken for that of the next batch
@@ -255,19 +279,27 @@ class EngineProcess:
             patience.end()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # ValueError: what came is no frame of ours. Whatever ends the reading ends the process, which is then replaced.
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError, ValueError):
+        """Until it ends, or sends what ends it. It is replaced then."""
+        try:
             while True:
-                kind, length = frame_head(await reader.readexactly(_FRAME.size))
+                kind, question, length = frame_head(await reader.readexactly(_FRAME.size))
                 payload = await reader.readexactly(length)
                 if kind is FrameKind.PHASE:
-                    self._phase(payload.decode())
-                elif self._answer is not None and not self._answer.done():
+                    self._phase(payload.decode(errors="replace"))
+                elif question == self._question and self._answer is not None and not self._answer.done():
                     self._answer.set_result((kind, payload))
-        by_itself = self.alive
+                else:
+                    raise BrokenFrame(f"it sent {kind.name}, for which nobody had asked")
+        except BrokenFrame as error:
+            self._broken = self._broken or str(error)
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # it has ended
+        by_itself = self.alive and not self._broken
         self.kill()
         await asyncio.to_thread(self._process.join)
-        self.is_killed = by_itself and self._process.exitcode == -signal.SIGKILL
+        self._exit_code = self._process.exitcode or 0
+        self._process.close()  # its descriptors would stay until a collection of garbage
+        self.is_killed = by_itself and self._exit_code == -signal.SIGKILL
         if self._answer is not None and not self._answer.done():
             message = f"the process of the engine ended ({self.end})"
             self._answer.set_exception(EngineDied(message, is_killed=self.is_killed))
@@ -276,14 +308,16 @@ class EngineProcess:
     @property
     def end(self) -> str:
         """How it ended."""
-        code = self._process.exitcode or 0
+        code = self._exit_code or 0
         if self.is_killed:
             return "signal SIGKILL of somebody else: where memory runs out, the kernel sends it"
+        if self._broken:
+            return f"{self._broken}, and was ended"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
         """At once, whatever it is doing."""
         self.alive = False
-        if self._process.pid is not None:
+        if self.pid and self._exit_code is None:
             self._process.kill()
         (self._writer or self._here).close()

@@ -11,8 +11,10 @@ from ml_inference_server.door.certificates import TlsFiles, open_tls
 from ml_inference_server.door.door import Door, open_door
 from ml_inference_server.door.exposure import warn_if_open
 from ml_inference_server.metrics.http_server import Sidecar
+from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
+from ml_inference_server.metrics.view import View
 from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.health import watch_health
@@ -26,10 +28,14 @@ from ml_inference_server.server.rpc.open_inference import OpenInferenceServicer
 from ml_inference_server.server.rpc.tei import TeiServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.cores import worker_count
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.worker_processes.member import WorkerView
+from ml_inference_server.worker_processes.seat import Seat
 
 log = logging.getLogger(__name__)
 
-# Before gRPC is stopped: a quiet period without a new call, and the longest wait for one.
+# Before gRPC, and HTTP, is stopped: a quiet period without a new call, and the longest wait for one.
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to reach the socket, and then to leave it.
 _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
@@ -58,13 +64,21 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(
-    settings: Settings, *, load: Load = load_model, quiet_s: float = _QUIET_S, ends_process: bool = False
+    settings: Settings,
+    *,
+    load: Load = load_model,
+    quiet_s: float = _QUIET_S,
+    ends_process: bool = False,
+    seat: Seat | None = None,
 ) -> AsyncIterator[Server]:
     """A running server. StartError if it cannot start; a cancellation while it starts stops what was started.
 
     load: how the model comes to be. quiet_s: without a new call, before gRPC is stopped. ends_process: the caller ends
-    the process right after, and that closes the gRPC port and its connections; until then calls are refused.
+    the process right after, and that closes the gRPC port and its connections; until then calls are refused. seat: of
+    one worker of several, whose ports are open once it can answer: until then, the others get its calls.
     """
+    if seat is None and worker_count(settings.server.workers) > 1:
+        raise ConfigError("server.workers is for the program (mlis serve): in a process of your own set it to 1")
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
     door, tls = open_door(settings.server), open_tls(settings.server.tls)
@@ -75,15 +89,22 @@ async def serving(
         prefix=state.instance_id[:8],
         door=door,
     )
+    how = _Listening(state, calls, door, tls, shares_port=seat is not None)
     # Started from top to bottom, stopped from bottom to top.
-    async with (
-        _traces(settings, metrics),
-        _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
-        _sidecar(state, metrics, calls, door, tls) as http_port,
-        _watched_files(door, tls),
-        _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
-        _health(state, grpc_server) as health,
-    ):
+    async with contextlib.AsyncExitStack() as started:
+        enter = started.enter_async_context
+        view = await enter(_view(state, metrics, seat))
+        await enter(_traces(settings, metrics))
+        loading = _model(state, metrics, load, _limits_of(settings, metrics, door))
+        model = await enter(loading) if seat is not None else None
+        grpc_server = await enter(_grpc(how, view, None if ends_process else quiet_s))
+        http_port = await enter(_sidecar(how, view, _QUIET_S if ends_process else quiet_s))
+        await enter(_watched_files(door, tls))
+        if model is None:
+            model = await enter(loading)
+        health = await enter(_health(state, grpc_server))
+        if isinstance(view, WorkerView):
+            view.serves()
         server = Server(
             state=state,
             metrics=metrics,
@@ -141,23 +162,44 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
         await asyncio.to_thread(tracer.close)
 
 
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """What both ports have in common."""
+
+    state: ServerState
+    calls: Calls
+    door: Door | None
+    tls: TlsFiles | None
+    shares_port: bool
+
+
 @contextlib.asynccontextmanager
-async def _grpc(
-    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None, door: Door | None, tls: TlsFiles | None
-) -> AsyncIterator[GrpcServer]:
+async def _view(state: ServerState, metrics: Metrics, seat: Seat | None) -> AsyncIterator[View]:
+    """Of this process by itself, or of all workers."""
+    if seat is None:
+        yield Live(metrics, state.as_dict, state.readiness, observe_lag=metrics.observe_loop_lag)
+        return
+    view = WorkerView(metrics, state)
+    async with view.linked(seat):
+        yield view
+
+
+@contextlib.asynccontextmanager
+async def _grpc(how: _Listening, view: View, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
     CANCELLED, which no client repeats; a connection that ends is UNAVAILABLE, which is safe to repeat.
     """
+    state, calls, tls = how.state, how.calls, how.tls
     settings = state.settings.server
-    open_inference = OpenInference(state, metrics)
+    open_inference = OpenInference(state, view)
     servicers = (
-        NativeServicer(state, metrics, MethodHandlers(calls)),
+        NativeServicer(state, view, MethodHandlers(calls)),
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers, door, tls)
+    grpc_server = await start_grpc(settings, servicers, how.door, tls, shares_port=how.shares_port)
     log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
     if tls is not None:
         log.info("certificate: %s", tls.describe())
@@ -175,26 +217,26 @@ async def _grpc(
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(
-    state: ServerState, metrics: Metrics, calls: Calls, door: Door | None, tls: TlsFiles | None
-) -> AsyncIterator[int]:
+async def _sidecar(how: _Listening, view: View, quiet_s: float) -> AsyncIterator[int]:
+    state = how.state
     sidecar = Sidecar(
         state.settings.metrics,
-        metrics,
+        view,
         server_info=state.as_dict,
-        readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
-        api=HttpApi(state, calls, metrics),
-        door=door,
-        tls=tls,
+        api=HttpApi(state, how.calls, view),
+        door=how.door,
+        tls=how.tls,
+        shares_port=how.shares_port,
+        is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
-    scheme = "https" if tls else "http"
+    scheme = "https" if how.tls else "http"
     log.info("dashboard and metrics on %s://%s:%d", scheme, state.settings.metrics.host, port)
     try:
         yield port
     finally:
-        await sidecar.stop()
+        await sidecar.stop(quiet_s)
 
 
 @contextlib.asynccontextmanager
@@ -233,7 +275,7 @@ async def _model(
 
 @contextlib.asynccontextmanager
 async def _health(state: ServerState, grpc_server: GrpcServer) -> AsyncIterator[asyncio.Task[None]]:
-    await grpc_server.set_serving(True)
+    grpc_server.set_serving(True)
     watcher = asyncio.create_task(watch_health(state, grpc_server))
     try:
         yield watcher
@@ -245,7 +287,7 @@ async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer)
     """Health first, then refuse new calls, then finish what was let in; how many requests could not be finished."""
     settings = state.settings.server
     state.draining.set()
-    await grpc_server.set_serving(False)
+    grpc_server.set_serving(False)
     if model.worker.lost:
         model.admission.refuse_new()
         return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)

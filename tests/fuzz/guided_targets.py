@@ -15,7 +15,7 @@ import numpy as np
 from ml_inference_server.backends.fake import FakeTokenizer
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto.foreign import grpc_service_pb2 as triton
-from ml_inference_server.server.engine_process import FrameKind, frame_head, unpack_batch, unpack_rows
+from ml_inference_server.server.engine_process import FrameKind, frame_head, pack_frame, unpack_batch, unpack_rows
 from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.cohere_schemas import CohereEmbedRequest, CohereRerankRequest
 from ml_inference_server.server.http.endpoint import validated
@@ -41,6 +41,7 @@ MAX_TOKENS = 32
 LIMITS = ServerSettings(max_texts=16, max_text_bytes=64)
 _TEXTS = {is_cross: Texts(FakeTokenizer(MAX_TOKENS), LIMITS, is_cross_encoder=is_cross) for is_cross in (False, True)}
 _MESSAGES: tuple[Any, ...] = (pb.EmbedRequest, pb.ScoreRequest, pb.RerankRequest, triton.ModelInferRequest)
+_FRAME_START = pack_frame(FrameKind.PING, 0, b"")[:4]
 _BODIES = (
     *(
         EmbeddingsRequest,
@@ -116,8 +117,10 @@ def bodies(data: bytes) -> None:
 def frames(data: bytes) -> None:
     """What comes over the pipe between the server and its engine."""
     with contextlib.suppress(ValueError):
-        kind, length = frame_head(data[:9].ljust(9, b"\0"))
+        # Nobody finds the four bytes that each frame begins with, so they are given.
+        kind, question, length = frame_head(_FRAME_START + data[:13].ljust(13, b"\0"))
         assert isinstance(kind, FrameKind)
+        assert question >= 0
         assert length >= 0
     with contextlib.suppress(ValueError):
         rows = unpack_rows(data).rows

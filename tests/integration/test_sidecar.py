@@ -41,8 +41,9 @@ async def test_metrics_are_the_snapshot_and_the_readiness(server: Server, client
     for moving in ("time_unix_s",):
         told.pop(moving)
         expected.pop(moving)
-    assert (told.pop("readiness"), told.pop("hints"), told.pop("benchmark")) == (
+    assert (told.pop("readiness"), told.pop("workers"), told.pop("hints"), told.pop("benchmark")) == (
         {"ready": False, "reason": "the model is loading"},
+        [],
         [],
         None,
     )
@@ -101,7 +102,7 @@ async def test_health_says_200_or_503_and_why(
 async def test_info_is_json_however_hostile_its_content(client: aiohttp.ClientSession) -> None:
     async with client.get("/info") as response:
         assert response.content_type == "application/json"
-        assert await response.json() == {"title": HOSTILE}
+        assert await response.json() == {"title": HOSTILE, "workers": []}
 
 
 async def test_the_static_files_are_served_as_they_are(client: aiohttp.ClientSession) -> None:
@@ -132,6 +133,17 @@ async def test_the_port_is_free_again_after_stop() -> None:
     second = await Server(port=first.port).start()
     await second.sidecar.stop()
     assert second.port == first.port
+
+
+async def test_answers_of_a_server_that_drains_close_their_connections() -> None:
+    server = await Server().start()
+    async with aiohttp.ClientSession() as session:
+        for is_draining, paths in ((False, ("/healthz",)), (True, ("/healthz", "/nothing"))):
+            server.is_draining = is_draining
+            for path in paths:
+                async with session.get(f"http://127.0.0.1:{server.port}{path}") as answer:
+                    assert (answer.headers.get("Connection") == "close") == is_draining
+    await server.sidecar.stop()
 
 
 async def test_stop_closes_what_is_open() -> None:

@@ -17,6 +17,17 @@ python -m tests.scoreboard --rows G1,F --seed 7   # some rows, or groups, anew; 
 
 Each row has its own date, commit and seed. *not run* and *cannot tell* are no passes; the sentence beside says why.
 What a row measured besides, and the command that repeats it: [scoreboard.json](scoreboard.json).
+
+K3 needs another server, which calls the model `fake` and answers at `/v1/embeddings`. `{port}` and `{model}` are
+filled in:
+
+```bash
+pip install 'infinity-emb[server,torch,optimum]==0.0.78'   # in an environment of its own
+export SCOREBOARD_PEER_NAME='Infinity 0.0.78'
+export SCOREBOARD_PEER='infinity_emb v2 --model-id {model} --served-model-name fake --engine torch
+  --device cpu --port {port} --url-prefix /v1 --no-bettertransformer'
+python -m tests.scoreboard --rows K3
+```
 """
 _VERDICTS = {True: "pass", False: "**fail**", None: "cannot tell"}
 

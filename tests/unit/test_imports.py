@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     # Who comes in: asked by all protocols.
     "door": {"utils"},
     "metrics": {"door", "utils"},
+    "worker_processes": {"metrics", "utils"},
     # What is said over gRPC stands on the use cases, which know no protocol; only the start and the stop know both.
     "server": {
         "door",
@@ -105,8 +106,9 @@ ALLOWED: dict[str, set[str]] = {
         "metrics",
         "utils",
         "server.open_inference",
+        "worker_processes",
     },
-    "server.serve": {"server.health", "server.lifecycle", "utils"},
+    "server.serve": {"server.health", "server.lifecycle", "utils", "worker_processes"},
     # Upwards: the types of a result, load, target, result, measure, report, the commands, studies.
     "benchmark.result.document": {"utils"},
     "benchmark.load": {"proto", "utils"},
@@ -124,7 +126,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "benchmark.studies": {"benchmark", "door", "proto", "utils"},
     "deploy": {"server"},
-    "main": {"server.serve", "utils"},
+    "main": {"server.serve", "utils", "worker_processes"},
     "client": {"benchmark", "utils"},
     "cli": {
         "backends.compiled.native",

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ml_inference_server.backends.base import Company, Encoded, TokenBatch, run_in_company
-from ml_inference_server.server.engine_process import FrameKind, frame_head, pack_batch, unpack_batch, unpack_rows
+from ml_inference_server.server.engine_process import (
+    BrokenFrame,
+    FrameKind,
+    frame_head,
+    pack_batch,
+    pack_frame,
+    unpack_batch,
+    unpack_rows,
+)
 
 
 def text(*ids: int, types: list[int] | None = None, variant: int = 0) -> Encoded:
@@ -52,10 +60,12 @@ def test_numbers_of_another_width_become_those_that_a_frame_carries() -> None:
 
 def test_what_is_no_frame_is_a_value_error() -> None:
     """Not a wait for 2^60 bytes, and not half a batch."""
-    assert frame_head(b"\x07" + (2**36).to_bytes(8, "little")) == (FrameKind.PING, 2**36)
-    for head in (b"\x00" + bytes(8), b"\x09" + bytes(8), b"\x05" + (2**60).to_bytes(8, "little")):
-        with pytest.raises(ValueError, match="frame|not a valid"):
-            frame_head(head)
+    head = pack_frame(FrameKind.PING, 7, b"")[:9]
+    assert frame_head(head + (2**36).to_bytes(8, "little")) == (FrameKind.PING, 7, 2**36)
+    no_kinds = [pack_frame(kind, 7, b"") for kind in (0, 9, 255)]
+    for wrong in (*no_kinds, head + (2**60).to_bytes(8, "little"), bytes(17)):
+        with pytest.raises(BrokenFrame, match="no frame"):
+            frame_head(wrong)
     whole = pack_batch(TokenBatch.of([text(5, 6), text(8, 9, 7, types=[0, 1, 1], variant=1)]))
     for end in range(len(whole)):
         with pytest.raises(ValueError, match=r"batch|buffer|offset"):

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.encodings import Encoding, bytes_per_vector, encode_rows
@@ -54,9 +54,9 @@ _ENCODINGS: dict[int, Encoding] = {
 
 
 class NativeServicer:
-    def __init__(self, state: ServerState, metrics: Metrics, handlers: MethodHandlers) -> None:
+    def __init__(self, state: ServerState, view: View, handlers: MethodHandlers) -> None:
         self._state = state
-        self._metrics = metrics
+        self._view = view
         self._handlers = handlers
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -195,8 +195,8 @@ class NativeServicer:
         )
         raise InvalidRequest(f"{field}: {message}", reason="REPLY_TOO_LARGE", violations=[(field, message)])
 
-    def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
-        figures = self._metrics.snapshot()
+    async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
+        figures = await self._view.figures()
         latency = figures["latency_ms"]
         codes: dict[str, int] = {}
         for by_code in figures["totals"]["by_method_and_code"].values():
@@ -221,7 +221,7 @@ class NativeServicer:
             requests_by_code={code: count for code, count in codes.items() if count},
         )
 
-    def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+    async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         info = self._state.as_dict()
         limits = self._state.settings.server
         return pb.GetServerInfoResponse(
@@ -241,6 +241,7 @@ class NativeServicer:
             auto_choice=info["auto_choice"],
             space_ids=info["space_ids"],
             models=info["models"],
+            workers=[pb.Worker(**worker) for worker in await self._view.workers()],
         )
 
 
