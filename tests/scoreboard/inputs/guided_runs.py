@@ -110,7 +110,7 @@ def _read(target: str, said: str, code: int, crashes: Path) -> GuidedRun:
     crash = ""
     if code:
         inputs = " ".join(path.read_bytes()[:200].hex() for path in sorted(crashes.iterdir()))
-        raised = re.search(r"=== Uncaught Python exception: ===\s*(.*)", said)
-        why = raised[1] if raised else " ".join(said.split())[-200:]
+        raised = re.findall(r"^[A-Z]\w*(?:Error|Exception|Warning)\b.*$", said, re.MULTILINE)
+        why = raised[-1][:200] if raised else " ".join(said.split())[-200:]
         crash = f"{target}: exit code {code}, {why}; bytes {inputs or 'unknown'}"
     return GuidedRun(target, int(executions[1]) if executions else 0, int(features[-1]) if features else 0, crash)
