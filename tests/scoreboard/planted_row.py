@@ -40,7 +40,7 @@ async def plant_each(root: Path, bugs: Sequence[Bug], tell: Callable[[int, int],
             missed.append(f"{bug.name} ({error})")
             continue
         if said:
-            seen[bug.name] = f"{bug.seen_by}: {said}"
+            seen[bug.name] = f"{bug.seen_by}: {said.replace(str(root), '')}"
         else:
             missed.append(bug.name)
     return Figure(
