@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ml_inference_server.backends.startup.resolve import title
 from ml_inference_server.door.certificates import TlsFiles, open_tls
@@ -15,7 +16,7 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.health import watch_health
+from ml_inference_server.server.health import Health, watch_health
 from ml_inference_server.server.http.api import HttpApi
 from ml_inference_server.server.open_inference import OpenInference
 from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model, same_limits
@@ -39,6 +40,28 @@ _LOST_DRAIN_S = 5.0
 _left_to_the_end: list[GrpcServer] = []
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foyer:
+    """What a protocol's entrance needs. door: lets callers in; None: everybody. tls: None: in the clear."""
+
+    state: ServerState
+    metrics: Metrics
+    calls: Calls
+    door: Door | None
+    tls: TlsFiles | None
+
+
+class Entrance(Health, Protocol):
+    """Where calls come in, and where those who ask hear of the server's health. port: 0 where it has none."""
+
+    @property
+    def port(self) -> int: ...
+
+
+OpenEntrance = Callable[[Foyer], contextlib.AbstractAsyncContextManager[Entrance]]
+"""Lets calls in from its beginning on, before there is a model; its end comes after the drain."""
+
+
 @dataclass(kw_only=True)
 class Server:
     """A server that serves.
@@ -58,12 +81,18 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(
-    settings: Settings, *, load: Load = load_model, quiet_s: float = _QUIET_S, ends_process: bool = False
+    settings: Settings,
+    *,
+    load: Load = load_model,
+    quiet_s: float = _QUIET_S,
+    ends_process: bool = False,
+    entrance: OpenEntrance | None = None,
 ) -> AsyncIterator[Server]:
     """A running server. StartError if it cannot start; a cancellation while it starts stops what was started.
 
     load: how the model comes to be. quiet_s: without a new call, before gRPC is stopped. ends_process: the caller ends
-    the process right after, and that closes the gRPC port and its connections; until then calls are refused.
+    the process right after, and that closes the gRPC port and its connections; until then calls are refused. entrance:
+    where gRPC calls come in; None: through a port of its own.
     """
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
@@ -75,27 +104,29 @@ async def serving(
         prefix=state.instance_id[:8],
         door=door,
     )
+    foyer = Foyer(state=state, metrics=metrics, calls=calls, door=door, tls=tls)
+    enter = entrance or (lambda foyer: _grpc(foyer, None if ends_process else quiet_s))
     # Started from top to bottom, stopped from bottom to top.
     async with (
         _traces(settings, metrics),
-        _grpc(state, metrics, calls, None if ends_process else quiet_s, door, tls) as grpc_server,
+        enter(foyer) as front,
         _sidecar(state, metrics, calls, door, tls) as http_port,
         _watched_files(door, tls),
         _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
-        _health(state, grpc_server) as health,
+        _health(state, front) as health,
     ):
         server = Server(
             state=state,
             metrics=metrics,
             model=model,
             health=health,
-            grpc_port=grpc_server.port,
+            grpc_port=front.port,
             http_port=http_port,
         )
         try:
             yield server
         finally:
-            server.cut_off = await _drain(state, model, grpc_server)
+            server.cut_off = await _drain(state, model, front)
     log.info("stopped")
 
 
@@ -142,14 +173,13 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(
-    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float | None, door: Door | None, tls: TlsFiles | None
-) -> AsyncIterator[GrpcServer]:
+async def _grpc(foyer: Foyer, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
     CANCELLED, which no client repeats; a connection that ends is UNAVAILABLE, which is safe to repeat.
     """
+    state, metrics, calls, tls = foyer.state, foyer.metrics, foyer.calls, foyer.tls
     settings = state.settings.server
     open_inference = OpenInference(state, metrics)
     servicers = (
@@ -157,7 +187,7 @@ async def _grpc(
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers, door, tls)
+    grpc_server = await start_grpc(settings, servicers, foyer.door, tls)
     log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
     if tls is not None:
         log.info("certificate: %s", tls.describe())
@@ -232,20 +262,20 @@ async def _model(
 
 
 @contextlib.asynccontextmanager
-async def _health(state: ServerState, grpc_server: GrpcServer) -> AsyncIterator[asyncio.Task[None]]:
-    await grpc_server.set_serving(True)
-    watcher = asyncio.create_task(watch_health(state, grpc_server))
+async def _health(state: ServerState, front: Health) -> AsyncIterator[asyncio.Task[None]]:
+    await front.set_serving(True)
+    watcher = asyncio.create_task(watch_health(state, front))
     try:
         yield watcher
     finally:
         watcher.cancel()
 
 
-async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer) -> int:
+async def _drain(state: ServerState, model: ReadyModel, front: Health) -> int:
     """Health first, then refuse new calls, then finish what was let in; how many requests could not be finished."""
     settings = state.settings.server
     state.draining.set()
-    await grpc_server.set_serving(False)
+    await front.set_serving(False)
     if model.worker.lost:
         model.admission.refuse_new()
         return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)

@@ -204,7 +204,19 @@ class DynamicBatcher:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
         self._pump()
 
+    def change_limits(self, limits: Limits) -> None:
+        """For batches from now on. `enabled` stays what it was."""
+        self._room.change_most(limits.max_batch_tokens)
+        self._runner.limits = limits
+        self._queue.change_limits(replace(limits, max_batch_tokens=self._room.tokens))
+        self._pump_soon()
+
     # Health and end
+
+    @property
+    def busy_share(self) -> float:
+        """Of the slots, those that run a batch now; above 1 while an express slot runs one too."""
+        return len(self._running) / self._worker.slots
 
     @property
     def failures_in_a_row(self) -> int:

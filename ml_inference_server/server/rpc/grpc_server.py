@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -60,13 +60,11 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
 
 
 @dataclass(slots=True)
-class GrpcServer:
-    """A listening server. Its health says NOT_SERVING until it is set."""
+class RpcHealth:
+    """What the gRPC health service says: NOT_SERVING until it is set. health: its servicer, for asyncio."""
 
-    server: grpc.aio.Server
-    health: Any
     servicers: Sequence[Servicer]
-    port: int = 0
+    health: Any = field(default_factory=health.aio.HealthServicer)
     serving: bool = False
 
     async def set_serving(self, serving: bool) -> None:
@@ -82,6 +80,14 @@ class GrpcServer:
             await self.health.set(name, status)
 
 
+@dataclass(slots=True, kw_only=True)
+class GrpcServer(RpcHealth):
+    """A listening server."""
+
+    server: grpc.aio.Server
+    port: int = 0
+
+
 async def start_grpc(
     settings: ServerSettings, servicers: Sequence[Servicer], door: Door | None = None, tls: TlsFiles | None = None
 ) -> GrpcServer:
@@ -93,12 +99,11 @@ async def start_grpc(
     with _socket_threads_wait_their_turn():
         interceptors = [] if door is None else [Doorkeeper(door)]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
-    health_servicer = health.aio.HealthServicer()
+    built = GrpcServer(servicers, server=server)
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     handlers = [handler for servicer in servicers for handler in servicer.handlers()]
-    server.add_generic_rpc_handlers([*handlers, health_handlers(health_servicer), reflection_handlers(described)])
-    built = GrpcServer(server, health_servicer, servicers)
+    server.add_generic_rpc_handlers([*handlers, health_handlers(built.health), reflection_handlers(described)])
     await built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
