@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks format, style, types, shell scripts and generated stubs; changes nothing.
+# Checks format, style, types, shell scripts, the Containerfile and generated stubs; changes nothing.
 # ./lint.sh --fix formats, fixes what ruff can fix and regenerates the stubs first.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
@@ -59,7 +59,9 @@ step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "ruff check" "$PYTHON" -m ruff check .
 step "clang-format" find ml_inference_server \( -name '*.cpp' -o -name '*.h' \) -exec "$(dirname -- "$PYTHON")/clang-format" --dry-run -Werror {} +
 step "mypy --strict" "$PYTHON" -m mypy
-step "shellcheck" "$(dirname -- "$PYTHON")/shellcheck" -x ./*.sh .ci/run
+step "shellcheck" find . \( -name '.venv*' -o -name venv -o -name .git -o -name node_modules \) -prune -o \
+  \( -name '*.sh' -o -path ./.ci/run \) -exec "$(dirname -- "$PYTHON")/shellcheck" -x {} +
+step "hadolint" find ml_inference_server -name Containerfile -exec "$(dirname -- "$PYTHON")/hadolint" {} +
 step "stubs match the proto" compare_stubs
 
 if [ -n "$failed" ]; then

@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC, with a live page over HTTP",
     "export": "write a folder that serves a model without torch",
     "info": "show what a running server serves",
+    "health": "say whether a running server is ready",
     "embed": "turn texts into vectors on a running server",
     "rerank": "order documents by a query on a running server",
     "key": "make the keys of those who may come in",

@@ -49,6 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     connection.add_arguments(parser)
 
 
+def no_server(target: str, given: connection.Connection) -> NotAnswered:
+    """What to say where nobody answers at `target`."""
+    if given.tls:
+        return NotAnswered(
+            f"no server answers at {target} by TLS: see that it speaks it, that its certificate is of --ca and has "
+            "this name, and that it accepts --cert"
+        )
+    return NotAnswered(
+        f"no server answers at {target}: start one with 'mlis serve', or name its address with --target, and --tls if "
+        "it speaks that"
+    )
+
+
 @contextlib.contextmanager
 def connected(arguments: argparse.Namespace) -> Iterator[Client]:
     """A client of the server that the arguments name; NotAnswered instead of its errors."""
@@ -62,14 +75,6 @@ def connected(arguments: argparse.Namespace) -> Iterator[Client]:
         except UnavailableError as error:
             if error.reason:
                 raise NotAnswered(f"{target}: {error}") from None
-            if given.tls:
-                raise NotAnswered(
-                    f"no server answers at {target} by TLS: see that it speaks it, that its certificate is of --ca and "
-                    "has this name, and that it accepts --cert"
-                ) from None
-            raise NotAnswered(
-                f"no server answers at {target}: start one with 'mlis serve', or name its address with --target, and "
-                "--tls if it speaks that"
-            ) from None
+            raise no_server(target, given) from None
         except ServerError as error:
             raise NotAnswered(f"{target} refused: {error}") from None

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,25 @@ def test_info_tells_what_runs(target: list[str], capsys: pytest.CaptureFixture[s
     assert info["settings"]["model"]["backend"] == "fake"
 
 
+def test_health_says_whether_the_server_is_ready(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for service in ([], ["--service", "inference.GRPCInferenceService"]):
+        assert cli.main(["health", *target, *service]) == 0
+        assert capsys.readouterr().out == "SERVING\n"
+    assert cli.main(["health", *target, "--service", "nobody's"]) == 5
+    told = capsys.readouterr()
+    assert (told.out, len(told.err.splitlines())) == ("", 1)
+    assert "has no service" in told.err
+
+
+def test_a_server_that_stops_is_not_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with server_process(tmp_path, "--set", "server.drain_delay_ms=5000") as server:
+        target = ["--target", f"127.0.0.1:{server.ready()['grpc_port']}"]
+        server.signal(signal.SIGTERM)
+        while cli.main(["health", *target]) == 0:
+            pass
+        assert "NOT_SERVING: it is starting, stopping" in capsys.readouterr().err
+
+
 def test_a_refusal_is_one_line(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["embed", "fine", " "], ["rerank", "query", "fine", ""]):
         assert cli.main([*command, *target]) == 5
@@ -149,7 +169,7 @@ def test_a_wrong_argument_is_refused(command: list[str], capsys: pytest.CaptureF
     assert f"argument {command[-2]}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["embed", "x"], ["rerank", "x", "y"], ["info"]])
+@pytest.mark.parametrize("command", [["embed", "x"], ["rerank", "x", "y"], ["info"], ["health"]])
 def test_a_server_that_is_not_there_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--target", "127.0.0.1:1"]) == 5
     (line,) = capsys.readouterr().err.splitlines()

@@ -95,6 +95,8 @@ def test_the_commands_get_in(
     assert cli.main(["rerank", "a query", "a document", *where]) == 0
     assert cli.main(["info", *where]) == 0
     monkeypatch.delenv(KEY_VARIABLE)
+    assert cli.main(["health", *where]) == 0  # which takes no key
+    assert cli.main(["health", "--target", locked.target, "--tls", "--timeout-s", "3"]) == 5
     capsys.readouterr()
     assert cli.main(["embed", "a text", *where, *key_in_file(locked, "metrics", tmp_path)]) == 5
     assert "this key has no right to this: it takes one with the right infer" in capsys.readouterr().err
