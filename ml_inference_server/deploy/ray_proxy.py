@@ -7,7 +7,7 @@ bytes of a request with its deadline, and end a call that failed by its status a
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import grpc
 from grpc_health.v1 import health
@@ -86,16 +86,16 @@ def _code(context: Any) -> grpc.StatusCode | None:
     return None if code in (None, grpc.StatusCode.OK) else code
 
 
-async def _end(context: Any, code: grpc.StatusCode) -> NoReturn:
-    """A replica's own error as it is; one of Ray's in the words of this server."""
+async def _end(context: Any, code: grpc.StatusCode) -> None:
+    """Raises: a replica's own error as it is, one of Ray's in the words of this server."""
     trailers = tuple(context.trailing_metadata() or ())
     if any(name == REPLICA for name, _ in trailers):
         await context.abort(code, context.details(), trailers)
     error = error_of_ray(code)
-    if error is None:
-        await context.abort(code, "")
-    request_id = next((str(value) for name, value in trailers if name == "request_id"), "")
-    await refuse(context, error, request_id)
+    if error is not None:
+        request_id = next((str(value) for name, value in trailers if name == "request_id"), "")
+        await refuse(context, error, request_id)
+    await context.abort(code, "")
 
 
 def error_of_ray(code: grpc.StatusCode) -> ServiceError | None:

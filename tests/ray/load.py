@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,6 +16,12 @@ from ml_inference_server.proto import inference_pb2 as pb
 from tests.ray.cluster import Cluster
 
 LIMIT_S = 90.0
+
+
+def trailers_of(error: grpc.RpcError) -> dict[str, str]:
+    """Those whose values are text."""
+    pairs: Any = error.trailing_metadata() or ()
+    return {name: value for name, value in pairs if isinstance(value, str)}
 
 
 class Load:
@@ -83,8 +90,8 @@ class Load:
 
     def _failed(self, error: grpc.RpcError) -> None:
         code = error.code().name
-        trailers = dict(error.trailing_metadata() or ())
+        trailers = trailers_of(error)
         with self._lock:
             self.codes[code] += 1
-            self.hints_ms[code].append(int(trailers.get("grpc-retry-pushback-ms", 0)))
-            self.details[code].add(error.details()[:300])
+            self.hints_ms[code].append(int(trailers.get("grpc-retry-pushback-ms", "0")))
+            self.details[code].add((error.details() or "")[:300])

@@ -102,8 +102,8 @@ def main() -> None:
         rate, p50, p99 = (statistics.median(row[key] for row in rows) for key in ("requests_per_s", "p50_ms", "p99_ms"))
         print(f"| {callers} | {arm} | {rate:.0f} | {p50:.1f} ms | {p99:.1f} ms |")
     if args.json is not None:
-        rows = [{"arm": arm, "callers": callers, "rounds": rounds} for (arm, callers), rounds in found.items()]
-        said = {"settings": args.settings, "texts": args.texts, "seconds": args.seconds, "rows": rows}
+        measured = [{"arm": arm, "callers": callers, "rounds": rounds} for (arm, callers), rounds in found.items()]
+        said = {"settings": args.settings, "texts": args.texts, "seconds": args.seconds, "measured": measured}
         args.json.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import numpy as np
@@ -28,7 +29,7 @@ def replicas(ray: Cluster) -> None:
 def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, dict[str, str | bytes]]:
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    error = caught.value
+    error: Any = caught.value
     return error.code(), error.details(), dict(error.trailing_metadata())
 
 
@@ -59,6 +60,7 @@ def test_two_replicas_answer_embed_rerank_and_health(ray: Cluster) -> None:
 
 def test_a_caller_gets_the_status_and_the_details_of_the_server(ray: Cluster) -> None:
     with ray.channel() as channel, ray.stub() as stub:
+        embed: Any = channel.unary_unary(f"/{SERVICE}/Embed")
         code, text, trailers = refused(lambda: stub.Embed(pb.EmbedRequest(), timeout=30))
         assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "texts: at least one is required")
         assert info_of(trailers).metadata["request_id"] == trailers["request-id"]
@@ -68,7 +70,7 @@ def test_a_caller_gets_the_status_and_the_details_of_the_server(ray: Cluster) ->
         )
         assert (code, trailers["request-id"]) == (grpc.StatusCode.INTERNAL, "mine")
         assert text == "the model failed on this input, twice, on its own"
-        code, text, trailers = refused(lambda: channel.unary_unary(f"/{SERVICE}/Embed")(b"\xff\xff", timeout=30))
+        code, text, trailers = refused(lambda: embed(b"\xff\xff", timeout=30))
         assert (code, info_of(trailers).reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
         check = health_pb2_grpc.HealthStub(channel).Check
         code, _, _ = refused(lambda: check(health_pb2.HealthCheckRequest(service="nobody"), timeout=30))
@@ -136,7 +138,13 @@ def test_a_wrong_user_config_is_told_in_a_sentence(ray: Cluster, user_config: di
 
 
 def test_a_second_replica_starts_when_texts_wait_too_long(ray: Cluster) -> None:
-    scaling = {"replicas": 1, "max_replicas": 2, "target_wait_ms": 20, "upscale_delay_s": 0.5, "look_back_s": 2}
+    scaling: dict[str, Any] = {
+        "replicas": 1,
+        "max_replicas": 2,
+        "target_wait_ms": 20,
+        "upscale_delay_s": 0.5,
+        "look_back_s": 2,
+    }
     settings = ("model.name=fake:base_ms=20", "batching.max_batch_size=2")
     assert ray.deploy(*settings, replicas=1) == ""  # Ray would keep the two that there are
     assert ray.deploy(*settings, **scaling) == ""
