@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.rpc.native import SERVICE
+from tests.integration.script_copies import ROOT
 from tests.ray.cluster import Cluster
 from tests.ray.load import Load
 
@@ -105,6 +106,11 @@ def _counted(ray: Cluster, code: str) -> int:
             reply, call = stub.GetMetrics.with_call(pb.GetMetricsRequest(), timeout=30)
             by_replica[dict(call.trailing_metadata())["replica"]] = reply.requests_by_code[code]
     return sum(by_replica.values())
+
+
+def test_the_file_that_ships_is_one_of_serve(ray: Cluster) -> None:
+    path = ROOT / "ml_inference_server" / "deploy" / "ray" / "serve.yaml"
+    assert ray.tell("read", path=str(path)) == {"services": 1, "experiment": "quickstart", "threads": 1, "replicas": 2}
 
 
 def test_reflection_names_the_services(ray: Cluster) -> None:

@@ -5,16 +5,18 @@ import json
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import gRPCOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from ml_inference_server.deploy.ray_serve import changed_batching
+from ml_inference_server.deploy.ray_serve import ServeArguments, changed_batching, settings_of
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import ConfigError
 
@@ -95,6 +97,18 @@ class Steered:
 
     def give_node(self) -> None:
         self.nodes.append(self.add_node(self.cpus))
+
+    def read(self, path: str) -> dict[str, Any]:
+        """A file for `serve run`: how much gRPC it opens, and what its application makes of its arguments."""
+        config = ServeDeploySchema(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        args = ServeArguments(**config.applications[0].args)
+        settings = settings_of(args)
+        return {
+            "services": len(gRPCOptions(**config.grpc_options.model_dump()).grpc_servicer_func_callable),
+            "experiment": settings.name,
+            "threads": settings.model.threads,
+            "replicas": args.replicas,
+        }
 
     def explain(self, user_config: Any) -> str:
         """What a replica says to it, where it says no."""
