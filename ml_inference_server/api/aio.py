@@ -25,6 +25,7 @@ from ml_inference_server.api.operations import (
     Overflow,
     Rank,
     RequestLimits,
+    RetryBudget,
     ServerInfo,
     checked_count,
     checked_time_s,
@@ -59,6 +60,7 @@ class AsyncClient:
         self._metadata = sent_metadata(metadata, api_key)
         self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
+        self._budget = RetryBudget()
         self._cut = CutTexts()
 
     async def embed(
@@ -117,7 +119,7 @@ class AsyncClient:
     async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What runs there."""
         limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
-        attempts = Attempts(time.monotonic() + limit_s, self._max_attempts)
+        attempts = Attempts(time.monotonic() + limit_s, self._max_attempts, self._budget)
         return ServerInfo.of((await self._ask("GetServerInfo", pb.GetServerInfoRequest(), attempts))[0])
 
     def stream(
@@ -217,7 +219,7 @@ class AsyncClient:
 
         async def ask(places: range) -> tuple[Any, CallDetails]:
             async with free:
-                attempts = Attempts(ends_at, self._max_attempts)
+                attempts = Attempts(ends_at, self._max_attempts, self._budget)
                 try:
                     reply, request_id = await self._ask(operation.method, operation.part(places), attempts)
                 except ServerError as error:

@@ -23,6 +23,7 @@ from ml_inference_server.api.operations import (
     Overflow,
     Rank,
     RequestLimits,
+    RetryBudget,
     ServerInfo,
     checked_count,
     checked_time_s,
@@ -69,6 +70,7 @@ class Client:
         self._metadata = sent_metadata(metadata, api_key)
         self._max_attempts = checked_count("max_attempts", max_attempts)
         self._limits = RequestLimits()
+        self._budget = RetryBudget()
         self._cut = CutTexts()
 
     def embed(
@@ -195,7 +197,7 @@ class Client:
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         limit_s = self._timeout_s if timeout_s is None else checked_time_s("timeout_s", timeout_s)
-        return Attempts(time.monotonic() + limit_s, self._max_attempts)
+        return Attempts(time.monotonic() + limit_s, self._max_attempts, self._budget)
 
     def _run(
         self, operation: Operation[Result], timeout_s: float | None, on_reply: Callable[[CallDetails], None] | None
@@ -225,7 +227,7 @@ class Client:
         together = _Together()
 
         def ask(places: range) -> tuple[Any, CallDetails]:
-            attempts = Attempts(ends_at, self._max_attempts)
+            attempts = Attempts(ends_at, self._max_attempts, self._budget)
             try:
                 reply, request_id = self._ask(
                     operation.method, operation.part(places), attempts, together if len(parts) > 1 else None

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,14 +134,46 @@ class Pauses:
         return error.retry_after_s * random.uniform(1, 1.2) if error.retry_after_s else pause_s  # noqa: S311
 
 
-class Attempts:
-    """How often one call may be made, and for how long in all."""
+class RetryBudget:
+    """What the calls of one client may ask again of a server that is overloaded: one in ten, and two a second.
 
-    def __init__(self, ends_at: float, most: int) -> None:
+    Otherwise each call that it refuses comes back several times, and keeps it overloaded. Safe to use from threads.
+    """
+
+    _FOR_A_CALL, _PER_S, _MOST = 0.1, 2.0, 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._level, self._at = self._MOST, clock()
+        self._lock = threading.Lock()
+
+    def called(self) -> None:
+        """A call begins."""
+        with self._lock:
+            self._level = min(self._level + self._FOR_A_CALL, self._MOST)
+
+    def pause_s(self, pause_s: float, most_s: float) -> float:
+        """At least `pause_s`, and longer where others wait already. From `most_s` on it is not taken."""
+        with self._lock:
+            now = self._clock()
+            self._level = min(self._level + (now - self._at) * self._PER_S, self._MOST)
+            self._at = now
+            pause_s = max(pause_s, (1 - self._level) / self._PER_S)
+            if pause_s < most_s:
+                self._level -= 1
+            return pause_s
+
+
+class Attempts:
+    """How often one call may be made, and for how long in all. budget: of its client."""
+
+    def __init__(self, ends_at: float, most: int, budget: RetryBudget) -> None:
         """ends_at: on time.monotonic's clock."""
         self._ends_at = ends_at
         self._left = most - 1
         self._pauses = Pauses()
+        self._budget = budget
+        budget.called()
 
     @property
     def remaining_s(self) -> float:
@@ -151,8 +184,11 @@ class Attempts:
         if self._left <= 0 or not error.can_be_repeated:
             return None
         self._left -= 1
-        pause_s = self._pauses.after(error)
-        return None if pause_s >= self.remaining_s else pause_s
+        pause_s, remaining_s = self._pauses.after(error), self.remaining_s
+        # A limit of the caller's own says exactly when there is room.
+        if error.code == "RESOURCE_EXHAUSTED" and error.reason != "CALLER_LIMIT":
+            pause_s = self._budget.pause_s(pause_s, remaining_s)
+        return None if pause_s >= remaining_s else pause_s
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -26,6 +27,7 @@ class Connections:
         self._at_work: dict[web.RequestHandler, web.BaseRequest] = {}
         self._extra: set[web.RequestHandler] = set()
         self._timers: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+        self._last_request_at = -math.inf
 
     def __len__(self) -> int:
         return len(self._idle) + len(self._at_work)
@@ -57,11 +59,18 @@ class Connections:
             timer.cancel()
         self._idle.pop(connection, None)
         self._at_work[connection] = request
+        self._last_request_at = self._loop.time()
         try:
             yield
         finally:
             if self._at_work.pop(connection, None) is not None:
                 self._idle[connection] = None
+
+    async def quiet(self, for_s: float, limit_s: float) -> None:
+        """Until no request has come `for_s` long, at most `limit_s`."""
+        give_up_at = self._loop.time() + limit_s
+        while (left_s := min(give_up_at, self._last_request_at + for_s) - self._loop.time()) > 0:  # noqa: ASYNC110 - a lull
+            await asyncio.sleep(left_s)
 
     def close(self, connection: web.RequestHandler) -> None:
         """At once. A second time does nothing."""

@@ -60,6 +60,7 @@ KEEPALIVE_TIMEOUT_S = 15.0
 MAX_HEADER_BYTES = 8190
 LINGERING_S = 1.0
 SHUTDOWN_TIMEOUT_S = 1.0
+QUIET_LIMIT_S = 1.0
 
 log = logging.getLogger(__name__)
 protocol_log = logging.getLogger(f"{__name__}.protocol")
@@ -93,7 +94,8 @@ class Sidecar:
     """Serves `metrics`, what three callables say, and the routes of `api`.
 
     server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
-    door: lets callers in; None: everybody. tls: None: in the clear.
+    door: lets callers in; None: everybody. tls: None: in the clear. is_draining: every answer closes its connection
+    then, so that a caller who goes on does not send into one that is about to be closed.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Sidecar:
         api: Api | None = None,
         door: Door | None = None,
         tls: TlsFiles | None = None,
+        is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -116,6 +119,7 @@ class Sidecar:
         self._api = api
         self._door = door
         self._tls = tls
+        self._is_draining = is_draining
         self._live = Live(metrics, server_info, readiness)
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
@@ -130,7 +134,8 @@ class Sidecar:
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
         listening = await bound_socket(self._settings.host, self._settings.port)
-        app = web.Application(middlewares=[self._answer_errors_as_json, self._check_request])
+        middlewares = [self._close_while_draining, self._answer_errors_as_json, self._check_request]
+        app = web.Application(middlewares=middlewares)
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/metrics/prometheus", self._get_prometheus)
         app.router.add_get("/info", self._get_info)
@@ -164,8 +169,13 @@ class Sidecar:
         port: int = listening.getsockname()[1]
         return port
 
-    async def stop(self) -> None:
-        """Close the port and every connection; at most SHUTDOWN_TIMEOUT_S for answers under way. Safe to call twice."""
+    async def stop(self, quiet_s: float = 0.0) -> None:
+        """Close the port and every connection; at most SHUTDOWN_TIMEOUT_S for answers under way. Safe to call twice.
+
+        quiet_s: without a request, before that begins, for a second at most: who comes meanwhile is still answered.
+        """
+        if self._connections is not None:
+            await self._connections.quiet(quiet_s, QUIET_LIMIT_S)
         listener, runner = self._listener, self._runner
         self._listener = self._runner = None
         if listener is not None:
@@ -206,6 +216,13 @@ class Sidecar:
         connection = server()
         connections.add(connection)
         return connection
+
+    @web.middleware
+    async def _close_while_draining(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        answer = await handler(request)
+        if self._is_draining():
+            answer.force_close()
+        return answer
 
     @web.middleware
     async def _answer_errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -44,6 +44,7 @@ class Metrics:
         self._batches_in_flight: Callable[[], int] = int
         self._restarts: Callable[[], int] = int
         self._cache_bytes: Callable[[], int] = int
+        self._tasks: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
         self._callers = {OTHER_CALLER: (OTHER_CALLER,)}
@@ -188,11 +189,12 @@ class Metrics:
         pids: Callable[[], Sequence[int]] = tuple,
         restarts: Callable[[], int] = int,
         cache_bytes: Callable[[], int] = int,
+        tasks: Callable[[], int] = int,
     ) -> None:
         """Where to look up the queue when somebody asks; until then it is empty. slots: batches at a time.
 
         pids: of the processes that the model runs in, besides this one; restarts: how many were replaced. cache_bytes:
-        what the cache of finished rows holds.
+        what the cache of finished rows holds. tasks: of the event loop.
         """
         self._queue_texts = queue_texts
         self._queue_tokens = queue_tokens
@@ -201,6 +203,7 @@ class Metrics:
         self._system.pids = pids
         self._restarts = restarts
         self._cache_bytes = cache_bytes
+        self._tasks = tasks
 
     def observe_loop_lag(self, seconds: float) -> None:
         """How late the event loop ran a callback that was due."""
@@ -265,6 +268,7 @@ class Metrics:
             ("mlis_batch_slots", now.slots),
             ("mlis_engine_restarts_total", self._restarts()),
             ("mlis_cache_bytes", self._cache_bytes()),
+            ("mlis_event_loop_tasks", self._tasks()),
             ("mlis_uptime_seconds", now.uptime_s),
             ("mlis_gpu_memory_bytes", now.system.gpu["memory_bytes"] if now.system.gpu else 0),
             ("process_cpu_seconds_total", now.system.cpu_seconds),

@@ -9,8 +9,10 @@ from types import TracebackType
 from ml_inference_server.server.caller_limits import NO_LIMITS, CallerBuckets, CallerLimits
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.options import Priority
+from ml_inference_server.server.refusals import RefusalPace
 from ml_inference_server.server.shares import QueueShares
 from ml_inference_server.utils.config import BatchingSettings
+from ml_inference_server.utils.cpu import available_cpus
 from ml_inference_server.utils.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
 
 _MIN_RETRY_MS, _MAX_RETRY_MS = 20, 5000
@@ -78,6 +80,7 @@ class Admission:
         )
         self._limits_of = limits_of
         self._buckets = CallerBuckets()
+        self._refusals = RefusalPace(available_cpus())
         self._loop = asyncio.get_running_loop()
         self._held: set[Reservation] = set()
         self._refuses = False
@@ -105,6 +108,18 @@ class Admission:
         self._shares.change_bounds(
             max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens, batch_tokens=batch_tokens
         )
+
+    async def enter(
+        self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None
+    ) -> Reservation:
+        """As `admit`; but Overloaded is held where there are too many refusals (refusals.py)."""
+        try:
+            return self.admit(tokens, deadline, caller=caller, asked=asked)
+        except Overloaded:
+            now = self._loop.time()
+            if wait_s := self._refusals.wait_s(now, deadline - now):
+                await asyncio.sleep(wait_s)
+            raise
 
     def admit(self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None) -> Reservation:
         """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.

@@ -156,17 +156,16 @@ class EngineProcess:
         self._answer: asyncio.Future[tuple[_Kind, bytes]] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._exit_code: int | None = None  # once it has ended
+        self.pid = 0
         self.alive = False
         self.is_killed = False
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid or 0
 
     async def start(self, limit_s: float = math.inf) -> Described | None:
         """Until it is loaded and warm. Raises what the child refused with, or EngineDied, also after `limit_s`."""
         with huge_pages_for_children():
             self._process.start()
+        self.pid = self._process.pid or 0
         self._there.close()
         self.alive = True
         try:
@@ -239,7 +238,9 @@ class EngineProcess:
         by_itself = self.alive
         self.kill()
         await asyncio.to_thread(self._process.join)
-        self.is_killed = by_itself and self._process.exitcode == -signal.SIGKILL
+        self._exit_code = self._process.exitcode or 0
+        self._process.close()  # its descriptors would stay until a collection of garbage
+        self.is_killed = by_itself and self._exit_code == -signal.SIGKILL
         if self._answer is not None and not self._answer.done():
             message = f"the process of the engine ended ({self.end})"
             self._answer.set_exception(EngineDied(message, is_killed=self.is_killed))
@@ -248,7 +249,7 @@ class EngineProcess:
     @property
     def end(self) -> str:
         """How it ended."""
-        code = self._process.exitcode or 0
+        code = self._exit_code or 0
         if self.is_killed:
             return "signal SIGKILL of somebody else: where memory runs out, the kernel sends it"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -256,6 +257,6 @@ class EngineProcess:
     def kill(self) -> None:
         """At once, whatever it is doing."""
         self.alive = False
-        if self._process.pid is not None:
+        if self.pid and self._exit_code is None:
             self._process.kill()
         (self._writer or self._here).close()

@@ -30,7 +30,7 @@ from ml_inference_server.utils.config import Settings
 
 log = logging.getLogger(__name__)
 
-# Before gRPC is stopped: a quiet period without a new call, and the longest wait for one.
+# Before gRPC, and HTTP, is stopped: a quiet period without a new call, and the longest wait for one.
 _QUIET_S, _QUIET_LIMIT_S = 0.1, 1.0
 # Time for replies that are already computed to reach the socket, and then to leave it.
 _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
@@ -110,7 +110,7 @@ async def serving(
     async with (
         _traces(settings, metrics),
         enter(foyer) as front,
-        _sidecar(state, metrics, calls, door, tls) as http_port,
+        _sidecar(state, metrics, calls, _QUIET_S if ends_process else quiet_s, door, tls) as http_port,
         _watched_files(door, tls),
         _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
         _health(state, front) as health,
@@ -206,7 +206,7 @@ async def _grpc(foyer: Foyer, quiet_s: float | None) -> AsyncIterator[GrpcServer
 
 @contextlib.asynccontextmanager
 async def _sidecar(
-    state: ServerState, metrics: Metrics, calls: Calls, door: Door | None, tls: TlsFiles | None
+    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float, door: Door | None, tls: TlsFiles | None
 ) -> AsyncIterator[int]:
     sidecar = Sidecar(
         state.settings.metrics,
@@ -217,6 +217,7 @@ async def _sidecar(
         api=HttpApi(state, calls, metrics),
         door=door,
         tls=tls,
+        is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
     scheme = "https" if tls else "http"
@@ -224,7 +225,7 @@ async def _sidecar(
     try:
         yield port
     finally:
-        await sidecar.stop()
+        await sidecar.stop(quiet_s)
 
 
 @contextlib.asynccontextmanager

@@ -110,6 +110,7 @@ class DynamicBatcher:
             pids=lambda: worker.pids,
             restarts=lambda: worker.restarts,
             cache_bytes=lambda: 0 if cache is None else cache.held_bytes,
+            tasks=lambda: len(asyncio.all_tasks(self._loop)),
         )
 
     async def compute(self, texts: Sequence[Encoded], call: Call, reservation: Reservation) -> Computed:

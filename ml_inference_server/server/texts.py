@@ -1,5 +1,6 @@
 """A request's texts on their way to the batcher: checked, all faults told at once, then turned into tokens."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +11,8 @@ from ml_inference_server.server.options import Overflow
 from ml_inference_server.utils.config import ServerSettings
 from ml_inference_server.utils.errors import InvalidRequest
 
-# Invisible characters that str.strip() leaves: zero-width space and byte-order mark.
-_INVISIBLE = "\u200b\ufeff"
+# Anything but blanks, zero-width spaces and byte-order marks.
+_VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 # So many tokens at the end of a window begin the next one.
 OVERLAP_TOKENS = 32
 
@@ -183,7 +184,7 @@ class Texts:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise _BadText("INVALID_FIELD", "not valid Unicode (a lone surrogate)") from None
-        if not text.strip().strip(_INVISIBLE):
+        if _VISIBLE.search(text) is None:
             raise _BadText("EMPTY_TEXT", "text is empty")
         if size > limit:
             raise _BadText("TEXT_TOO_LONG", f"{size} bytes, the limit is {limit}")

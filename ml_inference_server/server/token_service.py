@@ -56,7 +56,7 @@ class TokenService:
         return await self._run(sum(map(len, rows)), call, decoded)
 
     async def _run(self, tokens: int, call: Call, work: Callable[[], T]) -> T:
-        with self._admission.admit(tokens, call.deadline, caller=call.caller):
+        with await self._admission.enter(tokens, call.deadline, caller=call.caller):
             if tokens <= _INLINE_TOKENS:
                 return work()
             try:

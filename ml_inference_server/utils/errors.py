@@ -96,13 +96,24 @@ class Forbidden(ServiceError):
 
 
 class InvalidRequest(ServiceError):
-    """The input is wrong. `violations` lists (field path, what is wrong with it), the first 16 of them."""
+    """The input is wrong. `violations` lists (field path, what is wrong with it), the first 16 of them.
+
+    names_as_sent: the paths are those of the caller's own request, and not the service's names of them.
+    """
 
     reason = "INVALID_FIELD"
 
-    def __init__(self, message: str, *, reason: str | None = None, violations: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        violations: Sequence[tuple[str, str]] = (),
+        names_as_sent: bool = False,
+    ) -> None:
         super().__init__(message, reason=reason)
         self.violations = tuple(violations[:16])
+        self.names_as_sent = names_as_sent
 
 
 class BodyRefused(InvalidRequest):

@@ -1,6 +1,7 @@
 """How many requests the property tests send: together more than 20,000, the same ones at every run.
 
-With FUZZ_FACTOR=50 in the environment it is 50 times as many, and others at every run; then pass --timeout 0 too.
+With FUZZ_FACTOR=50 in the environment it is 50 times as many, and others at every run, but for those with the same
+--hypothesis-seed; then pass --timeout 0 too. A factor below 1 does as well.
 """
 
 import math
@@ -8,12 +9,13 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
+FACTOR = float(os.environ.get("FUZZ_FACTOR", "1"))
 # In flight at once, and one example of Hypothesis.
 BATCH = 25
 
 HTTP_REQUESTS = 12_000
 SCHEMA_REQUESTS = 500
+RAW_REQUESTS = 1000
 GRPC_REQUESTS = 8_000
 
 

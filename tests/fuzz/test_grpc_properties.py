@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import pytest
@@ -75,7 +75,9 @@ async def test_each_method_answers_a_right_message(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("task", "requests"), [("embedding", GRPC_REQUESTS * 3 // 4), ("cross_encoder", GRPC_REQUESTS // 4)]
 )
-def test_changed_messages(caplog: pytest.LogCaptureFixture, task: str, requests: int) -> None:
+def test_changed_messages(
+    caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None], task: str, requests: int
+) -> None:
     codes = Counter[Code]()
     with asyncio.Runner() as runner:
         context = quiet_wire(caplog, task)
@@ -99,6 +101,7 @@ def test_changed_messages(caplog: pytest.LogCaptureFixture, task: str, requests:
 
         property_()
         runner.run(context.__aexit__(None, None, None))
+    record_property("requests", codes.total())
     assert codes.total() >= requests * FACTOR
     assert {Code.OK, Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNIMPLEMENTED, Code.NOT_FOUND} <= set(codes)
 

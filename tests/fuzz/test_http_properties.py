@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,9 @@ from tests.fuzz.http_wire import PostRoute, quiet_wire
 @pytest.mark.parametrize(
     ("task", "requests"), [("embedding", HTTP_REQUESTS * 3 // 4), ("cross_encoder", HTTP_REQUESTS // 4)]
 )
-def test_changed_bodies(caplog: pytest.LogCaptureFixture, task: str, requests: int) -> None:
+def test_changed_bodies(
+    caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None], task: str, requests: int
+) -> None:
     with asyncio.Runner() as runner:
         context = quiet_wire(caplog, model={"task": task}, server={"accept_any_model": True})
         wire = runner.run(context.__aenter__())
@@ -34,5 +37,6 @@ def test_changed_bodies(caplog: pytest.LogCaptureFixture, task: str, requests: i
 
         property_()
         runner.run(context.__aexit__(None, None, None))
+    record_property("requests", wire.sent)
     assert wire.sent >= requests * FACTOR
     assert {200, 400, 422, 424} <= statuses <= {200, 400, 404, 412, 422, 424, 429, 503, 504}

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from tests.fuzz.http_wire import quiet_wire
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
-async def test_requests_made_of_the_description(caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_made_of_the_description(
+    caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
+) -> None:
     async with quiet_wire(caplog, server={"accept_any_model": True}) as wire:
         schema = schemathesis.openapi.from_dict(dict(wire.described))
         schema.config.update(base_url=wire.server.url)
@@ -51,4 +54,6 @@ async def test_requests_made_of_the_description(caplog: pytest.LogCaptureFixture
                 property_()
 
         await asyncio.to_thread(send_all)
+    record_property("requests", statuses.total())
+    record_property("server_errors", sum(count for status, count in statuses.items() if status >= 500))
     assert statuses.total() >= SCHEMA_REQUESTS * FACTOR

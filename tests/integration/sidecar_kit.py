@@ -21,6 +21,7 @@ class Server:
         self.info: dict[str, Any] = {"title": HOSTILE}
         self.ready: tuple[bool, str] = (True, "serving")
         self.alive: tuple[bool, str] = (True, "the loop turns")
+        self.is_draining = False
         self.metrics = Metrics(window_s=30, clock=lambda: 50.0)
         self.sidecar = Sidecar(
             MetricsSettings(**({"port": 0} | settings)),
@@ -28,6 +29,7 @@ class Server:
             server_info=lambda: self.info,
             readiness=lambda: self.ready,
             liveness=lambda: self.alive,
+            is_draining=lambda: self.is_draining,
         )
         self.port = 0
 

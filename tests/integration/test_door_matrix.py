@@ -1,7 +1,10 @@
-"""Every RPC and every route against every kind of key; the lists come from what the server itself says it serves."""
+"""Every RPC and every route against every kind of key; the lists come from what the server itself says it serves.
+
+Each test records how many cells it looked into: the scoreboard adds them up.
+"""
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,7 @@ ROUTES: dict[str, Needs] = {
     "GET /style.css": OPEN,
     "GET /favicon.svg": OPEN,
 }
+Record = Callable[[str, object], None]
 EXACT = {"POST /": INFER, "GET /": OPEN, "GET /v2": MODEL_FACTS}
 
 
@@ -106,9 +110,8 @@ class Guarded:
         }
 
 
-@pytest.fixture
-async def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guarded]:
-    keys = keys_file(tmp_path)
+def kept_routers(monkeypatch: pytest.MonkeyPatch) -> list[web.UrlDispatcher]:
+    """Of the servers that start from now on."""
     routers: list[web.UrlDispatcher] = []
     add_to = HttpApi.add_to
 
@@ -117,6 +120,12 @@ async def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         routers.append(router)
 
     monkeypatch.setattr(HttpApi, "add_to", add_and_keep)
+    return routers
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guarded]:
+    keys, routers = keys_file(tmp_path), kept_routers(monkeypatch)
     async with (
         fake_server(server={"auth": {"keys_file": str(keys.path)}}) as server,
         aiohttp.ClientSession(server.url) as session,
@@ -177,7 +186,7 @@ def refused_as(needs: Needs, caller: str) -> str:
     return "" if Right(caller) in needs else "PERMISSION_DENIED"
 
 
-async def test_every_rpc_asks_every_caller_for_the_right_key(guarded: Guarded) -> None:
+async def test_every_rpc_asks_every_caller_for_the_right_key(guarded: Guarded, record_property: Record) -> None:
     found = await methods(guarded.server.channel)
     assert {name for name, *_ in found} == set(NEEDS)
     assert len(found) > 40
@@ -189,16 +198,19 @@ async def test_every_rpc_asks_every_caller_for_the_right_key(guarded: Guarded) -
             assert seen == wanted, (name, caller, code, text)
             if wanted == "UNAUTHENTICATED":
                 assert text == NO_KEY
+    record_property("cells", len(found) * len(guarded.authorizations()))
 
 
 @pytest.mark.parametrize("kind", [(False, False), (False, True), (True, False), (True, True)])
 async def test_a_method_that_does_not_exist_takes_a_key_like_any_other(
-    guarded: Guarded, kind: tuple[bool, bool]
+    guarded: Guarded, kind: tuple[bool, bool], record_property: Record
 ) -> None:
-    for name in ("/no.Such/Method", "/ml_inference_server.v1.InferenceService/Nothing"):
+    names = ("/no.Such/Method", "/ml_inference_server.v1.InferenceService/Nothing")
+    for name in names:
         for caller, authorization in guarded.authorizations().items():
             code, _ = await outcome(guarded.server.channel, name, kind, authorization)
             assert code.name == (refused_as(ANY_KEY, caller) or "UNIMPLEMENTED"), (name, caller)
+    record_property("cells", len(names) * len(guarded.authorizations()))
 
 
 def routes(router: web.UrlDispatcher) -> set[tuple[str, str]]:
@@ -214,7 +226,7 @@ async def test_the_document_of_the_api_tells_of_no_other_routes(guarded: Guarded
     assert told <= routes(guarded.router)
 
 
-async def test_every_route_asks_every_caller_for_the_right_key(guarded: Guarded) -> None:
+async def test_every_route_asks_every_caller_for_the_right_key(guarded: Guarded, record_property: Record) -> None:
     found = routes(guarded.router)
     assert len(found) > 50
     for method, path in sorted(found):
@@ -230,11 +242,16 @@ async def test_every_route_asks_every_caller_for_the_right_key(guarded: Guarded)
                 assert ("WWW-Authenticate" in answer.headers) == (answer.status == 401)
                 if answer.status == 401 and method != "HEAD":
                     assert NO_KEY in await answer.text()
+    record_property("cells", len(found) * len(guarded.authorizations()))
 
 
-async def test_a_route_that_does_not_exist_takes_a_key_like_any_other(guarded: Guarded) -> None:
-    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/metrics", 405), ("POST", "/v2/x", 404)):
+async def test_a_route_that_does_not_exist_takes_a_key_like_any_other(
+    guarded: Guarded, record_property: Record
+) -> None:
+    nowhere = (("GET", "/nothing", 404), ("DELETE", "/metrics", 405), ("POST", "/v2/x", 404))
+    for method, path, status in nowhere:
         for caller, authorization in guarded.authorizations().items():
             headers = [("Authorization", each) for each in authorization]
             async with guarded.session.request(method, path, headers=headers) as answer:
                 assert answer.status == (401 if refused_as(ANY_KEY, caller) else status), (method, path, caller)
+    record_property("cells", len(nowhere) * len(guarded.authorizations()))

@@ -1,6 +1,7 @@
 """The engine in processes of its own: real processes round the fake backend, which crash, hang, raise and refuse."""
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -129,6 +130,25 @@ async def test_an_idle_process_that_is_killed_is_noticed_and_one_that_is_stopped
         assert (worker.restarts, worker.trouble) == (1, "")
 
 
+async def test_processes_that_have_ended_hold_no_descriptor_until_a_collection_of_garbage() -> None:
+    ours = psutil.Process()
+    async with started() as (described, worker):
+        os.kill(worker.pids[0], signal.SIGKILL)
+        await until(lambda: worker.restarts == 1)  # the thread that joins it is there now
+        await worker.run(encode(described, ["fine"]))
+        before = ours.num_fds()
+        gc.disable()
+        try:
+            for number in range(2, 5):
+                with pytest.raises(EngineDied):
+                    await worker.run(encode(described, ["!crash"]))
+                await worker.run(encode(described, ["fine"]))
+                assert worker.restarts == number
+            assert ours.num_fds() == before
+        finally:
+            gc.enable()
+
+
 async def test_idle_processes_that_hang_are_found_and_replaced_before_anybody_asks_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,13 +183,14 @@ async def test_a_replacement_that_hangs_while_it_starts_is_ended_and_tried_again
         assert worker.stuck == ""  # calls wait for it
         await until(lambda: bool(set(multiprocessing.active_children()) - set(first)))
         (second,) = set(multiprocessing.active_children()) - set(first)
-        assert second.pid is not None
-        os.kill(second.pid, signal.SIGSTOP)
+        second_pid = second.pid
+        assert second_pid is not None
+        os.kill(second_pid, signal.SIGSTOP)
         await until(lambda: worker.stuck != "")
         assert worker.stuck == "the engine cannot be started"
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
         assert (worker.stuck, worker.trouble) == ("", "")
-        assert worker.pids[0] != second.pid
+        assert worker.pids[0] != second_pid
 
 
 async def test_an_engine_is_not_ended_for_the_time_in_which_the_server_stood_still() -> None:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import grpc
 import psutil
 import pytest
@@ -205,6 +206,42 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(tmp_path: Path, clie
             assert events[0] == "NOT_SERVING"
             assert set(events[1:]) == {"UNAVAILABLE"}
             assert "answered with UNAVAILABLE" not in stderr
+
+    asyncio.run(check())
+
+
+def test_sigterm_under_http_load_cuts_no_call_off(tmp_path: Path) -> None:
+    """Every call of a connection that is kept ends with its answer, or with 503; later ones find the port closed."""
+
+    async def check() -> None:
+        with server_process(tmp_path, "--model-name", "fake:base_ms=5") as server:
+            url = f"http://127.0.0.1:{server.ready()['http_port']}/embed"
+            answered = 0
+            ends: list[int | str] = []
+
+            async def client(session: aiohttp.ClientSession) -> None:
+                nonlocal answered
+                for number in range(100_000):
+                    try:
+                        async with session.post(url, json={"inputs": f"text {number}"}) as answer:
+                            await answer.read()
+                    except aiohttp.ClientConnectorError:
+                        ends.append("refused")
+                        return
+                    if answer.status != 200:
+                        assert answer.headers["Connection"] == "close"
+                        ends.append(answer.status)
+                        return
+                    answered += 1
+                    if answered == 50:
+                        server.signal(signal.SIGTERM)
+
+            async with aiohttp.ClientSession() as session:
+                await asyncio.gather(*(client(session) for _ in range(16)))
+            code, stderr = await asyncio.to_thread(server.end)
+            assert code == 0, stderr
+            assert answered >= 50
+            assert set(ends) <= {503, "refused"}
 
     asyncio.run(check())
 

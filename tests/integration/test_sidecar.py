@@ -134,6 +134,17 @@ async def test_the_port_is_free_again_after_stop() -> None:
     assert second.port == first.port
 
 
+async def test_answers_of_a_server_that_drains_close_their_connections() -> None:
+    server = await Server().start()
+    async with aiohttp.ClientSession() as session:
+        for is_draining, paths in ((False, ("/healthz",)), (True, ("/healthz", "/nothing"))):
+            server.is_draining = is_draining
+            for path in paths:
+                async with session.get(f"http://127.0.0.1:{server.port}{path}") as answer:
+                    assert (answer.headers.get("Connection") == "close") == is_draining
+    await server.sidecar.stop()
+
+
 async def test_stop_closes_what_is_open() -> None:
     server = await Server().start()
     idle_reader, idle = await asyncio.open_connection("127.0.0.1", server.port)

@@ -6,6 +6,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
@@ -24,10 +25,11 @@ GUARD_S = 20
 
 
 @contextlib.asynccontextmanager
-async def tls_server(installed: Installed) -> AsyncIterator[Server]:
+async def tls_server(installed: Installed, **more: Any) -> AsyncIterator[Server]:
+    """more: settings of the server."""
     sections = {
         "model": {"backend": "fake"},
-        "server": {"port": 0, "tls": installed.settings},
+        "server": {"port": 0, "tls": installed.settings, **more},
         "metrics": {"port": 0},
     }
     async with serving(Settings.model_validate(sections), quiet_s=0) as server:

@@ -18,6 +18,10 @@ class Figure:
     details: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
+class NotRun(Exception):
+    """Raised by a row that lacks something here; the message says what, in a sentence. An earlier figure stays."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """How much a row may take. is_quick: a slice of half a minute at most, for CI; else as much as its line asks for.

@@ -70,6 +70,20 @@ async def test_caller_leaves_during_its_batch_and_neighbours_get_their_answers()
 
 
 @virtual_time
+async def test_caller_leaves_in_the_turn_in_which_its_batch_ends() -> None:
+    """It has left, and nobody was told yet: its row must not meet a future that is done."""
+    rig = Rig()
+    rig.worker.gate.clear()
+    calls = [rig.call(i) for i in (1, 2, 3)]
+    await turns()
+    rig.worker.gate.set()
+    calls[1].cancel()
+    assert list(await asyncio.gather(calls[0], calls[2])) == [[1.0], [3.0]]
+    assert calls[1].cancelled()
+    rig.assert_at_rest()
+
+
+@virtual_time
 async def test_all_callers_of_a_running_batch_leave_and_the_slot_comes_back() -> None:
     rig = Rig()
     rig.worker.gate.clear()
@@ -272,6 +286,34 @@ async def test_a_text_whose_deadline_passed_in_this_very_moment_is_not_started()
     asyncio.get_running_loop().jumping.now += 10  # type: ignore[attr-defined]
     rig.worker.gate.set()
     with pytest.raises(DeadlinePassed):
+        await late
+    assert await first == [1.0]
+    await turns()
+    assert rig.worker.batches == [[1]]
+    rig.assert_at_rest()
+
+
+@virtual_time
+async def test_a_text_whose_deadline_passes_after_it_was_chosen_is_not_started() -> None:
+    """Between the choice of its batch and the start of it, so that no timer could take it out of the queue."""
+    loop = asyncio.get_running_loop()
+    rig = Rig()
+    rig.worker.gate.clear()
+    first = rig.call(1)
+    await turns()
+    late = rig.call(2, timeout_s=5)
+    await turns()
+
+    def pass_the_deadline() -> None:
+        loop.jumping.now += 10  # type: ignore[attr-defined]
+
+    def ended(rows: np.ndarray) -> np.ndarray:
+        loop.call_soon(pass_the_deadline)
+        return rows
+
+    rig.worker.transform = ended
+    rig.worker.gate.set()
+    with pytest.raises(DeadlinePassed, match="in the queue"):
         await late
     assert await first == [1.0]
     await turns()

@@ -36,6 +36,7 @@ class Dialect:
         status = self.statuses.get(error.reason, told)
         message, at = str(error), ""
         if isinstance(error, InvalidRequest):
-            at = renamed(error.violations[0][0], self.fields) if error.violations else ""
-            message = renamed(message, self.fields)
+            at = error.violations[0][0] if error.violations else ""
+            if not error.names_as_sent:
+                at, message = renamed(at, self.fields), renamed(message, self.fields)
         return Refusal(status, error.reason, message, at)

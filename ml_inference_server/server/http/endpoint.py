@@ -233,7 +233,8 @@ def validated(schema: type[S], body: dict[str, Any]) -> S:
     except ValidationError as error:
         wrong = [(_path(each["loc"]), _sentence(each["msg"])) for each in error.errors(include_url=False)]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", violations=wrong) from None
+        message = f"{wrong[0][0]}: {wrong[0][1]}{more}"
+        raise InvalidRequest(message, violations=wrong, names_as_sent=True) from None
 
 
 def _expect_handler(dialect: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:

@@ -79,7 +79,8 @@ class NativeServicer:
         model, count = self._state.require_model(), len(request.texts)
         encoding = _encoding(request)
         dimensions = request.dimensions if request.HasField("dimensions") else None
-        self._check_reply_size("texts", count, bytes_per_vector(dimensions or model.info.dimension, encoding))
+        own = model.info.dimension
+        self._check_reply_size("texts", count, bytes_per_vector(min(dimensions or own, own), encoding))
         answer = await model.service.embed(
             request.texts,
             call,

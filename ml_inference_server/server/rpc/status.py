@@ -54,8 +54,10 @@ def grpc_code(error: ServiceError) -> grpc.StatusCode:
 
 def status_text(error: ServiceError, dialect: RpcDialect = OWN_WIRE) -> str:
     """The message as it may travel in a header: printable ASCII, at most 512 bytes."""
-    printable = "".join(c if " " <= c <= "~" else "?" for c in dialect.text(error))
-    return printable[:MAX_MESSAGE_BYTES]
+    text = dialect.text(error)
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(c if " " <= c <= "~" else "?" for c in text)
+    return text[:MAX_MESSAGE_BYTES]
 
 
 def trailing_metadata(
