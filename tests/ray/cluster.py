@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,14 +100,16 @@ class Cluster:
         with self.channel(retries=retries) as channel:
             yield rpc.InferenceServiceStub(channel)
 
-    def pids(self, at_least: int = 1, calls: int = 400) -> set[int]:
-        """Of the replicas that answer; asked until there are so many, or so often."""
+    def pids(self, at_least: int = 1, limit_s: float = 30) -> set[int]:
+        """Of the replicas that answer; asked until there are so many, or for so long.
+
+        After a load Ray's proxy keeps for ten seconds to the replica that it believes to be the emptier one.
+        """
         found: set[int] = set()
+        give_up_at = time.monotonic() + limit_s
         with self.stub(retries=True) as stub:
-            for _ in range(calls):
+            while len(found) < at_least and time.monotonic() < give_up_at:
                 found.add(stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=30).pid)
-                if len(found) >= at_least:
-                    break
         return found
 
 

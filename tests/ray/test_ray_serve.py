@@ -154,7 +154,7 @@ def test_a_second_replica_starts_when_texts_wait_too_long(ray: Cluster) -> None:
     settings = ("model.name=fake:base_ms=20", "batching.max_batch_size=2")
     assert ray.deploy(*settings, replicas=1) == ""  # Ray would keep the two that there are
     assert ray.deploy(*settings, **scaling) == ""
-    assert len(ray.pids(2, calls=30)) == 1
+    assert len(ray.pids(2, limit_s=2)) == 1
     with Load(ray, workers=32, texts=["x"], different=True, retries=False) as load:
         load.until(lambda: ray.tell("states").get("RUNNING") == 2)
     assert set(load.codes) == {"OK"}
