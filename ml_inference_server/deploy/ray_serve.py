@@ -23,9 +23,10 @@ from ml_inference_server.deploy.ray_proxy import Sent
 from ml_inference_server.deploy.ray_scaling import BUSY_SHARE, QUEUE_WAIT_MS, QueueWaitPolicy
 from ml_inference_server.server.lifecycle import Foyer, Server, serving
 from ml_inference_server.utils.config import BatchingSettings, Settings, load_settings
-from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.errors import EXIT_ENGINE_LOST, ConfigError
 from ml_inference_server.utils.layers import Given, experiment_file
 from ml_inference_server.utils.logging import set_up_logging
+from ml_inference_server.utils.process import end_process
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class InferenceReplica:
     async def __del__(self) -> None:
         """Ray awaits it once all calls are answered, or too late to be."""
         await self._end.aclose()
+        if self._server.model.worker.lost:
+            end_process(EXIT_ENGINE_LOST)  # Python would wait for the thread that hangs
 
     # RPCs. Ray's proxy finds the method by the name of the RPC.
 
