@@ -6,6 +6,7 @@ Ray starts, places, replaces and scales replicas, and its gRPC proxy spreads cal
 call is what the server does. docs/ray.md says what differs.
 """
 
+import asyncio
 import contextlib
 import logging
 from typing import Any
@@ -81,6 +82,16 @@ class InferenceReplica:
         settings = Settings.model_validate_json(settings_json)
         self._server: Server = await self._end.enter_async_context(serving(settings, entrance=self._enter))
 
+        self._watch = asyncio.create_task(self._end_if_lost())
+
+    async def _end_if_lost(self) -> None:
+        """As the server's own process ends: what hangs cannot be answered, and what Ray waits for would never end."""
+        await asyncio.wait({self._server.health})
+        if not self._server.health.cancelled():
+            log.critical("this replica ends, to be started again: %s", self._server.health.exception())
+            await self._end.aclose()
+            end_process(EXIT_ENGINE_LOST)
+
     @contextlib.asynccontextmanager
     async def _enter(self, foyer: Foyer) -> Any:
         async with open_ray_entrance(foyer) as self._entrance:
@@ -89,8 +100,6 @@ class InferenceReplica:
     async def __del__(self) -> None:
         """Ray awaits it once all calls are answered, or too late to be."""
         await self._end.aclose()
-        if self._server.model.worker.lost:
-            end_process(EXIT_ENGINE_LOST)  # Python would wait for the thread that hangs
 
     # RPCs. Ray's proxy finds the method by the name of the RPC.
 
@@ -132,8 +141,6 @@ class InferenceReplica:
         ready, why = self._server.state.readiness()
         if not ready:
             raise RuntimeError(f"not ready: {why}")
-        if self._server.health.done():
-            raise RuntimeError("the health watcher has ended")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         model = self._server.model
