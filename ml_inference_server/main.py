@@ -16,6 +16,8 @@ if sys.platform != "win32":
 from ml_inference_server import __version__
 from ml_inference_server.utils.cache import writable_root
 from ml_inference_server.utils.config import Settings, load_settings
+from ml_inference_server.utils.cores import worker_count
+from ml_inference_server.utils.cpu import SHARE_VARIABLE
 from ml_inference_server.utils.files import writable
 from ml_inference_server.utils.layers import Given, experiment_file, given_by
 from ml_inference_server.utils.logging import LOG_FORMATS, set_up_logging
@@ -26,6 +28,7 @@ from ml_inference_server.utils.process import (
     run_to_exit_code,
 )
 from ml_inference_server.utils.supervise import Supervisor, supervised_command
+from ml_inference_server.worker_processes.seat import WORKER_FLAG, Seat
 
 if TYPE_CHECKING:
     from ml_inference_server.server.serve import Started
@@ -89,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start the server again when it crashes or hangs, later each time; a stop and a bad start stay one",
     )
     parser.add_argument("--heartbeat", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(WORKER_FLAG, type=Seat.read, help=argparse.SUPPRESS)
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     parser.add_argument(
         "--log-format", default="text", choices=LOG_FORMATS, help="text (default), or json: one object a line"
@@ -123,14 +127,21 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
 
     Whoever calls it ends the process then.
     """
-    set_up_logging(args.log_level, args.log_format)
+    seat: Seat | None = args.worker
+    set_up_logging(args.log_level, args.log_format, None if seat is None else seat.index)
     if args.supervise:
         command = supervised_command("--supervise")
         return Supervisor(command, ready_file=args.ready_file, exit_with_parent=args.exit_with_parent).run()
     settings = settings_from(args)
+    if seat is not None:
+        os.environ[SHARE_VARIABLE] = str(seat.cpus)
+    elif (count := worker_count(settings.server.workers)) > 1:
+        from ml_inference_server.worker_processes.supervisor import Orders, run_workers
+
+        orders = Orders(ready_file=_ready_file(args), exit_with_parent=args.exit_with_parent, heartbeat=args.heartbeat)
+        return run_workers(settings, count, orders)
     if from_environment := given_by(os.environ):
         log.info("from the environment: %s", ", ".join(given.source for given in from_environment))
-    ready_file = None if args.ready_file is None else writable(args.ready_file, "--ready-file")
     if args.config is not None:
         log.warning("--config is deprecated: write an experiment file and pass it with --experiment")
     if settings.model.backend != "fake":
@@ -145,12 +156,17 @@ def run(args: argparse.Namespace, started: "Started | None" = None) -> int:
     return runner.run(
         serve(
             settings,
-            ready_file=ready_file,
+            ready_file=None if seat is not None else _ready_file(args),
             exit_with_parent=args.exit_with_parent,
             heartbeat=args.heartbeat,
             started=started,
+            seat=seat,
         )
     )
+
+
+def _ready_file(args: argparse.Namespace) -> Path | None:
+    return None if args.ready_file is None else writable(args.ready_file, "--ready-file")
 
 
 def main(argv: Sequence[str] | None = None, started: "Started | None" = None) -> int:

@@ -29,6 +29,9 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC's own pauses before it connects again grow to two minutes, far beyond a restart.
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A name is asked for again when a connection ends, but by gRPC's own choice twice a minute at most: so long would
+    # new servers wait for their share, and a client whose servers have all moved for an address that answers.
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
     # All addresses behind a name such as dns:///embeddings.default.svc:50051 take their turn.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
 ]

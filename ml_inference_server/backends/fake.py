@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ FAULTS = {
     "!crash": 16,
     "!hang": 17,
     "!oom": 18,
+    "!stderr": 19,
 }
 
 
@@ -61,6 +63,11 @@ def _word_ids(word: str) -> list[int]:
     if name not in FAULTS:
         return [_word_id(word)]
     return [FAULTS[name], _FIRST_WORD + int(number)] if number.isdigit() else [FAULTS[name]]
+
+
+def _number_of(word: str, row: Sequence[int]) -> int:
+    """What stands behind the colon of a fault word."""
+    return row[row.index(FAULTS[word]) + 1] - _FIRST_WORD
 
 
 def _words(text: str) -> Iterator[tuple[int, int, int]]:
@@ -218,9 +225,12 @@ class FakeBackend:
     def _misbehave(self, rows: list[tuple[int, ...]], out: NDArray[np.float32]) -> NDArray[np.float32]:
         for i, row in enumerate(rows):
             if FAULTS["!slow"] in row:
-                time.sleep((row[row.index(FAULTS["!slow"]) + 1] - _FIRST_WORD) / 1000)
-            if FAULTS["!oom"] in row and len(rows) > row[row.index(FAULTS["!oom"]) + 1] - _FIRST_WORD:
+                time.sleep(_number_of("!slow", row) / 1000)
+            if FAULTS["!oom"] in row and len(rows) > _number_of("!oom", row):
                 raise MemoryError(f"{len(rows)} texts")
+            if FAULTS["!stderr"] in row:
+                sys.stderr.write(1000 * _number_of("!stderr", row) * "!")
+                sys.stderr.flush()
             if FAULTS["!hang"] in row:
                 threading.Event().wait()
             if FAULTS["!crash"] in row:

@@ -9,7 +9,8 @@ import grpc
 
 from ml_inference_server.deploy.ray_proxy import PATHS, REPLICA, Sent
 from ml_inference_server.door.rights import ANY_KEY, OPEN
-from ml_inference_server.server.lifecycle import Foyer
+from ml_inference_server.metrics.view import View
+from ml_inference_server.server.entrance import Foyer
 from ml_inference_server.server.rpc.doorkeeper import NEEDS
 from ml_inference_server.server.rpc.grpc_server import RpcHealth
 from ml_inference_server.server.rpc.library import health_handlers
@@ -72,8 +73,8 @@ class RayEntrance(RpcHealth):
 
     port = 0
 
-    def __init__(self, foyer: Foyer) -> None:
-        native = NativeServicer(foyer.state, foyer.metrics, MethodHandlers(foyer.calls))
+    def __init__(self, foyer: Foyer, view: View) -> None:
+        native = NativeServicer(foyer.state, view, MethodHandlers(foyer.calls))
         super().__init__([native])
         self._door = foyer.door
         self._instance_id = foyer.state.instance_id
@@ -133,9 +134,9 @@ def _handler(services: Sequence[grpc.GenericRpcHandler], path: str) -> Callable[
 
 
 @contextlib.asynccontextmanager
-async def open_ray_entrance(foyer: Foyer) -> AsyncIterator[RayEntrance]:
+async def open_ray_entrance(foyer: Foyer, view: View) -> AsyncIterator[RayEntrance]:
     """When it is left Ray has let the last call end; the state says so to streams of the sidecar."""
     try:
-        yield RayEntrance(foyer)
+        yield RayEntrance(foyer, view)
     finally:
         foyer.state.draining.set()

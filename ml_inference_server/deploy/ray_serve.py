@@ -22,7 +22,9 @@ from starlette.responses import JSONResponse, Response
 from ml_inference_server.deploy.ray_entrance import RayEntrance, open_ray_entrance
 from ml_inference_server.deploy.ray_proxy import Sent
 from ml_inference_server.deploy.ray_scaling import BUSY_SHARE, QUEUE_WAIT_MS, QueueWaitPolicy
-from ml_inference_server.server.lifecycle import Foyer, Server, serving
+from ml_inference_server.metrics.view import View
+from ml_inference_server.server.entrance import Foyer
+from ml_inference_server.server.lifecycle import Server, serving
 from ml_inference_server.utils.config import BatchingSettings, Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_ENGINE_LOST, ConfigError
 from ml_inference_server.utils.layers import Given, experiment_file
@@ -93,8 +95,8 @@ class InferenceReplica:
             end_process(EXIT_ENGINE_LOST)
 
     @contextlib.asynccontextmanager
-    async def _enter(self, foyer: Foyer) -> Any:
-        async with open_ray_entrance(foyer) as self._entrance:
+    async def _enter(self, foyer: Foyer, view: View) -> Any:
+        async with open_ray_entrance(foyer, view) as self._entrance:
             yield self._entrance
 
     async def __del__(self) -> None:
@@ -181,6 +183,8 @@ def settings_of(args: ServeArguments) -> Settings:
         raise ConfigError(
             "server.tls: behind Ray Serve calls come through Ray's proxy: leave it out, and put TLS in front"
         )
+    if given.server.workers != 1:
+        raise ConfigError("server.workers: behind Ray Serve a replica is one process: leave it out, and raise replicas")
     if given.model.threads or given.model.streams:
         return given
     cpus = max(1, int(args.cpus))

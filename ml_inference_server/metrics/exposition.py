@@ -14,6 +14,12 @@ from prometheus_client.exposition import choose_encoder
 
 from ml_inference_server.metrics.table import TABLE, MetricRow
 
+Exemplar = tuple[str, float, float]
+"""Labels, value, time."""
+
+HistogramState = tuple[list[int], float, list[Exemplar | None]]
+"""Counts, sum, exemplars."""
+
 
 class Histogram:
     """Counts between fixed upper bounds, and the sum, since the start."""
@@ -24,8 +30,8 @@ class Histogram:
         self.bounds = np.array(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
-        # For each bucket the latest (labels, value, time) that came with the ids of its request.
-        self.exemplars: list[tuple[str, float, float] | None] = [None] * len(self.counts)
+        # For each bucket the latest one that came with the ids of its request.
+        self.exemplars: list[Exemplar | None] = [None] * len(self.counts)
 
     def observe_many(self, values: NDArray[Any]) -> list[int]:
         """The index of the bucket that each value fell into."""
@@ -35,6 +41,23 @@ class Histogram:
         self.total += float(values.sum())
         found: list[int] = buckets.tolist()
         return found
+
+    def state(self) -> HistogramState:
+        """What `add` takes; it goes on changing."""
+        return self.counts, self.total, self.exemplars
+
+    def add(self, state: HistogramState) -> None:
+        """What another process counted; of two exemplars the later one stays."""
+        counts, total, exemplars = state
+        self.counts = [mine + other for mine, other in zip(self.counts, counts, strict=True)]
+        self.total += total
+        self.exemplars = [
+            max(filter(None, pair), key=lambda exemplar: exemplar[2], default=None)
+            for pair in zip(self.exemplars, exemplars, strict=True)
+        ]
+
+    def clear(self) -> None:
+        self.counts, self.total, self.exemplars = [0] * len(self.counts), 0.0, [None] * len(self.counts)
 
 
 class Series:

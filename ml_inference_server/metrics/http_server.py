@@ -25,11 +25,10 @@ from ml_inference_server.metrics.http_rules import (
     wants_prometheus,
 )
 from ml_inference_server.metrics.http_sockets import AfterHandshake, ConnectionRefusal, bound_socket
-from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.live_routes import BENCHMARK_PATH, FIGURES_PATHS, LiveRoutes
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.utils.config import MetricsSettings
-from ml_inference_server.utils.errors import Forbidden, Unauthenticated
+from ml_inference_server.utils.errors import Forbidden, Unauthenticated, Unavailable
 
 DASHBOARD_DIR = Path(__file__).resolve().parent / "dashboard"
 # Path -> (file, content type). Only these are served, from memory: no path of a request ever reaches the disk.
@@ -91,36 +90,36 @@ class Api(Protocol):
 
 
 class Sidecar:
-    """Serves `metrics`, what three callables say, and the routes of `api`.
+    """Serves what `view` and two callables say, and the routes of `api`.
 
-    server_info: what was requested and what runs, a JSON object. readiness, liveness: (whether it is so, the reason).
-    door: lets callers in; None: everybody. tls: None: in the clear. is_draining: every answer closes its connection
-    then, so that a caller who goes on does not send into one that is about to be closed.
+    server_info: what was requested and what runs, a JSON object. liveness: (whether it is so, the reason). door: lets
+    callers in; None: everybody. tls: None: in the clear. is_draining: every answer closes its connection then, so that
+    a caller who goes on does not send into one that is about to be closed. shares_port: it is reserved for several
+    processes.
     """
 
     def __init__(
         self,
         settings: MetricsSettings,
-        metrics: Metrics,
+        view: View,
         *,
         server_info: Callable[[], dict[str, Any]],
-        readiness: Callable[[], tuple[bool, str]],
         liveness: Callable[[], tuple[bool, str]],
         api: Api | None = None,
         door: Door | None = None,
         tls: TlsFiles | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        shares_port: bool = False,
     ) -> None:
         self._settings = settings
-        self._metrics = metrics
+        self._view = view
         self._server_info = server_info
-        self._readiness = readiness
         self._liveness = liveness
         self._api = api
         self._door = door
         self._tls = tls
         self._is_draining = is_draining
-        self._live = Live(metrics, server_info, readiness)
+        self._shares_port = shares_port
         self._hosts = allowed_hosts(settings.host, socket.gethostname(), *settings.hosts)
         self._files = {
             path: ((DASHBOARD_DIR / name).read_bytes(), content_type)
@@ -133,7 +132,7 @@ class Sidecar:
 
     async def start(self) -> int:
         """Listen, and return the port. PortInUse; ConfigError where the host or the port cannot be listened on."""
-        listening = await bound_socket(self._settings.host, self._settings.port)
+        listening = await bound_socket(self._settings.host, self._settings.port, shares_port=self._shares_port)
         middlewares = [self._close_while_draining, self._answer_errors_as_json, self._check_request]
         app = web.Application(middlewares=middlewares)
         app.router.add_get("/metrics", self._get_metrics)
@@ -141,7 +140,7 @@ class Sidecar:
         app.router.add_get("/info", self._get_info)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/readyz", self._get_readiness)
-        LiveRoutes(self._live, self._is_allowed).add_to(app.router)
+        LiveRoutes(self._view, self._is_allowed).add_to(app.router)
         for path in self._files:
             app.router.add_get(path, self._get_file)
         if self._api is not None:
@@ -165,7 +164,7 @@ class Sidecar:
         await self._listen()
         if self._tls is not None:
             self._tls.watch.after.append(self._listen)
-        self._live.start()
+        self._view.start()
         port: int = listening.getsockname()[1]
         return port
 
@@ -185,7 +184,7 @@ class Sidecar:
             self._socket = None
         if self._connections is not None:
             self._connections.stop()
-        await self._live.stop()
+        await self._view.stop()
         if runner is not None:
             await runner.cleanup()
 
@@ -233,6 +232,8 @@ class Sidecar:
             if allow := error.headers.get("Allow"):
                 response.headers["Allow"] = allow
             return response
+        except Unavailable as error:
+            return self._error(request, 503, str(error))
         except CLIENT_FAULTS as error:
             log.debug("%s %s: the client left or its request is broken: %s", request.method, request.path, error)
             response = self._error(request, 400, "the body is broken or ended too soon")
@@ -319,28 +320,28 @@ class Sidecar:
     async def _get_metrics(self, request: web.Request) -> web.Response:
         accept = ",".join(request.headers.getall("Accept", []))
         if wants_prometheus(accept):
-            return self._prometheus(accept)
-        return json_answer(200, self._live.figures())
+            return await self._prometheus(accept)
+        return json_answer(200, await self._view.figures())
 
     async def _get_prometheus(self, request: web.Request) -> web.Response:
-        return self._prometheus(",".join(request.headers.getall("Accept", [])))
+        return await self._prometheus(",".join(request.headers.getall("Accept", [])))
 
-    def _prometheus(self, accept: str) -> web.Response:
-        body, content_type = self._metrics.prometheus(accept)
+    async def _prometheus(self, accept: str) -> web.Response:
+        body, content_type = await self._view.prometheus(accept)
         return web.Response(
             body=body, headers={"Content-Type": content_type, "Cache-Control": "no-store", "Vary": "Accept"}
         )
 
     async def _get_info(self, _: web.Request) -> web.Response:
         more = self._api.info() if self._api is not None else {}
-        return json_answer(200, self._server_info() | more)
+        return json_answer(200, self._server_info() | {"workers": await self._view.workers()} | more)
 
     async def _get_health(self, _: web.Request) -> web.Response:
         alive, reason = self._liveness()
         return json_answer(200 if alive else 503, {"alive": alive, "reason": reason})
 
     async def _get_readiness(self, _: web.Request) -> web.Response:
-        ready, reason = self._readiness()
+        ready, reason = await self._view.readiness()
         return json_answer(200 if ready else 503, {"ready": ready, "reason": reason})
 
     async def _get_file(self, request: web.Request) -> web.Response:

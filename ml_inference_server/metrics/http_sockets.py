@@ -27,8 +27,11 @@ class ConnectionRefusal(asyncio.Protocol):
         transport.close()
 
 
-async def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens. PortInUse; ConfigError where the host or the port cannot be listened on."""
+async def bound_socket(host: str, port: int, *, shares_port: bool = False) -> socket.socket:
+    """A socket that listens. PortInUse; ConfigError where the host or the port cannot be listened on.
+
+    shares_port: it is reserved for several processes.
+    """
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -38,7 +41,7 @@ async def bound_socket(host: str, port: int) -> socket.socket:
     family, _, _, _, address = found[0]
     both_families = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(address[:2], family=family, dualstack_ipv6=both_families)
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both_families, reuse_port=shares_port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(

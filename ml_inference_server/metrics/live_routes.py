@@ -1,7 +1,6 @@
 """The HTTP of the live page: the stream of figures, the last hour, and the progress that a benchmark announces."""
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from aiohttp import web
@@ -9,7 +8,7 @@ from aiohttp import web
 from ml_inference_server.door.exposure import is_loopback
 from ml_inference_server.metrics.benchmark_progress import MAX_BODY_BYTES
 from ml_inference_server.metrics.http_rules import json_error
-from ml_inference_server.metrics.live import Live
+from ml_inference_server.metrics.view import View
 
 LIVE_PATH, STREAM_PATH, HISTORY_PATH = FIGURES_PATHS = ("/api/v1/live", "/api/v1/stream", "/api/v1/history")
 BENCHMARK_PATH = "/api/v1/benchmark"
@@ -20,10 +19,10 @@ _NOT_STORED = {"Cache-Control": "no-store"}
 
 
 class LiveRoutes:
-    """Handlers round a `Live`. is_allowed: whether who sent this request may still read what it asked for."""
+    """Handlers round a `View`. is_allowed: whether who sent this request may still read what it asked for."""
 
-    def __init__(self, live: Live, is_allowed: Callable[[web.Request], bool]) -> None:
-        self._live = live
+    def __init__(self, view: View, is_allowed: Callable[[web.Request], bool]) -> None:
+        self._view = view
         self._is_allowed = is_allowed
         self._streams = 0
 
@@ -35,10 +34,10 @@ class LiveRoutes:
         router.add_post(BENCHMARK_PATH, self._post_benchmark)
 
     async def _get_live(self, _: web.Request) -> web.Response:
-        return web.json_response(text=self._live.message(), headers=_NOT_STORED)
+        return web.json_response(text=await self._view.message(), headers=_NOT_STORED)
 
     async def _get_history(self, _: web.Request) -> web.Response:
-        return web.json_response(text=self._live.history(), headers=_NOT_STORED)
+        return web.json_response(text=await self._view.history(), headers=_NOT_STORED)
 
     async def _get_stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events. A reader that does not read is cut off after WRITE_TIMEOUT_S; the page comes back."""
@@ -51,7 +50,7 @@ class LiveRoutes:
         try:
             await response.prepare(request)
             await response.write(b"retry: 2000\n\n")
-            async for message in self._live.listen():
+            async for message in self._view.listen():
                 if not self._is_allowed(request):
                     break
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -78,7 +77,7 @@ class LiveRoutes:
         if len(body) > MAX_BODY_BYTES:
             raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, len(body))
         try:
-            self._live.benchmark.update(body, time.monotonic())
+            await self._view.announce(body)
         except ValueError as error:
             return json_error(400, f"not the progress of a benchmark: {error}"[:200])
         return web.Response(status=204, headers=_NOT_STORED)

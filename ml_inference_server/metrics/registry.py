@@ -12,6 +12,7 @@ from typing import Any
 from ml_inference_server.metrics.exposition import Series
 from ml_inference_server.metrics.fold import NO_STAMPS, fold_batches, fold_loop_lags, fold_requests, fold_tokenized
 from ml_inference_server.metrics.model_figures import ModelFigures, model_figures
+from ml_inference_server.metrics.report import Report
 from ml_inference_server.metrics.snapshot import Gauges, snapshot, totals
 from ml_inference_server.metrics.system import SystemFigures, SystemSampler
 from ml_inference_server.metrics.table import METHODS, MOST_CALLERS, OTHER_CALLER
@@ -260,7 +261,30 @@ class Metrics:
     def prometheus(self, accept: str) -> tuple[bytes, str]:
         """Body and content type: OpenMetrics where the Accept header names it, else Prometheus text."""
         self._settle(self._clock())
-        now, numbers = self.gauges(), self._series.numbers
+        self._number_gauges(self.gauges())
+        return self._series.text(accept)
+
+    def report(self) -> Report:
+        """Everything, for a supervisor that adds up several processes. What closed is handed out once."""
+        closed, closed_s = self.take_closed()
+        now_s, now, last_s = self._clock(), self.gauges(), self._last_batch_s
+        self._number_gauges(now)
+        return Report(
+            numbers=self._series.numbers,
+            histograms={
+                name: {labels: histogram.state() for labels, histogram in by_labels.items()}
+                for name, by_labels in self._series.histograms.items()
+            },
+            view=self._window.view(now_s),
+            covered_s=self._window.covered_s(now_s),
+            closed=closed,
+            closed_s=closed_s,
+            gauges=now,
+            last_batch_unix_s=0.0 if last_s is None else time.time() - (now_s - last_s),
+        )
+
+    def _number_gauges(self, now: Gauges) -> None:
+        numbers = self._series.numbers
         for name, value in (
             ("mlis_queue_texts", now.queue_texts),
             ("mlis_queue_tokens", now.queue_tokens),
@@ -269,6 +293,7 @@ class Metrics:
             ("mlis_engine_restarts_total", self._restarts()),
             ("mlis_cache_bytes", self._cache_bytes()),
             ("mlis_event_loop_tasks", self._tasks()),
+            ("mlis_workers", 1),
             ("mlis_uptime_seconds", now.uptime_s),
             ("mlis_gpu_memory_bytes", now.system.gpu["memory_bytes"] if now.system.gpu else 0),
             ("process_cpu_seconds_total", now.system.cpu_seconds),
@@ -277,4 +302,3 @@ class Metrics:
             numbers[name][()] = value
         for method, count in now.in_flight.items():
             numbers["mlis_in_flight_requests"][(method,)] = count
-        return self._series.text(accept)

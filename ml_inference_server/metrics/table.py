@@ -240,6 +240,16 @@ TABLE = (
         "Processes of the model that ended and were replaced (model.process_per_stream).",
     ),
     MetricRow("mlis_event_loop_tasks", "gauge", "tasks", (), "Tasks of the event loop that have not ended."),
+    MetricRow(
+        "mlis_workers", "gauge", "workers", (), "Processes that serve; with server.workers, those that are ready."
+    ),
+    MetricRow(
+        "mlis_worker_restarts_total",
+        "counter",
+        "restarts",
+        (),
+        "Workers that ended and were started again (server.workers).",
+    ),
     MetricRow("mlis_uptime_seconds", "gauge", "seconds", (), "Time since the metrics began."),
     MetricRow("mlis_gpu_memory_bytes", "gauge", "bytes", (), "GPU memory that tensors hold; 0 where no GPU is in use."),
     # The last two carry the names that every Prometheus client library gives them.

@@ -369,7 +369,7 @@ class BackendInfo(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., dtype: _Optional[str] = ..., quantized_layers: _Optional[int] = ..., execution_provider: _Optional[str] = ..., instruction_set: _Optional[str] = ..., threads: _Optional[int] = ..., concurrency: _Optional[int] = ..., max_tokens: _Optional[int] = ..., dimension: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., weights_file: _Optional[str] = ..., source: _Optional[str] = ..., parameters: _Optional[int] = ..., random_weights: _Optional[bool] = ..., versions: _Optional[_Mapping[str, str]] = ..., parity_mean: _Optional[float] = ..., parity_min: _Optional[float] = ..., compiled: _Optional[bool] = ..., padding_free: _Optional[bool] = ..., model_sha256: _Optional[str] = ..., similarity: _Optional[str] = ..., normalized: _Optional[bool] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice", "space_ids", "models")
+    __slots__ = ("server_version", "experiment", "variant", "requested", "resolved", "fallbacks", "title", "settings_json", "max_texts", "max_text_bytes", "max_message_bytes", "instance_id", "pid", "auto_choice", "space_ids", "models", "workers")
     class SpaceIdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -393,6 +393,7 @@ class GetServerInfoResponse(_message.Message):
     AUTO_CHOICE_FIELD_NUMBER: _ClassVar[int]
     SPACE_IDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     experiment: str
     variant: str
@@ -409,4 +410,23 @@ class GetServerInfoResponse(_message.Message):
     auto_choice: str
     space_ids: _containers.ScalarMap[str, str]
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ..., auto_choice: _Optional[str] = ..., space_ids: _Optional[_Mapping[str, str]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[Worker]
+    def __init__(self, server_version: _Optional[str] = ..., experiment: _Optional[str] = ..., variant: _Optional[str] = ..., requested: _Optional[_Union[Requested, _Mapping]] = ..., resolved: _Optional[_Union[BackendInfo, _Mapping]] = ..., fallbacks: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., settings_json: _Optional[str] = ..., max_texts: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., pid: _Optional[int] = ..., auto_choice: _Optional[str] = ..., space_ids: _Optional[_Mapping[str, str]] = ..., models: _Optional[_Iterable[str]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
+
+class Worker(_message.Message):
+    __slots__ = ("index", "pid", "instance_id", "ready", "reason", "restarts", "cpus")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    pid: int
+    instance_id: str
+    ready: bool
+    reason: str
+    restarts: int
+    cpus: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., pid: _Optional[int] = ..., instance_id: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., restarts: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ...) -> None: ...

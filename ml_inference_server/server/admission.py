@@ -24,29 +24,44 @@ _TIME_FOR_THE_QUEUE = 0.8
 class Reservation:
     """The room of one request, as a `with` block: what is left of it at the end is given back.
 
-    caller: who holds it. is_bulk: its texts are served as such. tokens: those that no batch has taken yet.
+    caller: who holds it. is_bulk: its texts are served as such. tokens, texts: those that no batch has taken yet.
     """
 
-    __slots__ = ("_admission", "_held", "_is_overflow", "_shares", "caller", "is_bulk", "tokens")
+    __slots__ = ("_admission", "_held", "_is_overflow", "_shares", "caller", "is_bulk", "texts", "tokens")
 
     def __init__(
-        self, admission: "Admission", shares: QueueShares, caller: str, tokens: int, *, is_bulk: bool, is_overflow: bool
+        self,
+        admission: "Admission",
+        shares: QueueShares,
+        caller: str,
+        tokens: int,
+        texts: int,
+        *,
+        is_bulk: bool,
+        is_overflow: bool,
     ) -> None:
         self._admission, self._shares = admission, shares
         self.caller, self.is_bulk, self._is_overflow = caller, is_bulk, is_overflow
-        self.tokens = 0
+        self.tokens = self.texts = 0
         self._held = shares.enter(caller)
-        self.resize(tokens)
+        self.resize(tokens, texts)
 
-    def resize(self, tokens: int) -> None:
-        """Hold `tokens` from now on: the true number, in place of the estimate."""
-        if more := tokens - self.tokens:
-            self.tokens = tokens
-            self._shares.change(self._held, more, is_bulk=self.is_bulk, is_overflow=self._is_overflow)
+    def resize(self, tokens: int, texts: int) -> None:
+        """Hold so much from now on: the true numbers, in place of the estimate."""
+        more_tokens, more_texts = tokens - self.tokens, texts - self.texts
+        if more_tokens or more_texts:
+            self.tokens, self.texts = tokens, texts
+            self._shares.change(
+                self._held, more_tokens, more_texts, is_bulk=self.is_bulk, is_overflow=self._is_overflow
+            )
+
+    def take(self, tokens: int) -> None:
+        """One text more, of so many tokens, that another request had waited for."""
+        self.resize(self.tokens + tokens, self.texts + 1)
 
     def give_back(self, tokens: int) -> None:
-        """A batch has taken `tokens` of them out of the queue."""
-        self.resize(max(0, self.tokens - tokens))
+        """A batch has taken one text of `tokens` tokens out of the queue."""
+        self.resize(max(0, self.tokens - tokens), max(0, self.texts - 1))
 
     def __enter__(self) -> "Reservation":
         return self
@@ -77,6 +92,7 @@ class Admission:
             max_requests=settings.max_queue_requests,
             max_tokens=settings.max_queue_tokens,
             batch_tokens=batch_tokens,
+            batch_texts=settings.max_batch_size,
         )
         self._limits_of = limits_of
         self._buckets = CallerBuckets()
@@ -106,22 +122,27 @@ class Admission:
         """Other bounds from now on; whoever is in stays."""
         self._settings = settings
         self._shares.change_bounds(
-            max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens, batch_tokens=batch_tokens
+            max_requests=settings.max_queue_requests,
+            max_tokens=settings.max_queue_tokens,
+            batch_tokens=batch_tokens,
+            batch_texts=settings.max_batch_size,
         )
 
     async def enter(
-        self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None
+        self, tokens: int, deadline: float, *, texts: int = 1, caller: str = "", asked: Priority | None = None
     ) -> Reservation:
         """As `admit`; but Overloaded is held where there are too many refusals (refusals.py)."""
         try:
-            return self.admit(tokens, deadline, caller=caller, asked=asked)
+            return self.admit(tokens, deadline, texts=texts, caller=caller, asked=asked)
         except Overloaded:
             now = self._loop.time()
             if wait_s := self._refusals.wait_s(now, deadline - now):
                 await asyncio.sleep(wait_s)
             raise
 
-    def admit(self, tokens: int, deadline: float, *, caller: str = "", asked: Priority | None = None) -> Reservation:
+    def admit(
+        self, tokens: int, deadline: float, *, texts: int = 1, caller: str = "", asked: Priority | None = None
+    ) -> Reservation:
         """Room for a request of about `tokens` tokens, all or nothing. asked: the priority that it names.
 
         Raises Unavailable while draining or stuck, InvalidRequest if the request could never fit, Overloaded with a
@@ -147,7 +168,7 @@ class Admission:
             self._check_limits(caller, limits, tokens, now)
         if bound := self._shares.full(caller, tokens):
             raise self._full(bound)
-        priority, is_overflow = self._shares.priority(caller, tokens, asked)
+        priority, is_overflow = self._shares.priority(caller, tokens, texts, asked)
         wait_s = self._seconds_for(self._shares.tokens_ahead(caller, priority))
         if wait_s > _TIME_FOR_THE_QUEUE * time_left_s:
             hint = _retry_hint_ms(wait_s - _TIME_FOR_THE_QUEUE * time_left_s)
@@ -160,7 +181,7 @@ class Admission:
         if limits is not NO_LIMITS:
             self._buckets.take(caller, limits, tokens, now)
         is_bulk = priority is Priority.BULK
-        reservation = Reservation(self, self._shares, caller, tokens, is_bulk=is_bulk, is_overflow=is_overflow)
+        reservation = Reservation(self, self._shares, caller, tokens, texts, is_bulk=is_bulk, is_overflow=is_overflow)
         self._held.add(reservation)
         self._empty.clear()
         return reservation
@@ -169,7 +190,7 @@ class Admission:
         """Give back all that it still holds. A second time does nothing."""
         if reservation not in self._held:
             return
-        reservation.resize(0)
+        reservation.resize(0, 0)
         self._shares.leave(reservation.caller)
         self._held.discard(reservation)
         if not self._held:

@@ -52,10 +52,13 @@ class BatchRunner:
         try:
             await self._answer(batch.items, batch.closed_by)
         finally:
-            # Whatever went wrong above, nobody is left without an answer.
-            for item in batch.items:
-                if item.payload is not None:
-                    self._subscriptions.fail(item, ServiceError, "internal error in the batcher")
+            self.fail(batch)
+
+    def fail(self, batch: Batch) -> None:
+        """Whatever went wrong with it, nobody is left without an answer."""
+        for item in batch.items:
+            if item.payload is not None:
+                self._subscriptions.fail(item, ServiceError, "internal error in the batcher")
 
     async def _answer(self, items: Sequence[Item], closed_by: ClosedBy) -> None:
         """Run those that are still wanted. A batch that raises is halved until only the guilty are left."""

@@ -1,6 +1,8 @@
 """A process that runs a backend: the child's side, the frames between the two, and the server's hold on it.
 
-A frame is a kind and a length, then the payload, over a socket pair. A batch travels as the arrays that it is.
+A frame says what it is, which question it belongs to and how long it is; then comes the payload, over a socket pair. A
+batch travels as the arrays that it is. What is no frame, or answers another question than the one that is open, ends
+the process: from then on nobody could tell which answer belongs to whom.
 """
 
 import asyncio
@@ -34,12 +36,18 @@ from ml_inference_server.utils.logging import LogFormat, logging_choice, set_up_
 
 log = logging.getLogger(__name__)
 
-_FRAME = struct.Struct("<BQ")
+_MAGIC = b"MLE1"
+_FRAME = struct.Struct("<4sBIQ")  # magic, kind, number of the question, bytes of the payload
+_NO_QUESTION, _MOST_QUESTIONS = 0, 2**32 - 1
 _RUN = struct.Struct("<I??xx")  # texts, whether segments follow the ids, and then variants
 _ROWS = struct.Struct("<IIdd")  # rows, dimension, started_at, ended_at
+# Far more than the largest batch has: a head that tells of more is none.
+_MOST_PAYLOAD_BYTES = 2**36
 
 
-class _Kind(IntEnum):
+class FrameKind(IntEnum):
+    """What a frame holds."""
+
     PHASE = 1  # a sentence: what the start is busy with
     READY = 2  # a pickled Described
     REFUSED = 3  # the pickled error that ended the start
@@ -48,6 +56,9 @@ class _Kind(IntEnum):
     RAISED = 6  # a sentence
     PING = 7  # are you there?
     PONG = 8
+
+
+_KINDS = frozenset(FrameKind)
 
 
 class EngineDied(RuntimeError):
@@ -61,6 +72,23 @@ class EngineDied(RuntimeError):
         self.is_killed = is_killed
 
 
+class BrokenFrame(ValueError):
+    """What came is no frame, or no answer to the question that is open."""
+
+
+def pack_frame(kind: int, question: int, payload: bytes) -> bytes:
+    """question: the number of the one that it asks or answers; 0 for what the start says."""
+    return _FRAME.pack(_MAGIC, kind, question, len(payload)) + payload
+
+
+def frame_head(head: bytes) -> tuple[FrameKind, int, int]:
+    """(kind, question, bytes of the payload). BrokenFrame where these bytes are the head of no frame."""
+    magic, kind, question, length = _FRAME.unpack(head)
+    if magic != _MAGIC or kind not in _KINDS or length > _MOST_PAYLOAD_BYTES:
+        raise BrokenFrame("it sent what is no frame")
+    return FrameKind(kind), question, length
+
+
 def pack_batch(batch: TokenBatch) -> bytes:
     """`batch` as the payload of a frame."""
     parts = [_RUN.pack(len(batch), batch.type_ids is not None, batch.variants is not None), batch.starts.tobytes()]
@@ -69,7 +97,12 @@ def pack_batch(batch: TokenBatch) -> bytes:
 
 
 def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
-    """What `pack_batch` packed; its arrays may be written to, as those of a batch that did not travel."""
+    """What `pack_batch` packed; its arrays may be written to, as those of a batch that did not travel.
+
+    ValueError where the payload has another length than the batch that it tells of.
+    """
+    if len(payload) < _RUN.size:
+        raise ValueError("the payload is no batch")
     texts, has_types, has_variants = _RUN.unpack_from(payload)
     payload = bytearray(payload)
     ends = itertools.accumulate([_RUN.size, 8 * (texts + 1), 8 * texts * has_variants])
@@ -78,7 +111,18 @@ def unpack_batch(payload: bytes | bytearray) -> TokenBatch:
     variants = np.frombuffer(payload, np.int64, texts, variants_at) if has_variants else None
     numbers = np.frombuffer(payload, np.int32, -1, ids_at)
     tokens = int(starts[-1])
+    if tokens < 0 or len(numbers) != tokens * (1 + has_types):
+        raise ValueError(f"{len(numbers)} numbers for a batch of {tokens} tokens")
     return TokenBatch(numbers[:tokens], starts, numbers[tokens:] if has_types else None, variants)
+
+
+def unpack_rows(payload: bytes) -> Output:
+    """What the child answered to a batch. ValueError where the payload has another length than its head tells."""
+    if len(payload) < _ROWS.size:
+        raise ValueError("the payload is no rows")
+    count, dimension, started_at, ended_at = _ROWS.unpack_from(payload)
+    rows: NDArray[np.float32] = np.frombuffer(payload, np.float32, offset=_ROWS.size).reshape(count, dimension)
+    return Output(rows, started_at, ended_at)
 
 
 def _child(
@@ -90,17 +134,18 @@ def _child(
     connection.setblocking(True)
     stream = connection.makefile("rb")
     try:
-        backend, described = _load(asked, lambda text: _send(connection, _Kind.PHASE, text.encode()))
+        backend, described = _load(asked, lambda text: _send(connection, FrameKind.PHASE, text.encode()))
         if faults:
             enable_faults(backend)
     except StartError as error:
-        _send(connection, _Kind.REFUSED, pickle.dumps(error))
+        _send(connection, FrameKind.REFUSED, pickle.dumps(error))
         return
-    _send(connection, _Kind.READY, pickle.dumps(described))
+    _send(connection, FrameKind.READY, pickle.dumps(described))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            kind, request = _receive(stream)
-            _send(connection, *((_Kind.PONG, b"") if kind is _Kind.PING else _answer(backend, request)))
+            kind, question, request = _receive(stream)
+            answer = (FrameKind.PONG, b"") if kind is FrameKind.PING else _answer(backend, request)
+            _send(connection, *answer, question)
     os._exit(0)  # threads of a library must not keep it
 
 
@@ -111,27 +156,27 @@ def _load(asked: ModelSettings | Resolution, phase: Callable[[str], None]) -> tu
     return started.backend, started.described()
 
 
-def _answer(backend: Backend, request: bytes) -> tuple[_Kind, bytes]:
+def _answer(backend: Backend, request: bytes) -> tuple[FrameKind, bytes]:
     started_at = time.monotonic()
     try:
         rows = np.ascontiguousarray(backend.infer(unpack_batch(request)), np.float32)
         head = _ROWS.pack(len(rows), rows.shape[1], started_at, time.monotonic())
-        return _Kind.ROWS, head + rows.tobytes()
+        return FrameKind.ROWS, head + rows.tobytes()
     except Exception as error:
         log.debug("a batch raised", exc_info=error)
-        return _Kind.RAISED, f"{type(error).__name__}: {error}".encode(errors="replace")
+        return FrameKind.RAISED, f"{type(error).__name__}: {error}".encode(errors="replace")
 
 
-def _send(connection: socket.socket, kind: _Kind, payload: bytes) -> None:
-    connection.sendall(_FRAME.pack(kind, len(payload)) + payload)
+def _send(connection: socket.socket, kind: FrameKind, payload: bytes, question: int = _NO_QUESTION) -> None:
+    connection.sendall(pack_frame(kind, question, payload))
 
 
-def _receive(stream: BinaryIO) -> tuple[_Kind, bytes]:
+def _receive(stream: BinaryIO) -> tuple[FrameKind, int, bytes]:
     head = stream.read(_FRAME.size)
     if len(head) < _FRAME.size:
         raise EOFError
-    kind, length = _FRAME.unpack(head)
-    return _Kind(kind), stream.read(length)
+    kind, question, length = frame_head(head)
+    return kind, question, stream.read(length)
 
 
 class EngineProcess:
@@ -153,7 +198,9 @@ class EngineProcess:
         self._process = multiprocessing.get_context("spawn").Process(
             target=_child, args=(self._there, asked, faults, level, log_format), name="engine", daemon=False
         )
-        self._answer: asyncio.Future[tuple[_Kind, bytes]] | None = None
+        self._answer: asyncio.Future[tuple[FrameKind, bytes]] | None = None
+        self._question = _NO_QUESTION
+        self._broken = ""  # what it sent in place of an answer
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._exit_code: int | None = None  # once it has ended
@@ -178,7 +225,7 @@ class EngineProcess:
             self.kill()
             raise
         content = pickle.loads(payload)  # noqa: S301 - of our own child
-        if kind is _Kind.REFUSED:
+        if kind is FrameKind.REFUSED:
             self.kill()
             raise content
         described: Described | None = content
@@ -187,29 +234,35 @@ class EngineProcess:
     async def run(self, batch: TokenBatch, limit_s: float) -> Output:
         """EngineDied if the process ends or takes longer than `limit_s`, which ends it; RuntimeError if it raised."""
         late = f"a batch ran for {limit_s:.3g} s (server.hang_timeout_ms is the most): its process was ended"
-        kind, content = await self._ask(_Kind.RUN, pack_batch(batch), limit_s, late)
-        if kind is _Kind.RAISED:
+        kind, content = await self._ask(FrameKind.RUN, pack_batch(batch), limit_s, late)
+        if kind is FrameKind.RAISED:
             raise RuntimeError(content.decode())
-        count, dimension, started_at, ended_at = _ROWS.unpack_from(content)
-        rows: NDArray[np.float32] = np.frombuffer(content, np.float32, offset=_ROWS.size).reshape(count, dimension)
-        return Output(rows, started_at, ended_at)
+        try:
+            return unpack_rows(content)
+        except ValueError as error:
+            self._broken = "its answer to a batch holds no rows"
+            self.kill()
+            raise EngineDied(f"the process of the engine was ended: {self._broken}") from error
 
     async def ping(self, limit_s: float) -> None:
         """EngineDied if it does not answer within `limit_s`, which ends it."""
-        await self._ask(_Kind.PING, b"", limit_s, f"it was idle and did not answer for {limit_s:.3g} s: it was ended")
+        await self._ask(
+            FrameKind.PING, b"", limit_s, f"it was idle and did not answer for {limit_s:.3g} s: it was ended"
+        )
 
-    async def _ask(self, kind: _Kind, payload: bytes, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+    async def _ask(self, kind: FrameKind, payload: bytes, limit_s: float, late: str) -> tuple[FrameKind, bytes]:
         if self._writer is None or not self.alive:
             raise EngineDied("the process of the engine has ended")
         self._answer = asyncio.get_running_loop().create_future()
+        self._question = self._question % _MOST_QUESTIONS + 1
         try:
-            self._writer.write(_FRAME.pack(kind, len(payload)) + payload)
+            self._writer.write(pack_frame(kind, self._question, payload))
             return await self._within(limit_s, late)
         except asyncio.CancelledError:
             self.kill()  # its answer would be taken for that of the next batch
             raise
 
-    async def _within(self, limit_s: float, late: str) -> tuple[_Kind, bytes]:
+    async def _within(self, limit_s: float, late: str) -> tuple[FrameKind, bytes]:
         """The answer that is waited for; after `limit_s` the process is ended and EngineDied says why."""
         answer = self._answer
         assert answer is not None  # noqa: S101 - whoever asks waits for one
@@ -226,16 +279,22 @@ class EngineProcess:
             patience.end()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # ValueError: what came is no frame of ours. Whatever ends the reading ends the process, which is then replaced.
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError, ValueError):
+        """Until it ends, or sends what ends it. It is replaced then."""
+        try:
             while True:
-                number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
-                kind, payload = _Kind(number), await reader.readexactly(length)
-                if kind is _Kind.PHASE:
-                    self._phase(payload.decode())
-                elif self._answer is not None and not self._answer.done():
+                kind, question, length = frame_head(await reader.readexactly(_FRAME.size))
+                payload = await reader.readexactly(length)
+                if kind is FrameKind.PHASE:
+                    self._phase(payload.decode(errors="replace"))
+                elif question == self._question and self._answer is not None and not self._answer.done():
                     self._answer.set_result((kind, payload))
-        by_itself = self.alive
+                else:
+                    raise BrokenFrame(f"it sent {kind.name}, for which nobody had asked")
+        except BrokenFrame as error:
+            self._broken = self._broken or str(error)
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # it has ended
+        by_itself = self.alive and not self._broken
         self.kill()
         await asyncio.to_thread(self._process.join)
         self._exit_code = self._process.exitcode or 0
@@ -252,6 +311,8 @@ class EngineProcess:
         code = self._exit_code or 0
         if self.is_killed:
             return "signal SIGKILL of somebody else: where memory runs out, the kernel sends it"
+        if self._broken:
+            return f"{self._broken}, and was ended"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:

@@ -24,7 +24,7 @@ class Health(Protocol):
     @property
     def serving(self) -> bool: ...
 
-    async def set_serving(self, serving: bool) -> None: ...
+    def set_serving(self, serving: bool) -> None: ...
 
 
 class EngineLost(Exception):
@@ -37,12 +37,14 @@ async def watch_health(state: ServerState, health: Health) -> None:
     while True:
         await asyncio.sleep(INTERVAL_S)
         turn += 1
+        if state.model is not None:
+            state.model.batcher.look_after()
         ready, why = state.readiness()
         if ready != health.serving:
             log.log(
                 logging.INFO if ready else logging.ERROR, "health: %s (%s)", "SERVING" if ready else "NOT_SERVING", why
             )
-            await health.set_serving(ready)
+            health.set_serving(ready)
         if state.model is not None and state.model.worker.lost and not health.serving:
             raise EngineLost(state.model.worker.lost)
         if state.model is None or state.model.batcher.failures_in_a_row < MAX_FAILURES_IN_A_ROW:
@@ -63,7 +65,7 @@ async def _model_fails(model: ReadyModel) -> bool:
         await model.service.embed(["health probe"], call)
     except ServiceError as error:
         log.info("health probe failed: %s", error)
-        return isinstance(error, BackendFailure)
+        return isinstance(error, BackendFailure) or error.reason == ServiceError.reason
     return False
 
 

@@ -5,17 +5,19 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ml_inference_server.backends.startup.resolve import title
 from ml_inference_server.door.certificates import TlsFiles, open_tls
 from ml_inference_server.door.door import Door, open_door
 from ml_inference_server.door.exposure import warn_if_open
 from ml_inference_server.metrics.http_server import Sidecar
+from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.metrics.tracing import Tracer
+from ml_inference_server.metrics.view import View
 from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
+from ml_inference_server.server.entrance import Foyer, OpenEntrance
 from ml_inference_server.server.health import Health, watch_health
 from ml_inference_server.server.http.api import HttpApi
 from ml_inference_server.server.open_inference import OpenInference
@@ -27,6 +29,10 @@ from ml_inference_server.server.rpc.open_inference import OpenInferenceServicer
 from ml_inference_server.server.rpc.tei import TeiServicer
 from ml_inference_server.server.state import ServerState
 from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.cores import worker_count
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.worker_processes.member import WorkerView
+from ml_inference_server.worker_processes.seat import Seat
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +44,6 @@ _REPLY_GRACE_S, _SOCKET_S = 1.0, 0.1
 _LOST_DRAIN_S = 5.0
 # Servers whose connections the end of the process closes. Held, as grpc.aio stops a server that nobody holds.
 _left_to_the_end: list[GrpcServer] = []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Foyer:
-    """What a protocol's entrance needs. door: lets callers in; None: everybody. tls: None: in the clear."""
-
-    state: ServerState
-    metrics: Metrics
-    calls: Calls
-    door: Door | None
-    tls: TlsFiles | None
-
-
-class Entrance(Health, Protocol):
-    """Where calls come in, and where those who ask hear of the server's health. port: 0 where it has none."""
-
-    @property
-    def port(self) -> int: ...
-
-
-OpenEntrance = Callable[[Foyer], contextlib.AbstractAsyncContextManager[Entrance]]
-"""Lets calls in from its beginning on, before there is a model; its end comes after the drain."""
 
 
 @dataclass(kw_only=True)
@@ -86,14 +70,18 @@ async def serving(
     load: Load = load_model,
     quiet_s: float = _QUIET_S,
     ends_process: bool = False,
+    seat: Seat | None = None,
     entrance: OpenEntrance | None = None,
 ) -> AsyncIterator[Server]:
     """A running server. StartError if it cannot start; a cancellation while it starts stops what was started.
 
     load: how the model comes to be. quiet_s: without a new call, before gRPC is stopped. ends_process: the caller ends
-    the process right after, and that closes the gRPC port and its connections; until then calls are refused. entrance:
-    where gRPC calls come in; None: through a port of its own.
+    the process right after, and that closes the gRPC port and its connections; until then calls are refused. seat: of
+    one worker of several, whose ports are open once it can answer: until then, the others get its calls.
+    entrance: where gRPC calls come in; None: through a port of its own.
     """
+    if seat is None and worker_count(settings.server.workers) > 1:
+        raise ConfigError("server.workers is for the program (mlis serve): in a process of your own set it to 1")
     state = ServerState(settings)
     metrics = Metrics(window_s=settings.metrics.window_s, enabled=settings.metrics.enabled)
     door, tls = open_door(settings.server), open_tls(settings.server.tls)
@@ -104,17 +92,23 @@ async def serving(
         prefix=state.instance_id[:8],
         door=door,
     )
-    foyer = Foyer(state=state, metrics=metrics, calls=calls, door=door, tls=tls)
-    enter = entrance or (lambda foyer: _grpc(foyer, None if ends_process else quiet_s))
+    foyer = Foyer(state, calls, door, tls, shares_port=seat is not None)
     # Started from top to bottom, stopped from bottom to top.
-    async with (
-        _traces(settings, metrics),
-        enter(foyer) as front,
-        _sidecar(state, metrics, calls, _QUIET_S if ends_process else quiet_s, door, tls) as http_port,
-        _watched_files(door, tls),
-        _model(state, metrics, load, _limits_of(settings, metrics, door)) as model,
-        _health(state, front) as health,
-    ):
+    async with contextlib.AsyncExitStack() as started:
+        enter = started.enter_async_context
+        view = await enter(_view(state, metrics, seat))
+        await enter(_traces(settings, metrics))
+        loading = _model(state, metrics, load, _limits_of(settings, metrics, door))
+        model = await enter(loading) if seat is not None else None
+        opened = entrance(foyer, view) if entrance else _grpc(foyer, view, None if ends_process else quiet_s)
+        front = await enter(opened)
+        http_port = await enter(_sidecar(foyer, view, _QUIET_S if ends_process else quiet_s))
+        await enter(_watched_files(door, tls))
+        if model is None:
+            model = await enter(loading)
+        health = await enter(_health(state, front))
+        if isinstance(view, WorkerView):
+            view.serves()
         server = Server(
             state=state,
             metrics=metrics,
@@ -173,21 +167,32 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(foyer: Foyer, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
+async def _view(state: ServerState, metrics: Metrics, seat: Seat | None) -> AsyncIterator[View]:
+    """Of this process by itself, or of all workers."""
+    if seat is None:
+        yield Live(metrics, state.as_dict, state.readiness, observe_lag=metrics.observe_loop_lag)
+        return
+    view = WorkerView(metrics, state)
+    async with view.linked(seat):
+        yield view
+
+
+@contextlib.asynccontextmanager
+async def _grpc(foyer: Foyer, view: View, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
     CANCELLED, which no client repeats; a connection that ends is UNAVAILABLE, which is safe to repeat.
     """
-    state, metrics, calls, tls = foyer.state, foyer.metrics, foyer.calls, foyer.tls
+    state, calls, tls = foyer.state, foyer.calls, foyer.tls
     settings = state.settings.server
-    open_inference = OpenInference(state, metrics)
+    open_inference = OpenInference(state, view)
     servicers = (
-        NativeServicer(state, metrics, MethodHandlers(calls)),
+        NativeServicer(state, view, MethodHandlers(calls)),
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers, foyer.door, tls)
+    grpc_server = await start_grpc(settings, servicers, foyer.door, tls, shares_port=foyer.shares_port)
     log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
     if tls is not None:
         log.info("certificate: %s", tls.describe())
@@ -205,22 +210,21 @@ async def _grpc(foyer: Foyer, quiet_s: float | None) -> AsyncIterator[GrpcServer
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(
-    state: ServerState, metrics: Metrics, calls: Calls, quiet_s: float, door: Door | None, tls: TlsFiles | None
-) -> AsyncIterator[int]:
+async def _sidecar(foyer: Foyer, view: View, quiet_s: float) -> AsyncIterator[int]:
+    state = foyer.state
     sidecar = Sidecar(
         state.settings.metrics,
-        metrics,
+        view,
         server_info=state.as_dict,
-        readiness=state.readiness,
         liveness=lambda: (True, "the event loop turns"),
-        api=HttpApi(state, calls, metrics),
-        door=door,
-        tls=tls,
+        api=HttpApi(state, foyer.calls, view),
+        door=foyer.door,
+        tls=foyer.tls,
+        shares_port=foyer.shares_port,
         is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
-    scheme = "https" if tls else "http"
+    scheme = "https" if foyer.tls else "http"
     log.info("dashboard and metrics on %s://%s:%d", scheme, state.settings.metrics.host, port)
     try:
         yield port
@@ -264,7 +268,7 @@ async def _model(
 
 @contextlib.asynccontextmanager
 async def _health(state: ServerState, front: Health) -> AsyncIterator[asyncio.Task[None]]:
-    await front.set_serving(True)
+    front.set_serving(True)
     watcher = asyncio.create_task(watch_health(state, front))
     try:
         yield watcher
@@ -276,7 +280,7 @@ async def _drain(state: ServerState, model: ReadyModel, front: Health) -> int:
     """Health first, then refuse new calls, then finish what was let in; how many requests could not be finished."""
     settings = state.settings.server
     state.draining.set()
-    await front.set_serving(False)
+    front.set_serving(False)
     if model.worker.lost:
         model.admission.refuse_new()
         return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ml_inference_server import __version__
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.infer_parameters import InferParameters
 from ml_inference_server.server.observation import Reply
@@ -66,9 +66,9 @@ class InferenceAnswer:
 class OpenInference:
     """One model of one version. Raises any ServiceError; ModelNotFound for other names and versions."""
 
-    def __init__(self, state: ServerState, metrics: Metrics) -> None:
+    def __init__(self, state: ServerState, view: View) -> None:
         self._state = state
-        self._metrics = metrics
+        self._view = view
 
     def is_ready(self) -> bool:
         return self._state.readiness()[0]
@@ -118,10 +118,10 @@ class OpenInference:
             **({"dynamic_batching": {"max_queue_delay_microseconds": delay_us}} if batching.enabled else {}),
         }
 
-    def statistics(self, name: str, version: str) -> dict[str, Any]:
+    async def statistics(self, name: str, version: str) -> dict[str, Any]:
         """Of the model since the start, whatever protocol asked it."""
         model = self._model(name, version)
-        counted = self._metrics.model_figures()
+        counted = await self._view.model_figures()
         stages = counted.stages_s
 
         def spent(*names: str) -> dict[str, int]:

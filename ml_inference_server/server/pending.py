@@ -90,7 +90,7 @@ class Subscriptions:
         cache = None if pending.call.fresh else self._cache
         has_key = self._share or self._cache is not None
         to_queue: list[Item] = []
-        new_tokens = 0
+        new_tokens = new_texts = 0
         for row, text in enumerate(texts):
             key = key_of(text) if has_key else None
             if cache is not None and key is not None and (found := cache.get(key)) is not None:
@@ -104,6 +104,7 @@ class Subscriptions:
                 if self._share:
                     self._in_flight[key] = item
                 new_tokens += length
+                new_texts += 1
                 to_queue.append(item)
             elif pending in item.subscribers:  # equal texts of one request
                 item.add_place(pending, row)
@@ -116,7 +117,7 @@ class Subscriptions:
             pending.items.append(item)
         if cache is not None:
             self._metrics.cache_looked_up(hits=pending.cached, misses=len(texts) - pending.cached)
-        pending.reservation.resize(new_tokens)
+        pending.reservation.resize(new_tokens, new_texts)
         return to_queue
 
     def leave(self, pending: Pending) -> list[Item]:
@@ -133,7 +134,7 @@ class Subscriptions:
                 pending.reservation.give_back(item.length)
                 if item.subscribers:
                     item.owner = heir = next(iter(item.subscribers))
-                    heir.reservation.resize(heir.reservation.tokens + item.length)
+                    heir.reservation.take(item.length)
             if not item.subscribers:
                 self._forget(item)
                 unwanted.append(item)

@@ -1,7 +1,8 @@
 """The asyncio side of the batching policy: which batch runs when, on which free slot.
 
 Nothing here loops or polls. `_pump` hands batches to free slots and is called when a text arrives, when a batch ends
-and when a batching window closes; so there is no background task whose death would leave the callers waiting.
+and when a batching window closes; so there is no background task whose death would leave the callers waiting. Whatever
+raises in it is a bug: the requests that it may have struck are answered with an error, and the next ones start anew.
 """
 
 import asyncio
@@ -24,11 +25,14 @@ from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.out_of_memory import BatchRoom
 from ml_inference_server.server.pending import Pending, Subscriptions
+from ml_inference_server.server.turns import Item
 from ml_inference_server.server.workers import Worker
 from ml_inference_server.utils.config import BatchingSettings
 from ml_inference_server.utils.errors import ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
+
+_BUG = "internal error in the batcher"
 
 
 def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
@@ -42,7 +46,6 @@ def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
         length_grouping=settings.length_grouping,
         overhead_tokens=settings.batch_overhead_tokens or (64 if on_cpu else 4096),
         padding_free=info.padding_free,
-        bulk_share=settings.bulk_share,
     )
 
 
@@ -62,10 +65,9 @@ class Computed(NamedTuple):
 
 
 class _InFlight(NamedTuple):
+    batch: Batch
     since: float
-    tokens: int
     cost_tokens: int
-    is_bulk: bool
     is_express: bool
 
 
@@ -95,7 +97,6 @@ class DynamicBatcher:
         self._subscriptions = Subscriptions(share=share, cache=cache, metrics=metrics)
         self._room = BatchRoom(limits.max_batch_tokens)
         self._runner = BatchRunner(worker, limits, rate, metrics, self._subscriptions, hang_timeout_s, self._room)
-        self._free_slots, self._free_express_slots = worker.slots, worker.express_slots
         self._loop = asyncio.get_running_loop()
         self._pending: set[Pending] = set()
         self._running: dict[asyncio.Task[None], _InFlight] = {}
@@ -129,18 +130,30 @@ class DynamicBatcher:
         if pending.rows is not None and not pending.missing:
             return Computed(pending.rows, now, now, now, cached=pending.cached)
         self._pending.add(pending)
-        self._queue.add(to_queue, reservation.caller, is_bulk=reservation.is_bulk)
-        self._pump_soon()
         timer = self._loop.call_at(call.deadline, pending.expire)
         try:
+            self._put_in_line(to_queue, reservation)
             rows = await pending.future
         finally:
             timer.cancel()
             self._pending.discard(pending)
-            self._queue.remove(self._subscriptions.leave(pending))
+            self._leave(pending)
         return Computed(
             rows, now, pending.engine_started_at, pending.engine_ended_at, shared=pending.shared, cached=pending.cached
         )
+
+    def _put_in_line(self, items: Sequence[Item], reservation: Reservation) -> None:
+        try:
+            self._queue.add(items, reservation.caller, is_bulk=reservation.is_bulk)
+            self._pump_soon()
+        except Exception:
+            self._start_anew()
+
+    def _leave(self, pending: Pending) -> None:
+        try:
+            self._queue.remove(self._subscriptions.leave(pending))
+        except Exception:
+            self._start_anew()
 
     def _pump_soon(self) -> None:
         """All texts that arrive in one turn of the event loop are there before the first batch is chosen."""
@@ -148,61 +161,66 @@ class DynamicBatcher:
             self._pump_handle = self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pump_handle = None
-        if self._window is not None:
-            self._window.cancel()
-            self._window = None
-        while self._free_slots or self._needs_express_slot():
-            is_express = not self._free_slots
-            try:
-                chosen = self._queue.express_batch() if is_express else self._next_batch()
-            except Exception:
-                # A bug in the policy must not leave anybody waiting.
-                log.exception("the batching policy failed; every waiting request is answered with an error")
-                for pending in self._pending:
-                    pending.fail(ServiceError("internal error in the batcher"))
-                self._subscriptions.abandon(self._pending)
-                self._queue = BatchQueue(self._queue.limits)
-                return
-            if chosen is None:
-                return
-            if isinstance(chosen, float):
-                self._window = self._loop.call_at(chosen, self._pump)
-                return
-            self._start(chosen, is_express)
+        try:
+            self._pump_handle = None
+            if self._window is not None:
+                self._window.cancel()
+                self._window = None
+            while self._has_slot() and self._hand_out():
+                pass
+        except Exception:
+            self._start_anew()
+
+    def _has_slot(self) -> bool:
+        """One that is free; an express one is only for when bulk batches hold all others."""
+        running = self._running.values()
+        taken, express_taken = sum(not each.is_express for each in running), sum(each.is_express for each in running)
+        if taken < self._worker.slots:
+            return True
+        return express_taken < self._worker.express_slots and all(each.batch.is_bulk for each in running)
+
+    def _hand_out(self) -> bool:
+        """Start the next batch; False where there is none now."""
+        is_express = sum(not each.is_express for each in self._running.values()) >= self._worker.slots
+        chosen = self._queue.express_batch() if is_express else self._next_batch()
+        if chosen is None:
+            return False
+        if isinstance(chosen, float):
+            self._window = self._loop.call_at(chosen, self._pump)
+            return False
+        for item in chosen.items:
+            item.owner.reservation.give_back(item.length)
+        running = _InFlight(chosen, self._loop.time(), self._queue.limits.cost_tokens(chosen), is_express)
+        task = self._loop.create_task(self._runner.run(chosen))
+        self._running[task] = running
+        task.add_done_callback(self._ended)
+        return True
 
     def _next_batch(self) -> Batch | float | None:
         smallest = min(self._running.values(), key=_by_tokens, default=None)
         return self._queue.next_batch(self._loop.time(), smallest and self._expected(smallest))
 
-    def _needs_express_slot(self) -> bool:
-        """Bulk batches hold every slot."""
-        return self._free_express_slots > 0 and all(each.is_bulk for each in self._running.values())
+    def _start_anew(self) -> None:
+        """After a bug in the policy, which must not leave anybody waiting, nor a queue that is no longer true."""
+        log.exception("the batching policy failed; every waiting request is answered with an error")
+        self._runner.failures_in_a_row += 1
+        for pending in self._pending:
+            pending.fail(ServiceError(_BUG))
+        self._subscriptions.abandon(self._pending)
+        self._queue = BatchQueue(self._queue.limits)
 
-    def _start(self, batch: Batch, is_express: bool) -> None:
-        for item in batch.items:
-            item.owner.reservation.give_back(item.length)
-        if is_express:
-            self._free_express_slots -= 1
-        else:
-            self._free_slots -= 1
-        task = self._loop.create_task(self._runner.run(batch))
-        cost_tokens = self._queue.limits.cost_tokens(batch)
-        self._running[task] = _InFlight(self._loop.time(), batch.tokens, cost_tokens, batch.is_bulk, is_express)
-        task.add_done_callback(self._slot_free)
+    def _expected(self, running: _InFlight) -> Running:
+        return Running(running.batch.tokens, running.since + self._rate.s_per_cost_token * running.cost_tokens)
 
-    def _expected(self, batch: _InFlight) -> Running:
-        return Running(batch.tokens, batch.since + self._rate.s_per_cost_token * batch.cost_tokens)
-
-    def _slot_free(self, task: asyncio.Task[None]) -> None:
-        if self._running.pop(task).is_express:
-            self._free_express_slots += 1
-        else:
-            self._free_slots += 1
-        if self._room.tokens != self._queue.limits.max_batch_tokens:
-            self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A batch has left its slot."""
+        running = self._running.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch ended in a bug of the scheduler", exc_info=error)
+            if running is not None:
+                self._runner.fail(running.batch)
+        if self._room.tokens != self._queue.limits.max_batch_tokens:
+            self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
         self._pump()
 
     def change_limits(self, limits: Limits) -> None:
@@ -211,6 +229,13 @@ class DynamicBatcher:
         self._runner.limits = limits
         self._queue.change_limits(replace(limits, max_batch_tokens=self._room.tokens))
         self._pump_soon()
+
+    def look_after(self) -> None:
+        """Go on where a bug has left texts waiting beside a free slot. For whoever looks now and then."""
+        for task in [task for task in self._running if task.done()]:
+            self._ended(task)
+        if self._queue.texts and self._has_slot():
+            self._pump()
 
     # Health and end
 
@@ -245,8 +270,8 @@ class DynamicBatcher:
         self._worker.close()
 
 
-def _by_tokens(batch: _InFlight) -> int:
-    return batch.tokens
+def _by_tokens(running: _InFlight) -> int:
+    return running.batch.tokens
 
 
 def _shutting_down() -> Unavailable:

@@ -26,6 +26,7 @@ from ml_inference_server.utils.errors import (
 from ml_inference_server.utils.files import replace_file
 from ml_inference_server.utils.process import end_process, hangup_signal, leave_dead_streams
 from ml_inference_server.utils.supervise import HEARTBEAT_EVERY_S, beat
+from ml_inference_server.worker_processes.seat import Seat
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +78,14 @@ async def serve(
     exit_with_parent: bool = False,
     heartbeat: int | None = None,
     started: Started | None = None,
+    seat: Seat | None = None,
 ) -> int:
     """Serve until a signal asks for the stop; the process's exit code. Raises StartError if it cannot start.
 
     Whoever calls it ends the process then, which is what closes the gRPC connections.
 
     ready_file: holds the ports and the process id while it serves. exit_with_parent: stop when the parent has ended.
-    heartbeat: a descriptor of the supervisor's.
+    heartbeat: a descriptor of the supervisor's. seat: of a worker among others.
     """
     signals = StopSignals()
     asked = asyncio.create_task(signals.asked.wait())
@@ -92,7 +94,7 @@ async def serve(
         parent.add_done_callback(lambda _: signals.asked.set())
     beating = None if heartbeat is None else asyncio.create_task(_beat(heartbeat))
     ready = asyncio.Event()
-    running = asyncio.create_task(_serve(settings, signals, ready, ready_file, started))
+    running = asyncio.create_task(_serve(settings, signals, ready, ready_file, started, seat))
     try:
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
         if ready.is_set() or running.done():
@@ -119,8 +121,9 @@ async def _serve(
     ready: asyncio.Event,
     ready_file: Path | None,
     started: Started | None,
+    seat: Seat | None,
 ) -> int:
-    async with serving(settings, ends_process=True) as server:
+    async with serving(settings, ends_process=True, seat=seat) as server:
         ready.set()
         if started is not None:
             started(server)

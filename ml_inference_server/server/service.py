@@ -242,7 +242,9 @@ class InferenceService:
         places: dict[Key, int] = {}
         where = [places.setdefault(job.key, len(places)) for job in jobs]
         tokens = self._texts.estimate_tokens(sizes, overflow)
-        with await self._admission.enter(tokens, call.deadline, caller=call.caller, asked=priority) as reservation:
+        with await self._admission.enter(
+            tokens, call.deadline, texts=len(jobs), caller=call.caller, asked=priority
+        ) as reservation:
             admitted_at = loop.time()
             if sum(sizes) <= _INLINE_BYTES:
                 texts = self._texts.encode(list(places), overflow)

@@ -30,38 +30,42 @@ _NOTHING = Held()
 
 
 class QueueShares:
-    """Bounds of the queue, and who holds how much of it. batch_tokens: of one batch, at most."""
+    """Bounds of the queue, and who holds how much of it. batch_tokens, batch_texts: of one batch, at most."""
 
-    def __init__(self, *, max_requests: int, max_tokens: int, batch_tokens: int) -> None:
-        self.change_bounds(max_requests=max_requests, max_tokens=max_tokens, batch_tokens=batch_tokens)
+    def __init__(self, *, max_requests: int, max_tokens: int, batch_tokens: int, batch_texts: int) -> None:
+        self.change_bounds(
+            max_requests=max_requests, max_tokens=max_tokens, batch_tokens=batch_tokens, batch_texts=batch_texts
+        )
         self._held: dict[str, Held] = {}
-        self.requests = self.interactive = self.bulk = 0
+        self.requests = self.interactive = self.bulk = self.texts = 0
 
     @property
     def tokens(self) -> int:
         """That wait, or will."""
         return self.interactive + self.bulk
 
-    def change_bounds(self, *, max_requests: int, max_tokens: int, batch_tokens: int) -> None:
+    def change_bounds(self, *, max_requests: int, max_tokens: int, batch_tokens: int, batch_texts: int) -> None:
         """For requests from now on; whoever is in stays."""
-        self._max_requests, self._max_tokens, self._batch_tokens = max_requests, max_tokens, batch_tokens
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._batch_tokens, self._batch_texts = batch_tokens, batch_texts
 
     def of(self, caller: str) -> Held:
         """What he holds now."""
         return self._held.get(caller, _NOTHING)
 
-    def priority(self, caller: str, tokens: int, asked: Priority | None) -> tuple[Priority, bool]:
+    def priority(self, caller: str, tokens: int, texts: int, asked: Priority | None) -> tuple[Priority, bool]:
         """As what a request is served, and whether that is for what its caller has in line already.
 
-        asked: by the request; None: bulk where it has more tokens than a batch, or where its caller would have that in
-        line. The latter goes on until nothing of that kind waits: his requests keep their order.
+        asked: by the request; None: bulk where it has more than a batch of such texts holds, or where its caller would
+        have that in line. The latter goes on until nothing of that kind waits: his requests keep their order.
         """
         if asked is not None:
             return asked, False
-        if tokens > self._batch_tokens:
+        batch_tokens = self._batch_of(tokens, texts)
+        if tokens > batch_tokens:
             return Priority.BULK, False
         held = self.of(caller)
-        is_overflow = held.overflow > 0 or held.interactive + tokens > self._batch_tokens
+        is_overflow = held.overflow > 0 or held.interactive + tokens > batch_tokens
         return (Priority.BULK if is_overflow else Priority.INTERACTIVE), is_overflow
 
     def full(self, caller: str, tokens: int) -> str:
@@ -86,7 +90,7 @@ class QueueShares:
             return max(1, held.tokens // held.requests)
         return max(0, math.ceil(held.tokens + tokens - share * self._max_tokens))
 
-    def tokens_ahead(self, caller: str, priority: Priority) -> int:
+    def tokens_ahead(self, caller: str, priority: Priority) -> float:
         """What is computed before a request that comes now, at most: of its own caller all that is in line.
 
         Others get a turn each for every turn of his, and one before the first.
@@ -94,11 +98,12 @@ class QueueShares:
         own = self.of(caller)
         if self.requests == own.requests:
             return own.interactive if priority is Priority.INTERACTIVE else own.tokens
+        batch_tokens = self._batch_of(self.tokens, self.texts)
         if priority is Priority.INTERACTIVE:
-            most = own.interactive + self._batch_tokens
+            most = own.interactive + batch_tokens
             others = sum(min(each.interactive, most) for each in self._held.values() if each is not own)
             return own.interactive + others
-        most = own.bulk + self._batch_tokens
+        most = own.bulk + batch_tokens
         return (
             self.interactive + own.bulk + sum(min(each.bulk, most) for each in self._held.values() if each is not own)
         )
@@ -111,8 +116,9 @@ class QueueShares:
         self.requests += 1
         return held
 
-    def change(self, held: Held, tokens: int, *, is_bulk: bool, is_overflow: bool) -> None:
-        """`tokens` more of a request that is in; less where they are negative."""
+    def change(self, held: Held, tokens: int, texts: int, *, is_bulk: bool, is_overflow: bool) -> None:
+        """So many tokens and texts more of a request that is in; less where they are negative."""
+        self.texts += texts
         if is_bulk:
             held.bulk += tokens
             self.bulk += tokens
@@ -128,6 +134,10 @@ class QueueShares:
         self.requests -= 1
         if not held.requests:
             del self._held[caller]
+
+    def _batch_of(self, tokens: int, texts: int) -> float:
+        """Tokens of a batch at most, where `texts` texts have `tokens`: short ones fill it by their number."""
+        return min(self._batch_tokens, self._batch_texts * tokens / texts) if texts else self._batch_tokens
 
 
 def _is_full(total: int, own: int, more: int, bound: int, callers: int) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,8 @@ class Worker(Protocol):
 class _Running:
     """A batch in a thread, and whether it is late: beyond its limit; lost: for so long that nobody waits any more."""
 
-    def __init__(self, limit_s: float, changed: Callable[[], None]) -> None:
+    def __init__(self, output: Future[Output], limit_s: float, changed: Callable[[], None]) -> None:
+        self.output = output
         self.limit_s = limit_s
         self.is_late = self.is_lost = False
         self._changed = changed
@@ -113,10 +114,10 @@ class ThreadWorker:
         self._fails = False
 
     async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
-        running = _Running(limit_s, self._look)
+        running = _Running(self._pool.submit(self._infer, batch), limit_s, self._look)
         self._running.add(running)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, batch)
+            return await asyncio.wrap_future(running.output)
         finally:
             running.end()
             self._running.discard(running)
@@ -124,6 +125,8 @@ class ThreadWorker:
                 self._look()
 
     def _look(self) -> None:
+        # The thread says what runs, whatever happened to those who waited for it.
+        self._running = {each for each in self._running if not each.output.done()}
         late = [each for each in self._running if each.is_late]
         limit_s = max((each.limit_s for each in late), default=0.0)
         self.trouble = f"a batch has been running for more than {limit_s:.3g} s" if late else ""

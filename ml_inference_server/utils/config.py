@@ -167,6 +167,18 @@ class CacheSettings(Section):
 class ServerSettings(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 opens it to the network.")
     port: Port = Field(50051, description="gRPC port; 0 takes a free one.")
+    workers: int = Field(
+        1,
+        ge=0,
+        le=256,
+        description="Processes that serve behind the two ports, each with a model and CPUs of its own; 0: one for each "
+        "group of CPUs that share a last-level cache. More than one needs Linux.",
+    )
+    pin_workers: bool = Field(
+        True,
+        description="Give each of several workers CPUs that neither another one nor another server with workers has. "
+        "False: the system places them, and each counts on its share.",
+    )
     max_texts: int = Field(1024, ge=1, le=65536, description="Texts, pairs or documents in one request.")
     max_text_bytes: int = Field(1_048_576, ge=16, le=67_108_864, description="UTF-8 bytes of one text.")
     max_message_bytes: int = Field(

@@ -7,6 +7,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+SHARE_VARIABLE = "ML_INFERENCE_SERVER_CPU_SHARE"
+"""In the environment of a process that has no CPUs of its own: on how many of them it may count."""
+
 
 def quota_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """The cgroup's CPU quota in CPUs (v2, then v1), or None where there is no limit."""
@@ -23,10 +26,10 @@ def quota_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def available_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this process may use: the smaller of affinity and cgroup quota (rounded up), at least 1."""
+    """CPUs that this process may use: the smallest of affinity, cgroup quota (rounded up) and share, at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = quota_cpus(root)
-    return max(1, affinity if quota is None else min(affinity, math.ceil(quota)))
+    quota, share = quota_cpus(root), int(os.environ.get(SHARE_VARIABLE, affinity))
+    return max(1, min(affinity, share, affinity if quota is None else math.ceil(quota)))
 
 
 @cache

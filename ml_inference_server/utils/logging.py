@@ -30,15 +30,15 @@ def logging_choice() -> tuple[str, LogFormat]:
     return _chosen[0]
 
 
-def set_up_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
+def set_up_logging(level: str = "INFO", log_format: LogFormat = "text", worker: int | None = None) -> None:
     """`level` is a name of the logging module. Third-party chatter below WARNING is shown at DEBUG only.
 
     log_format: text for people, json for one object a line: time (UTC), level, logger, message, the fields of
-    `log_event`, and the traceback as `exception`.
+    `log_event`, and the traceback as `exception`. worker: which of several writes here, said in each line.
     """
     _chosen[0] = level, log_format
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    handler.setFormatter(_JsonFormatter(worker) if log_format == "json" else _TextFormatter(worker))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     if level != "DEBUG":
@@ -53,8 +53,9 @@ def log_event(log: logging.Logger, level: int, event: str, fields: Mapping[str, 
 
 
 class _TextFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    def __init__(self, worker: int | None) -> None:
+        who = "" if worker is None else f"worker {worker}: "
+        super().__init__(f"%(asctime)s %(levelname)-7s {who}%(message)s", datefmt="%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, object] = getattr(record, "fields", {})
@@ -63,12 +64,17 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
+    def __init__(self, worker: int | None) -> None:
+        super().__init__()
+        self._who: dict[str, object] = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         time_utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
             "time": f"{time_utc}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
+            **self._who,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }

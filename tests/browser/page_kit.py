@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from playwright.async_api import Locator, Page
 
 from ml_inference_server.metrics.http_server import Sidecar
+from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
 from ml_inference_server.utils.stages import Stamps
@@ -60,9 +61,13 @@ class Server:
         """Listen; again on the same port after a stop."""
         self.sidecar = Sidecar(
             MetricsSettings(port=self.port),
-            self.metrics,
+            Live(
+                self.metrics,
+                lambda: self.info,
+                lambda: self.ready,
+                observe_lag=self.metrics.observe_loop_lag,
+            ),
             server_info=lambda: self.info,
-            readiness=lambda: self.ready,
             liveness=lambda: (True, "ok"),
         )
         self.port = await self.sidecar.start()

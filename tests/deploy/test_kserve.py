@@ -33,7 +33,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:
         pytest.skip(f"{SDK} cannot be had: {done.stderr.strip().splitlines()[-1]}")
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():

@@ -30,7 +30,7 @@ from tests.deploy.manifests import (
 
 # The oldest release with all fields in use, and the newest whose schemas are here.
 RELEASES = ["1.29.0", "1.33.0", kubernetes_validate.latest_version()]
-OPERATORS = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor}
+OPERATORS: dict[str, Any] = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor}
 COMBINATIONS = [
     (),
     ("hpa",),

@@ -31,9 +31,10 @@ def adapter_queries() -> dict[str, str]:
             "LabelMatchers": 'namespace="inference"',
             "GroupBy": "pod",
         }
-        made[rule["name"]["as"]] = re.sub(
-            r"<<\.(\w+)>>", lambda match, words=words: words[match[1]], rule["metricsQuery"]
-        )
+        query = rule["metricsQuery"]
+        for word, value in words.items():
+            query = query.replace(f"<<.{word}>>", value)
+        made[rule["name"]["as"]] = query
     return made
 
 

@@ -34,10 +34,10 @@ def frame(kind: int, stream: int = 0, payload: bytes = b"", flags: int = 0) -> b
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-def headers_of_a_call(method: str, address: str) -> bytes:
+def headers_of_a_call(method: str, address: str, service: str = SERVICE) -> bytes:
     """A block without compression."""
     pairs = [
-        (":method", "POST"), (":scheme", "http"), (":path", f"/{SERVICE}/{method}"), (":authority", address),
+        (":method", "POST"), (":scheme", "http"), (":path", f"/{service}/{method}"), (":authority", address),
         ("te", "trailers"), ("content-type", "application/grpc"),
     ]  # fmt: skip
     block = b""

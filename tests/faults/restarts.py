@@ -12,13 +12,14 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 from tests.integration.server_process import ServerProcess, server_process
@@ -56,13 +57,15 @@ class Traffic:
 
     async def call_until_over(self, number: int) -> None:
         while not self.is_over:
-            call = self.stub.Embed(pb.EmbedRequest(texts=[f"{number} {self.ends.total()}"]), timeout=60)
+            text = f"{number} {self.ends.total()}"
+            call = self.stub.Embed(pb.EmbedRequest(texts=[text]), timeout=60)
             try:
-                await call
+                reply = await call
             except grpc.aio.AioRpcError as error:
                 self.ends[error.code().name] += 1
                 await asyncio.sleep(_PAUSE_S)
             else:
+                assert reply.embeddings == fake_embedding(text).tobytes()
                 self.ends["OK"] += 1
                 trailers = dict(await call.trailing_metadata())
                 self.instances.add(trailers["request-id"].partition("-")[0])
@@ -132,10 +135,12 @@ async def restarts(
     retries: bool = True,
     callers: int = CALLERS,
     settings: Sequence[str] = (),
+    restarted: Callable[[], None] = lambda: None,
 ) -> tuple[Counter[str], Counter[int]]:
     """`count` restarts in turn under traffic: how the calls ended by code, and how the servers did by exit code.
 
-    The next one is stopped once the callers have got an answer of the one that was started again.
+    The next one is stopped once the callers have got an answer of the one that was started again. restarted: called
+    then. An answer that is not that of its own text is an AssertionError.
     """
     fleet = Fleet(folder, free_ports(servers), settings)
     try:
@@ -148,6 +153,7 @@ async def restarts(
                 await asyncio.to_thread(fleet.stop, port)
                 await asyncio.to_thread(fleet.start, port)
                 await _until(lambda known=known: len(going_on.instances) > known)
+                restarted()
         for port in fleet.ports:
             await asyncio.to_thread(fleet.stop, port)
     finally:

@@ -16,6 +16,7 @@ from ml_inference_server.proto import inference_pb2 as pb
 from tests.fuzz.budget import BATCH, FACTOR, GRPC_REQUESTS, fuzzing
 from tests.fuzz.grpc_wire import GrpcWire, Method, Outcome, grpc_wire, listed_methods
 from tests.fuzz.message_mutations import messages
+from tests.fuzz.on_loop import entered
 from tests.integration.foreign_kit import told
 
 Code = grpc.StatusCode
@@ -79,9 +80,7 @@ def test_changed_messages(
     caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None], task: str, requests: int
 ) -> None:
     codes = Counter[Code]()
-    with asyncio.Runner() as runner:
-        context = quiet_wire(caplog, task)
-        wire = runner.run(context.__aenter__())
+    with asyncio.Runner() as runner, entered(runner, quiet_wire(caplog, task)) as wire:
         listed = runner.run(listed_methods(wire.server))
         # More often those that have something to say.
         methods = [method for method in listed for _ in range(5 if len(method.right) > 1 else 1)]
@@ -100,7 +99,6 @@ def test_changed_messages(
             wire.server.backend.log.clear()
 
         property_()
-        runner.run(context.__aexit__(None, None, None))
     record_property("requests", codes.total())
     assert codes.total() >= requests * FACTOR
     assert {Code.OK, Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNIMPLEMENTED, Code.NOT_FOUND} <= set(codes)

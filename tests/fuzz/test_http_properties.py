@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.budget import BATCH, FACTOR, HTTP_REQUESTS, fuzzing
 from tests.fuzz.http_mutations import http_requests, words_of
 from tests.fuzz.http_wire import PostRoute, quiet_wire
+from tests.fuzz.on_loop import entered
 
 
 @pytest.mark.parametrize(
@@ -19,9 +20,8 @@ from tests.fuzz.http_wire import PostRoute, quiet_wire
 def test_changed_bodies(
     caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None], task: str, requests: int
 ) -> None:
-    with asyncio.Runner() as runner:
-        context = quiet_wire(caplog, model={"task": task}, server={"accept_any_model": True})
-        wire = runner.run(context.__aenter__())
+    context = quiet_wire(caplog, model={"task": task}, server={"accept_any_model": True})
+    with asyncio.Runner() as runner, entered(runner, context) as wire:
         statuses: set[int] = set()
 
         @fuzzing(requests)
@@ -36,7 +36,6 @@ def test_changed_bodies(
             wire.server.backend.log.clear()
 
         property_()
-        runner.run(context.__aexit__(None, None, None))
     record_property("requests", wire.sent)
     assert wire.sent >= requests * FACTOR
     assert {200, 400, 422, 424} <= statuses <= {200, 400, 404, 412, 422, 424, 429, 503, 504}

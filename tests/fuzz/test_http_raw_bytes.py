@@ -14,6 +14,7 @@ from tests.fuzz.budget import BATCH, FACTOR, RAW_REQUESTS, fuzzing
 from tests.fuzz.byte_damage import damaged
 from tests.fuzz.http_bodies import dumped
 from tests.fuzz.http_wire import GUARD_S, JSON_TYPE, Wire, http_request, quiet_wire
+from tests.fuzz.on_loop import entered
 
 # For an answer to what may not be a whole request; then the sender closes its side.
 PATIENCE_S = 0.3
@@ -96,7 +97,7 @@ async def exchange(port: int, request: bytes) -> bytes:
 def statuses(received: bytes) -> list[int]:
     """Of the answers in it, one behind another; those behind a stream without an end are not looked for."""
     found = []
-    while answer := re.match(rb"HTTP/1\.[01] (\d{3}) .*?\r\n\r\n", received, re.DOTALL):
+    while answer := re.match(rb"HTTP/\d\.\d (\d{3}) .*?\r\n\r\n", received, re.DOTALL):
         found.append(int(answer[1]))
         length = re.search(rb"\r\ncontent-length: (\d+)\r\n", answer[0].lower())
         received = received[answer.end() + int(length[1] if length else 0) :]
@@ -106,9 +107,7 @@ def statuses(received: bytes) -> list[int]:
 def test_damaged_bytes(caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]) -> None:
     seen: Counter[int] = Counter()
     sent = 0
-    with asyncio.Runner() as runner:
-        context = quiet_wire(caplog)
-        wire = runner.run(context.__aenter__())
+    with asyncio.Runner() as runner, entered(runner, quiet_wire(caplog)) as wire:
         right = right_requests(wire)
         assert all(statuses(runner.run(exchange(wire.port, request))) for request in right), "else nothing is damaged"
 
@@ -129,7 +128,6 @@ def test_damaged_bytes(caplog: pytest.LogCaptureFixture, record_property: Callab
             wire.server.backend.log.clear()
 
         property_()
-        runner.run(context.__aexit__(None, None, None))
     record_property("requests", sent)
     record_property("server_errors", sum(count for status, count in seen.items() if status >= 500))
     assert sent >= RAW_REQUESTS * FACTOR

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class ServerProcess:
     def ready(self) -> dict[str, int]:
         """The ports, once the server serves; AssertionError with its stderr if it ends first."""
         while not self.ready_file.exists():
-            assert self.process.poll() is None, self.process.communicate()[1]
+            assert self.process.poll() is None, self.process.communicate()[1] or f"exit code {self.process.returncode}"
             time.sleep(0.01)
         return json.loads(self.ready_file.read_text())  # type: ignore[no-any-return]
 
@@ -32,7 +32,7 @@ class ServerProcess:
     def end(self) -> tuple[int, str]:
         """(exit code, stderr) once it has ended by itself."""
         _, stderr = self.process.communicate(timeout=60)
-        return self.process.returncode, stderr
+        return self.process.returncode, stderr or ""
 
 
 def arguments(*extra: str) -> list[str]:
@@ -41,14 +41,34 @@ def arguments(*extra: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def server_process(tmp_path: Path, *extra: str, closed: Sequence[int] = ()) -> Iterator[ServerProcess]:
-    """A server with the fake backend unless `extra` says otherwise, with these standard streams closed."""
+def server_process(
+    tmp_path: Path,
+    *extra: str,
+    closed: Sequence[int] = (),
+    log: Path | None = None,
+    before: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[ServerProcess]:
+    """A server with the fake backend unless `extra` says otherwise, with these standard streams closed.
+
+    log: a file for its stderr, where it may write more than a pipe holds; `end` gives "" then. before: a command that
+    runs the server's (as `prlimit`). environment: besides this process's own.
+    """
     ready_file = tmp_path / "ready.json"
     command = arguments("--set", "model.backend=fake", "--ready-file", str(ready_file), *extra)
     if closed:
         closing = " ".join(f"{number}>&-" for number in closed)
         command = ["sh", "-c", f'exec "$0" "$@" {closing}', *command]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with contextlib.ExitStack() as files:
+        stderr = subprocess.PIPE if log is None else files.enter_context(log.open("w"))
+        process = subprocess.Popen(
+            [*before, *command],
+            cwd=ROOT,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+            env=os.environ | (environment or {}),
+        )
     try:
         yield ServerProcess(process, ready_file)
     finally:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 from ml_inference_server.metrics.http_server import Sidecar
+from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.utils.config import MetricsSettings
 
@@ -25,9 +26,13 @@ class Server:
         self.metrics = Metrics(window_s=30, clock=lambda: 50.0)
         self.sidecar = Sidecar(
             MetricsSettings(**({"port": 0} | settings)),
-            self.metrics,
+            Live(
+                self.metrics,
+                lambda: self.info,
+                lambda: self.ready,
+                observe_lag=self.metrics.observe_loop_lag,
+            ),
             server_info=lambda: self.info,
-            readiness=lambda: self.ready,
             liveness=lambda: self.alive,
             is_draining=lambda: self.is_draining,
         )

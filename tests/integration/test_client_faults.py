@@ -218,7 +218,7 @@ def test_channel_options_are_names_that_grpc_knows() -> None:
     known = {
         "grpc.max_receive_message_length", "grpc.max_send_message_length", "grpc.keepalive_time_ms",
         "grpc.keepalive_timeout_ms", "grpc.http2.max_pings_without_data", "grpc.max_reconnect_backoff_ms",
-        "grpc.service_config",
+        "grpc.dns_min_time_between_resolutions_ms", "grpc.service_config",
     }  # fmt: skip
     assert {name for name, _ in CHANNEL_OPTIONS} <= known
 

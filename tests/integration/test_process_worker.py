@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.metrics.system import SystemSampler
 from ml_inference_server.server import process_worker
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.engine_process import EngineDied, pack_batch, unpack_batch
+from ml_inference_server.server.engine_process import EngineDied, FrameKind, pack_batch, pack_frame, unpack_batch
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import BackendFailure, ModelError
@@ -234,12 +235,37 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_its_own_words_and_l
     await until(lambda: not multiprocessing.active_children())
 
 
-async def test_a_process_that_sends_nonsense_is_ended_and_replaced() -> None:
+ROWS_OF_ONE_TEXT = struct.pack("<IIdd8f", 1, 8, 0.0, 0.0, *[0.5] * 8)
+BROKEN = {
+    "noise": (b"\xff" * 64, "it sent what is no frame"),
+    "a kind that is none": (pack_frame(200, 2, b""), "it sent what is no frame"),
+    "an old answer": (pack_frame(FrameKind.ROWS, 1, ROWS_OF_ONE_TEXT), "it sent ROWS, for which nobody had asked"),
+    "an answer of no rows": (pack_frame(FrameKind.PONG, 2, b""), "its answer to a batch holds no rows"),
+    "half an answer": (pack_frame(FrameKind.ROWS, 2, ROWS_OF_ONE_TEXT[:40]), "its answer to a batch holds no rows"),
+}
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+@pytest.mark.parametrize(("sent", "says"), BROKEN.values(), ids=BROKEN)
+async def test_a_process_that_sends_what_it_was_not_asked_is_ended_and_replaced(
+    sent: bytes, says: str, is_busy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its answer would be another's. That it was ended is not taken for the kernel's way of saving memory."""
     async with started() as (described, worker):
+        await worker.run(encode(described, ["the first question"]))
         (engine,) = worker.engines
-        engine.reader.feed_data(b"\xff" + bytes(8))  # a kind that is none, no payload
+        batch = asyncio.create_task(worker.run(encode(described, ["!slow:300 a"]))) if is_busy else None
+        await asyncio.sleep(0)
+        engine.reader.feed_data(sent)
+        if batch is not None:
+            with pytest.raises(EngineDied, match=says) as caught:
+                await batch
+            assert not caught.value.is_killed
         await until(lambda: worker.restarts == 1)
         np.testing.assert_array_equal((await worker.run(encode(described, ["fine"]))).rows, expected(["fine"]))
+    if is_busy:
+        assert says in caplog.text
+    assert "SIGKILL" not in caplog.text
 
 
 async def test_neighbours_of_a_text_that_crashes_the_engine_are_answered() -> None:

@@ -41,8 +41,9 @@ async def test_metrics_are_the_snapshot_and_the_readiness(server: Server, client
     for moving in ("time_unix_s",):
         told.pop(moving)
         expected.pop(moving)
-    assert (told.pop("readiness"), told.pop("hints"), told.pop("benchmark")) == (
+    assert (told.pop("readiness"), told.pop("workers"), told.pop("hints"), told.pop("benchmark")) == (
         {"ready": False, "reason": "the model is loading"},
+        [],
         [],
         None,
     )
@@ -101,7 +102,7 @@ async def test_health_says_200_or_503_and_why(
 async def test_info_is_json_however_hostile_its_content(client: aiohttp.ClientSession) -> None:
     async with client.get("/info") as response:
         assert response.content_type == "application/json"
-        assert await response.json() == {"title": HOSTILE}
+        assert await response.json() == {"title": HOSTILE, "workers": []}
 
 
 async def test_the_static_files_are_served_as_they_are(client: aiohttp.ClientSession) -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from ml_inference_server.proto import inference_pb2 as pb
@@ -31,15 +32,15 @@ def only_told_to_come_again(load: Load) -> None:
 
 
 def test_no_call_is_lost_when_a_replica_is_killed(ray: Cluster) -> None:
-    pids = two_replicas(ray)
+    two_replicas(ray)
     with (
         Load(ray, workers=WORKERS, texts=["x"], different=True, retries=True) as patient,
         Load(ray, workers=WORKERS, texts=["y"], different=True, retries=False) as bare,
     ):
-        patient.more(20)
-        os.kill(pids.pop(), signal.SIGKILL)
-        bare.until(lambda: bare.codes["UNAVAILABLE"] > 0)
-        patient.until(lambda: ray.tell("states") == {"RUNNING": 2})
+        while not bare.codes["UNAVAILABLE"]:  # Ray may have kept to the other one for a moment
+            patient.more(20)
+            os.kill(victim := ray.pids().pop(), signal.SIGKILL)
+            patient.until(lambda gone=victim: not psutil.pid_exists(gone) and ray.tell("states") == {"RUNNING": 2})  # type: ignore[misc]
         patient.more(50)
     assert set(patient.codes) == {"OK"}, (patient.codes, patient.details)
     only_told_to_come_again(bare)
@@ -100,7 +101,7 @@ def test_no_call_is_lost_when_a_node_goes(ray: Cluster) -> None:
     ):
         patient.more(20)
         ray.tell("remove_node")
-        bare.until(lambda: bare.codes["UNAVAILABLE"] > 0)
+        patient.until(lambda: ray.tell("states").get("RUNNING") == 1)
         patient.more(50)
         assert len(ray.pids(2, limit_s=2)) == 1
         ray.tell("give_node")
@@ -128,6 +129,6 @@ def test_a_replica_that_is_stopped_like_a_hung_process_is_replaced(ray: Cluster)
     with Load(ray, workers=WORKERS, texts=["x"], different=True, retries=True) as load:
         load.more(20)
         os.kill(victim := pids.pop(), signal.SIGSTOP)
-        load.until(lambda: ray.tell("states") == {"RUNNING": 2} and victim not in ray.pids(2))
+        load.until(lambda: not psutil.pid_exists(victim) and ray.tell("states") == {"RUNNING": 2})
         load.more(50)
     assert set(load.codes) == {"OK"}, (load.codes, load.details)

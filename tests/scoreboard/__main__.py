@@ -9,8 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ml_inference_server.utils.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK
-from tests.scoreboard import rows_of_tests
-from tests.scoreboard.planned import PLANNED
+from tests.scoreboard import (
+    rows_ceiling,
+    rows_fairness,
+    rows_faults,
+    rows_inputs,
+    rows_load,
+    rows_nothing_lost,
+    rows_of_tests,
+    rows_refusals,
+)
 from tests.scoreboard.registry import Line, UnknownRow, chosen, table
 from tests.scoreboard.results import BrokenResults
 from tests.scoreboard.row import Row
@@ -21,13 +29,21 @@ DOCS = ROOT / "ml_inference_server" / "docs"
 QUICK_FOLDER = Path("scoreboard")
 EXIT_ROW_FAILED = 1
 
-# To come: rows_load, rows_faults, rows_inputs, rows_nothing_lost.
-ROWS: tuple[Row, ...] = (*rows_of_tests.ROWS,)
+ROWS: tuple[Row, ...] = (
+    *rows_load.ROWS,
+    *rows_fairness.ROWS,
+    *rows_ceiling.ROWS,
+    *rows_refusals.ROWS,
+    *rows_faults.ROWS,
+    *rows_inputs.ROWS,
+    *rows_nothing_lost.ROWS,
+    *rows_of_tests.ROWS,
+)
 
 
 def all_lines() -> list[Line]:
     """The whole table."""
-    return table(ROWS, PLANNED)
+    return table(ROWS, {})
 
 
 def main(arguments: Sequence[str] | None = None, lines: Sequence[Line] | None = None) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import aiohttp
 import grpc
@@ -70,11 +70,12 @@ def _counters(text: str) -> Iterator[tuple[str, float]]:
 async def recovered(server: RealServer, faults: ChaosFaults) -> list[Breach]:
     """V11: after the last fault the server says again that it serves, and then all engines come back."""
     found = []
+    waits: tuple[tuple[str, float, Callable[[], bool]], ...] = (
+        ("SERVING", _RECOVERY_S, lambda: True),
+        ("all engines", _WHOLE_S, faults.is_whole),
+    )
     async with aiohttp.ClientSession(server.url) as session:
-        for what, limit_s, is_enough in (
-            ("SERVING", _RECOVERY_S, lambda: True),
-            ("all engines", _WHOLE_S, faults.is_whole),
-        ):
+        for what, limit_s, is_enough in waits:
             why = ""
             try:
                 async with asyncio.timeout(limit_s):

@@ -118,8 +118,8 @@ ROOM_TWICE = Bug(
     edits=(
         Edit(
             path=_ADMISSION,
-            old="self.resize(max(0, self.tokens - tokens))",
-            new="self._shares.change(self._held, -tokens, is_bulk=self.is_bulk, is_overflow=self._is_overflow)",
+            old="self.resize(max(0, self.tokens - tokens), max(0, self.texts - 1))",
+            new="self._shares.change(self._held, -tokens, -1, is_bulk=self.is_bulk, is_overflow=self._is_overflow)",
         ),
     ),
     seen_by=f"{_HARD}::test_each_caller_gets_its_own_rows_whatever_they_travelled_with",
@@ -152,7 +152,9 @@ REFUSED_COMPUTED = Bug(
         Edit(
             path=_SERVICE,
             old="""
-        with self._admission.admit(tokens, call.deadline, caller=call.caller, asked=priority) as reservation:
+        with await self._admission.enter(
+            tokens, call.deadline, texts=len(jobs), caller=call.caller, asked=priority
+        ) as reservation:
             admitted_at
 """,
             new="""
@@ -161,8 +163,8 @@ REFUSED_COMPUTED = Bug(
         except Exception:
             from types import SimpleNamespace
 
-            nothing = {"resize": lambda tokens: None, "give_back": lambda tokens: None}
-            unpaid = SimpleNamespace(caller="", is_bulk=False, tokens=0, **nothing)
+            nothing = {"resize": lambda tokens, texts: None, "give_back": lambda tokens: None}
+            unpaid = SimpleNamespace(caller="", is_bulk=False, tokens=0, texts=0, **nothing)
             parts = [part for text in self._texts.encode(list(places), overflow) for part in text.parts]
             self._unwanted = asyncio.ensure_future(self._batcher.compute(parts, call, unpaid))
             raise

@@ -18,8 +18,8 @@ from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.fake import FakeBackend, FakeTokenizer
 from ml_inference_server.main import main
 from ml_inference_server.metrics.registry import Metrics
-from ml_inference_server.server.batching import Item
 from ml_inference_server.server.pending import Pending, Subscriptions
+from ml_inference_server.server.turns import Item
 from ml_inference_server.utils.process import end_process
 
 LEDGER = "MLIS_TEST_LEDGER"
@@ -62,7 +62,7 @@ def read_ledger(folder: Path) -> ServerLedger:
                 ledger.not_started.add(request_id)
     for path in folder.glob("executed-*"):
         names = np.fromfile(path, np.int32).reshape(-1, NAME_TOKENS)
-        ledger.executed.update(map(tuple, names.tolist()))
+        ledger.executed.update((first, second) for first, second in names.tolist())
     return ledger
 
 

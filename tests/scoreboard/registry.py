@@ -36,7 +36,7 @@ def table(rows: Iterable[Row], planned: Mapping[str, str]) -> list[Line]:
         if row.key in lines:
             raise ValueError(f"two rows have the key {row.key}")
         if row.key in planned:
-            raise ValueError(f"{row.key} has a row now: take it out of planned.py")
+            raise ValueError(f"{row.key} has a row now and is planned as well")
         lines[row.key] = Line(row.key, row.title, row.pass_line, row)
     lines.update({key: Line(key, title, "", None) for key, title in planned.items()})
     return sorted(lines.values(), key=lambda line: place(line.key))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tests.scoreboard.by_tests import TestCount, run_pytest
 from tests.scoreboard.inputs.attacks import attack
 from tests.scoreboard.inputs.canaries import put_in_and_look
+from tests.scoreboard.inputs.guided_runs import run_all
 from tests.scoreboard.inputs.tried import all_cases, try_all
 from tests.scoreboard.row import Figure, Row, Scope
 
@@ -13,7 +14,9 @@ from tests.scoreboard.row import Figure, Row, Scope
 _LONG_CHANGES, _LONG_REQUESTS = 10.0, 10.0
 _SHORT = 0.1
 _MOST_QUICK_BYTES = 200_000
-_LEAST_INPUTS, _LEAST_EXAMPLES = 300, 200_000
+_LEAST_INPUTS, _LEAST_EXAMPLES, _LEAST_EXECUTIONS = 300, 200_000, 10_000_000
+# Of each target of coverage-guided fuzzing; two run at once.
+_QUICK_GUIDED_S, _LONG_GUIDED_S = 3, 300
 
 
 async def nasty_inputs(scope: Scope) -> Figure:
@@ -58,14 +61,37 @@ async def changed_messages(scope: Scope) -> Figure:
         _fuzzed(scope, factor, "tests/fuzz/test_http_properties.py::test_changed_bodies", tell=scope.tell),
     )
     over_grpc, over_http = (count.recorded.get("requests", 0) for count in both)
-    failures = [name for count in both for name in count.failures]
+    failures = [failure for count in both for failure in count.failures]
     skipped = sum(count.skipped for count in both)
     enough = scope.is_quick or over_grpc + over_http >= _LEAST_EXAMPLES
     return Figure(
         text=f"{over_grpc + over_http:,} examples; {len(failures)} violations",
         passed=not failures and not skipped and over_grpc > 0 < over_http and enough,
-        note=" ".join(failures),
+        note="; ".join(failures),
         details={"grpc_examples": over_grpc, "http_examples": over_http, "violations": len(failures)},
+    )
+
+
+async def guided(scope: Scope) -> Figure:
+    """X3: for a time, as the speed of targets differs a hundredfold. NotRun where atheris is not installed."""
+    seconds = _QUICK_GUIDED_S if scope.is_quick else _LONG_GUIDED_S
+    runs = await run_all(seconds, scope.seed, scope.tell)
+    executions = sum(run.executions for run in runs)
+    crashes = [run.crash for run in runs if run.crash]
+    is_enough = scope.is_quick or executions >= _LEAST_EXECUTIONS
+    passed: bool | None = not crashes and all(run.executions for run in runs)
+    note = " ".join(crashes)
+    if passed and not is_enough:
+        passed, note = None, f"this machine did fewer than {_LEAST_EXECUTIONS:,} in {seconds} s for each target"
+    return Figure(
+        text=f"{executions:,} executions; {len(crashes)} new crashes",
+        passed=passed,
+        note=note,
+        details={
+            "seconds_for_each": seconds,
+            **{f"{run.target}_executions": run.executions for run in runs},
+            **{f"{run.target}_features": run.features for run in runs},
+        },
     )
 
 
@@ -78,12 +104,12 @@ async def random_requests(scope: Scope) -> Figure:
     )
     by_schema, raw = (count.recorded.get("requests", 0) for count in both)
     errors = sum(count.recorded.get("server_errors", 0) for count in both)
-    failures = [name for count in both for name in count.failures]
+    failures = [failure for count in both for failure in count.failures]
     skipped = sum(count.skipped for count in both)
     return Figure(
         text=f"{by_schema:,} requests by the description, {raw:,} of damaged bytes; {errors} of 5xx",
         passed=not failures and not errors and not skipped and by_schema > 0 < raw,
-        note=" ".join(failures),
+        note="; ".join(failures),
         details={"described_requests": by_schema, "damaged_requests": raw, "answers_5xx": errors},
     )
 
@@ -96,7 +122,7 @@ async def auth_matrix(scope: Scope) -> Figure:
     return Figure(
         text=f"{cells:,} cells; {count.failed} wrong",
         passed=not count.failed and not count.skipped and cells > 0,
-        note=" ".join(count.failures),
+        note="; ".join(count.failures),
         details={"cells": cells, "wrong": count.failed, "tests": count.tried},
     )
 
@@ -152,6 +178,12 @@ ROWS: tuple[Row, ...] = (
         title="Random messages and random bytes",
         pass_line=f">= {_LEAST_EXAMPLES:,} examples; 0 violations",
         run=changed_messages,
+    ),
+    Row(
+        key="X3",
+        title="Coverage-guided fuzzing of the parsers",
+        pass_line=f">= {_LEAST_EXECUTIONS:,} executions; 0 new crashes",
+        run=guided,
     ),
     Row(
         key="X4",

@@ -139,7 +139,7 @@ class Rig:
         now = asyncio.get_running_loop().time()
         call = Call("test", received_at=now, deadline=now + timeout_s, fresh=fresh)
         estimate = sum(each.length for each in texts) if tokens is None else tokens
-        with self.admission.admit(estimate, call.deadline, caller=caller, asked=asked) as reservation:
+        with self.admission.admit(estimate, call.deadline, texts=len(texts), caller=caller, asked=asked) as reservation:
             return await self.batcher.compute(texts, call, reservation)
 
     def queue(self) -> tuple[int, int, int]:

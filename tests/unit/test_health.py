@@ -24,7 +24,7 @@ class Told:
         self.serving = True
         self.said: list[bool] = []
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         self.serving = serving
         self.said.append(serving)
 

@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     # Who comes in: asked by all protocols.
     "door": {"utils"},
     "metrics": {"door", "utils"},
+    "worker_processes": {"metrics", "utils"},
     # What is said over gRPC stands on the use cases, which know no protocol; only the start and the stop know both.
     "server": {
         "door",
@@ -105,8 +106,10 @@ ALLOWED: dict[str, set[str]] = {
         "metrics",
         "utils",
         "server.open_inference",
+        "worker_processes",
+        "server.entrance",
     },
-    "server.serve": {"server.health", "server.lifecycle", "utils"},
+    "server.serve": {"server.health", "server.lifecycle", "utils", "worker_processes"},
     # Upwards: the types of a result, load, target, result, measure, report, the commands, studies.
     "benchmark.result.document": {"utils"},
     "benchmark.load": {"proto", "utils"},
@@ -126,9 +129,17 @@ ALLOWED: dict[str, set[str]] = {
     # The proxy's side knows errors and their form, nothing of an engine; the policy runs in Ray's controller, alone.
     "deploy.ray_proxy": {"server.rpc.method_handlers", "server.rpc.native", "utils"},
     "deploy.ray_scaling": set(),
-    "deploy.ray_entrance": {"deploy.ray_proxy", "door", "server.lifecycle", "server.rpc", "utils"},
-    "deploy": {"deploy.ray_entrance", "deploy.ray_proxy", "deploy.ray_scaling", "server.lifecycle", "utils"},
-    "main": {"server.serve", "utils"},
+    "deploy.ray_entrance": {"deploy.ray_proxy", "door", "metrics.view", "server.entrance", "server.rpc", "utils"},
+    "deploy": {
+        "deploy.ray_entrance",
+        "deploy.ray_proxy",
+        "deploy.ray_scaling",
+        "metrics.view",
+        "server.entrance",
+        "server.lifecycle",
+        "utils",
+    },
+    "main": {"server.serve", "utils", "worker_processes"},
     "client": {"benchmark", "utils"},
     "cli": {
         "backends.compiled.native",

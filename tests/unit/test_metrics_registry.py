@@ -300,7 +300,7 @@ def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
 def test_every_json_field_is_documented_and_no_other(metrics: Metrics) -> None:
     answer(metrics, "Embed", "OK", 0.01)
     metrics.observe_loop_lag(0.001)
-    of_routes = {"readiness", "readiness.ready", "readiness.reason", "hints", "benchmark"}
+    of_routes = {"readiness", "readiness.ready", "readiness.reason", "workers", "hints", "benchmark"}
     of_benchmarks = {f"benchmark.{name}" for name in ("name", "row", "rows", "label", "done", "eta_s")}
     of_gpus = {f"gpu.{name}" for name in ("kind", "name", "memory_bytes", "reserved_bytes", "total_bytes")}
     assert set(table_rows("JSON")) == paths(metrics.snapshot()) | of_routes | of_benchmarks | of_gpus

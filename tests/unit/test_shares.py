@@ -10,13 +10,13 @@ from ml_inference_server.server.shares import QueueShares
 BULK, INTERACTIVE = Priority.BULK, Priority.INTERACTIVE
 
 
-def shares(*, requests: int = 100, tokens: int = 4000, batch: int = 100) -> QueueShares:
-    return QueueShares(max_requests=requests, max_tokens=tokens, batch_tokens=batch)
+def shares(*, requests: int = 100, tokens: int = 4000, batch: int = 100, batch_texts: int = 100) -> QueueShares:
+    return QueueShares(max_requests=requests, max_tokens=tokens, batch_tokens=batch, batch_texts=batch_texts)
 
 
 def fill(shares: QueueShares, caller: str, *sizes: int, is_bulk: bool = False, is_overflow: bool = False) -> None:
     for tokens in sizes:
-        shares.change(shares.enter(caller), tokens, is_bulk=is_bulk, is_overflow=is_overflow)
+        shares.change(shares.enter(caller), tokens, 1, is_bulk=is_bulk, is_overflow=is_overflow)
 
 
 def test_one_caller_may_fill_the_queue() -> None:
@@ -49,12 +49,27 @@ def test_the_reserve_has_an_end() -> None:
     assert queue.full("one more", 1) == "100 requests"
 
 
+def test_many_short_texts_are_more_than_a_batch_though_their_tokens_would_fit() -> None:
+    queue = shares(batch=100, batch_texts=8)
+    assert queue.priority("a", 40, 8, None) == (INTERACTIVE, False)
+    assert queue.priority("a", 40, 9, None) == (BULK, False)
+    fill(queue, "a", *[5] * 8)
+    assert queue.priority("a", 5, 1, None) == (BULK, True)
+    assert queue.priority("b", 5, 1, None) == (INTERACTIVE, False)
+
+
+def test_who_waits_beside_short_texts_waits_for_batches_of_short_texts() -> None:
+    queue = shares(batch=100, batch_texts=8)
+    fill(queue, "flood", *[5] * 50)
+    assert queue.tokens_ahead("light", INTERACTIVE) == 40
+
+
 def test_room_comes_back_with_those_who_leave() -> None:
     queue = shares(tokens=4000)
     held = queue.enter("a")
-    queue.change(held, 4000, is_bulk=True, is_overflow=True)
+    queue.change(held, 4000, 1, is_bulk=True, is_overflow=True)
     assert queue.full("a", 1)
-    queue.change(held, -4000, is_bulk=True, is_overflow=True)
+    queue.change(held, -4000, -1, is_bulk=True, is_overflow=True)
     queue.leave("a")
     assert queue.full("a", 4000) == ""
     assert (queue.tokens, queue.requests, queue.of("a").tokens) == (0, 0, 0)
@@ -62,33 +77,33 @@ def test_room_comes_back_with_those_who_leave() -> None:
 
 def test_a_request_of_more_than_a_batch_is_bulk() -> None:
     queue = shares(batch=100)
-    assert queue.priority("a", 100, None) == (INTERACTIVE, False)
-    assert queue.priority("a", 101, None) == (BULK, False)
+    assert queue.priority("a", 100, 1, None) == (INTERACTIVE, False)
+    assert queue.priority("a", 101, 1, None) == (BULK, False)
 
 
 def test_what_a_request_asks_holds() -> None:
     queue = shares(batch=100)
     fill(queue, "a", 90)
-    assert queue.priority("a", 5000, INTERACTIVE) == (INTERACTIVE, False)
-    assert queue.priority("a", 1, BULK) == (BULK, False)
+    assert queue.priority("a", 5000, 1, INTERACTIVE) == (INTERACTIVE, False)
+    assert queue.priority("a", 1, 1, BULK) == (BULK, False)
 
 
 def test_who_has_a_batch_in_line_is_served_as_bulk_until_nothing_of_that_is_left() -> None:
     queue = shares(batch=100)
     fill(queue, "a", 60)
-    assert queue.priority("a", 60, None) == (BULK, True)
+    assert queue.priority("a", 60, 1, None) == (BULK, True)
     held = queue.enter("a")
-    queue.change(held, 60, is_bulk=True, is_overflow=True)
-    assert queue.priority("a", 1, None) == (BULK, True)  # else it would come before the one that came before it
-    assert queue.priority("b", 60, None) == (INTERACTIVE, False)
-    queue.change(held, -60, is_bulk=True, is_overflow=True)
-    assert queue.priority("a", 40, None) == (INTERACTIVE, False)
+    queue.change(held, 60, 1, is_bulk=True, is_overflow=True)
+    assert queue.priority("a", 1, 1, None) == (BULK, True)  # else it would come before the one that came before it
+    assert queue.priority("b", 60, 1, None) == (INTERACTIVE, False)
+    queue.change(held, -60, -1, is_bulk=True, is_overflow=True)
+    assert queue.priority("a", 40, 1, None) == (INTERACTIVE, False)
 
 
 def test_a_bulk_job_in_line_leaves_the_small_requests_of_its_caller_interactive() -> None:
     queue = shares(batch=100)
     fill(queue, "a", 3000, is_bulk=True)
-    assert queue.priority("a", 60, None) == (INTERACTIVE, False)
+    assert queue.priority("a", 60, 1, None) == (INTERACTIVE, False)
 
 
 def test_alone_one_waits_for_all_that_one_has_in_line() -> None:
@@ -127,11 +142,11 @@ def test_the_sums_are_those_of_what_is_held_and_the_bounds_hold(
     for caller, tokens, asked, leaves in steps:
         if leaves and inside:
             name, size, is_bulk, is_overflow = inside.pop(0)
-            queue.change(queue.of(name), -size, is_bulk=is_bulk, is_overflow=is_overflow)
+            queue.change(queue.of(name), -size, -1, is_bulk=is_bulk, is_overflow=is_overflow)
             queue.leave(name)
         if not queue.full(caller, tokens):
-            priority, is_overflow = queue.priority(caller, tokens, asked)
-            queue.change(queue.enter(caller), tokens, is_bulk=priority is BULK, is_overflow=is_overflow)
+            priority, is_overflow = queue.priority(caller, tokens, 1, asked)
+            queue.change(queue.enter(caller), tokens, 1, is_bulk=priority is BULK, is_overflow=is_overflow)
             inside.append((caller, tokens, priority is BULK, is_overflow))
         assert queue.requests == len(inside) <= 8 + 2
         assert queue.tokens == sum(size for _, size, _, _ in inside) <= 1000 + 250

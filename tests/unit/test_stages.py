@@ -14,6 +14,7 @@ from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.startup.resolve import resolve
 from ml_inference_server.backends.startup.start import Described
+from ml_inference_server.metrics.live import Live
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.call import Call
@@ -72,7 +73,7 @@ async def test_of_a_request_in_two_batches_wire_and_metrics_say_the_same() -> No
     described = Described(resolution=resolution, info=backend.info, tokenizer=backend.tokenizer)
     state.model = assemble(settings, described, SlowWorker(backend), metrics)
     handlers = MethodHandlers(Calls(metrics, default_timeout_s=60, prefix="test"))
-    servicer = NativeServicer(state, metrics, handlers)
+    servicer = NativeServicer(state, Live(metrics, state.as_dict, state.readiness), handlers)
     call = Call("test", received_at=loop.time(), deadline=loop.time() + 60)
     with handlers.observe("Embed", call) as request:
         request.reply = reply = await servicer.embed(pb.EmbedRequest(texts=["one", "two"]), request.call)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ml_inference_server.backends.base import Company, Encoded, TokenBatch, run_in_company
-from ml_inference_server.server.engine_process import pack_batch, unpack_batch
+from ml_inference_server.server.engine_process import (
+    BrokenFrame,
+    FrameKind,
+    frame_head,
+    pack_batch,
+    pack_frame,
+    unpack_batch,
+    unpack_rows,
+)
 
 
 def text(*ids: int, types: list[int] | None = None, variant: int = 0) -> Encoded:
@@ -48,6 +56,27 @@ def test_numbers_of_another_width_become_those_that_a_frame_carries() -> None:
         assert got.ids[:2].tolist() == [5, 6]
         assert got.type_ids is not None
         assert got.type_ids[:2].tolist() == [0, 1]
+
+
+def test_what_is_no_frame_is_a_value_error() -> None:
+    """Not a wait for 2^60 bytes, and not half a batch."""
+    head = pack_frame(FrameKind.PING, 7, b"")[:9]
+    assert frame_head(head + (2**36).to_bytes(8, "little")) == (FrameKind.PING, 7, 2**36)
+    no_kinds = [pack_frame(kind, 7, b"") for kind in (0, 9, 255)]
+    for wrong in (*no_kinds, head + (2**60).to_bytes(8, "little"), bytes(17)):
+        with pytest.raises(BrokenFrame, match="no frame"):
+            frame_head(wrong)
+    whole = pack_batch(TokenBatch.of([text(5, 6), text(8, 9, 7, types=[0, 1, 1], variant=1)]))
+    for end in range(len(whole)):
+        with pytest.raises(ValueError, match=r"batch|buffer|offset"):
+            unpack_batch(whole[:end])
+    with pytest.raises(ValueError, match="batch of 5 tokens"):
+        unpack_batch(whole + bytes(4))
+    rows = (2).to_bytes(4, "little") + (3).to_bytes(4, "little") + bytes(16) + np.ones(6, np.float32).tobytes()
+    assert unpack_rows(rows).rows.tolist() == [[1, 1, 1], [1, 1, 1]]
+    for wrong in (b"", rows[:20], rows[:-4], rows[:-1], rows + bytes(4)):
+        with pytest.raises(ValueError, match=r"rows|buffer|reshape"):
+            unpack_rows(wrong)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=6))

@@ -145,7 +145,9 @@ function showAnswering(figures, way) {
   const { ready, reason } = figures.readiness;
   byId("no-answer").hidden = true;
   document.body.classList.remove("stale");
-  showStatus(ready ? "ready" : "waiting", ready ? "ready" : `not ready: ${reason}`);
+  const up = figures.workers.filter((worker) => worker.ready).length;
+  const ofWorkers = figures.workers.length ? `, ${up} of ${figures.workers.length} workers` : "";
+  showStatus(ready ? "ready" : "waiting", ready ? `ready${ofWorkers}` : `not ready: ${reason}`);
   setText(byId("feed"), way === "stream" ? "live" : "live, by polling");
   document.title = `${number(figures.answered_per_s)} answers/s – ML inference server`;
 }

@@ -5,7 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from ml_inference_server.door.rights import Needs
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.server.calls import Calls
 from ml_inference_server.server.http import cohere, open_inference, openai, openapi, tei
 from ml_inference_server.server.http.dialect import Dialect, Refusal
@@ -30,12 +30,12 @@ _OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status,
 
 
 class HttpApi:
-    def __init__(self, state: ServerState, calls: Calls, metrics: Metrics) -> None:
+    def __init__(self, state: ServerState, calls: Calls, view: View) -> None:
         self._state = state
         self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
-        open_inference.add_routes(self._endpoints, state, metrics)
+        open_inference.add_routes(self._endpoints, state, view)
         openapi.add_routes(self._endpoints, _OWN)
 
     def add_to(self, router: web.UrlDispatcher) -> None:

@@ -41,6 +41,7 @@ def example(**body: Any) -> ConfigDict:
 S = TypeVar("S", bound=Schema)
 T = TypeVar("T")
 Run = Callable[[S, Call], Awaitable[Reply[HttpAnswer]]]
+Question = Callable[[web.Request], web.Response | Awaitable[web.Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class Endpoints:
         method: str,
         path: str,
         dialect: Dialect,
-        run: Callable[[web.Request], web.Response],
+        run: Question,
         summary: str,
         needs: Needs,
     ) -> None:
@@ -177,7 +178,8 @@ class Endpoints:
         async def handle(request: web.Request) -> web.Response:
             call = self._call(request)
             try:
-                return run(request)
+                found = run(request)
+                return found if isinstance(found, web.Response) else await found
             except Exception as error:
                 raise expected(error, f"{method} {path}", call) from error
 

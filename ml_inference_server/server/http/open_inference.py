@@ -11,12 +11,12 @@ from aiohttp import web
 from pydantic import Field
 
 from ml_inference_server.door.rights import METRICS, MODEL_FACTS, OPEN, Needs
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.http.answer import HttpAnswer, json_bytes, written
 from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.dialect import Dialect, Refusal
-from ml_inference_server.server.http.endpoint import Endpoints, Schema, example, read, validated
+from ml_inference_server.server.http.endpoint import Endpoints, Question, Schema, example, read, validated
 from ml_inference_server.server.http.text_fields import Echoed, JsonKey
 from ml_inference_server.server.observation import Reply
 from ml_inference_server.server.open_inference import EXTENSIONS, Inference, InferenceAnswer, OpenInference
@@ -101,8 +101,8 @@ class OpenInferenceRoutes:
     def config(self, request: web.Request) -> web.Response:
         return _json(self._open_inference.model_config(*_asked(request)))
 
-    def statistics(self, request: web.Request) -> web.Response:
-        return _json(self._open_inference.statistics(*_asked(request)))
+    async def statistics(self, request: web.Request) -> web.Response:
+        return _json(await self._open_inference.statistics(*_asked(request)))
 
     async def infer(self, body: bytes, request: web.Request, call: Call) -> Reply[HttpAnswer]:
         end = _json_length(request.headers.get(_JSON_LENGTH), len(body))
@@ -124,12 +124,12 @@ class OpenInferenceRoutes:
         return Reply(message, reply.texts, reply.pairs, reply.truncated, reply.stamps)
 
 
-def add_routes(endpoints: Endpoints, state: ServerState, metrics: Metrics) -> None:
-    routes = OpenInferenceRoutes(OpenInference(state, metrics))
+def add_routes(endpoints: Endpoints, state: ServerState, view: View) -> None:
+    routes = OpenInferenceRoutes(OpenInference(state, view))
     model = "/v2/models/{model:.+}"
     # A name may hold slashes, so that the longer paths come first.
     paths = (f"{model}/versions/{{version}}", model)
-    questions: list[tuple[str, Callable[[web.Request], web.Response], str, Needs]] = [
+    questions: list[tuple[str, Question, str, Needs]] = [
         ("/v2", routes.server, "What the server is", MODEL_FACTS),
         ("/v2/health/live", routes.live, "200 while the process answers", OPEN),
         ("/v2/health/ready", routes.ready, "200 while the server is ready, else 503", OPEN),

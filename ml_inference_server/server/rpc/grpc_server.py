@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from ml_inference_server.door.certificates import Certificates, TlsFiles
 from ml_inference_server.door.door import Door
 from ml_inference_server.server.rpc.doorkeeper import Doorkeeper
+from ml_inference_server.server.rpc.health_servicer import HealthServicer
 from ml_inference_server.server.rpc.library import health_handlers, reflection_handlers
 from ml_inference_server.server.rpc.services import Servicer
 from ml_inference_server.utils.config import ServerSettings
-from ml_inference_server.utils.errors import ConfigError, PortInUse
+from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.ports import check_bindable, in_use
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,17 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)
 
 
-def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    """Channel arguments. gRPC ignores a misspelt one without a word, so a test compares the names with gRPC's list."""
+def server_options(settings: ServerSettings, *, shares_port: bool = False) -> list[tuple[str, int]]:
+    """Channel arguments. gRPC ignores a misspelt one without a word, so a test compares the names with gRPC's list.
+
+    shares_port: with other workers of the same server.
+    """
     age_ms, grace_ms = round(1000 * settings.max_connection_age_s), round(1000 * settings.max_connection_age_grace_s)
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
-        ("grpc.so_reuseport", 0),  # otherwise a second server binds the same port and takes half of the calls
+        # With 1 a second server binds the same port and takes half of the calls.
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         # Headers of one call: above the first some are refused, above the second all (both are gRPC's defaults).
         ("grpc.max_metadata_size", 8192),
@@ -61,23 +66,21 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
 
 @dataclass(slots=True)
 class RpcHealth:
-    """What the gRPC health service says: NOT_SERVING until it is set. health: its servicer, for asyncio."""
+    """What the gRPC health service says: NOT_SERVING until it is set."""
 
     servicers: Sequence[Servicer]
-    health: Any = field(default_factory=health.aio.HealthServicer)
+    health: HealthServicer = field(default_factory=HealthServicer)
     serving: bool = False
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """What health clients and watchers get, for the whole server and for each service.
 
         A service that the loaded model can do nothing for stays NOT_SERVING, as in Text Embeddings Inference.
         """
         self.serving = serving
         services = {name: able for servicer in self.servicers for name, able in servicer.services().items()}
-        for name, able in {"": True, **services}.items():
-            up = serving and able
-            status = health_pb2.HealthCheckResponse.SERVING if up else health_pb2.HealthCheckResponse.NOT_SERVING
-            await self.health.set(name, status)
+        up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        self.health.set({name: up if serving and able else down for name, able in {"": True, **services}.items()})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,22 +92,28 @@ class GrpcServer(RpcHealth):
 
 
 async def start_grpc(
-    settings: ServerSettings, servicers: Sequence[Servicer], door: Door | None = None, tls: TlsFiles | None = None
+    settings: ServerSettings,
+    servicers: Sequence[Servicer],
+    door: Door | None = None,
+    tls: TlsFiles | None = None,
+    *,
+    shares_port: bool = False,
 ) -> GrpcServer:
     """Bind and listen. PortInUse or ConfigError if that cannot be done.
 
-    door: lets callers in; None: everybody. tls: None: in the clear.
+    door: lets callers in; None: everybody. tls: None: in the clear. shares_port: it is reserved for several processes.
     """
-    _check_bindable(settings.host, settings.port)
+    if not shares_port:
+        check_bindable(settings.host, settings.port)
     with _socket_threads_wait_their_turn():
         interceptors = [] if door is None else [Doorkeeper(door)]
-        server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(settings, shares_port=shares_port))
     built = GrpcServer(servicers, server=server)
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     handlers = [handler for servicer in servicers for handler in servicer.handlers()]
     server.add_generic_rpc_handlers([*handlers, health_handlers(built.health), reflection_handlers(described)])
-    await built.set_serving(False)
+    built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
     try:
@@ -112,7 +121,7 @@ async def start_grpc(
     except RuntimeError as error:
         if tls is not None and not settings.port:  # a free port cannot be in use
             raise ConfigError(f"server.tls.cert {settings.tls.cert}: gRPC cannot use this pair") from error
-        raise _in_use(settings.host, settings.port) from error
+        raise in_use(settings.host, settings.port) from error
     await server.start()
     return built
 
@@ -167,26 +176,3 @@ def _policy() -> int | None:
 def _schedule(thread_id: int, policy: int) -> None:
     with contextlib.suppress(OSError):  # forbidden, or the thread has ended
         os.sched_setscheduler(thread_id, policy, os.sched_param(0))
-
-
-def _check_bindable(host: str, port: int) -> None:
-    """gRPC's own message on a failed bind names neither the cause nor a remedy; a probe does."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"server.host {host} is not an address of this machine: {error.strerror}") from error
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except PermissionError as error:
-            raise ConfigError(f"server.port {port} needs administrator rights: use one above 1023") from error
-        except OSError as error:
-            if error.errno is not None and "address" in str(error.strerror).lower() and "assign" in str(error.strerror):
-                raise ConfigError(f"server.host {host} is not an address of this machine") from error
-            raise _in_use(host, port) from error
-
-
-def _in_use(host: str, port: int) -> PortInUse:
-    return PortInUse(f"port {port} on {host} is in use: stop what holds it, or pass --port 0 for a free one")

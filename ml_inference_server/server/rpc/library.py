@@ -1,4 +1,4 @@
-"""Health and reflection as their libraries bring them, except that a broken message is answered as in our own RPCs.
+"""Health and reflection as handlers, in which a broken message is answered as in our own RPCs.
 
 Left to gRPC, it would be answered with UNKNOWN, and a traceback would go to the log.
 """
@@ -11,12 +11,12 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from ml_inference_server.server.rpc.health_servicer import HealthServicer
 from ml_inference_server.server.rpc.method_handlers import decoded, refuse
 from ml_inference_server.utils.errors import InvalidRequest
 
 
-def health_handlers(servicer: Any) -> grpc.GenericRpcHandler:
-    """servicer: grpc_health's, for asyncio."""
+def health_handlers(servicer: HealthServicer) -> grpc.GenericRpcHandler:
     check = _decoding(health_pb2.HealthCheckRequest, servicer.Check)
     watch = _decoding(health_pb2.HealthCheckRequest, servicer.Watch)
     return grpc.method_handlers_generic_handler(

@@ -41,13 +41,14 @@ class MethodHandlers:
         return self._unary(observed)
 
     def question(
-        self, method: str, request: type[Message], run: Callable[[Any], Message]
+        self, method: str, request: type[Message], run: Callable[[Any], Message | Awaitable[Message]]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """The handler of a unary RPC that asks about the server: it is no work, and is not counted."""
 
         async def answered(raw: bytes, call: Call) -> tuple[bytes, Metadata]:
             try:
-                return run(decoded(request, raw)).SerializeToString(), ()
+                found = run(decoded(request, raw))
+                return (found if isinstance(found, Message) else await found).SerializeToString(), ()
             except Exception as error:
                 raise expected(error, method, call) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from ml_inference_server.metrics.registry import Metrics
+from ml_inference_server.metrics.view import View
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.encodings import Encoding, bytes_per_vector, encode_rows
@@ -54,9 +54,9 @@ _ENCODINGS: dict[int, Encoding] = {
 
 
 class NativeServicer:
-    def __init__(self, state: ServerState, metrics: Metrics, handlers: MethodHandlers) -> None:
+    def __init__(self, state: ServerState, view: View, handlers: MethodHandlers) -> None:
         self._state = state
-        self._metrics = metrics
+        self._view = view
         self._handlers = handlers
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -77,7 +77,7 @@ class NativeServicer:
 
     async def embed(self, request: pb.EmbedRequest, call: Call) -> Reply[pb.EmbedResponse]:
         model, count = self._state.require_model(), len(request.texts)
-        encoding = _encoding(request)
+        encoding = encoding_of(request)
         dimensions = request.dimensions if request.HasField("dimensions") else None
         own = model.info.dimension
         self._check_reply_size("texts", count, bytes_per_vector(min(dimensions or own, own), encoding))
@@ -87,7 +87,7 @@ class NativeServicer:
             EmbedOptions(
                 prompt_name=request.prompt_name if request.HasField("prompt_name") else None,
                 role=request.input_type,
-                overflow=_overflow(request),
+                overflow=overflow_of(request),
                 dimensions=dimensions,
                 expect_space_id=request.expect_space_id,
                 model=request.model,
@@ -113,7 +113,7 @@ class NativeServicer:
         service = self._state.require_model().service
         service.check_count("pairs", len(request.pairs))
         pairs = [(pair.query, pair.passage) for pair in request.pairs]
-        options = ScoreOptions(overflow=_overflow(request), model=request.model, priority=_priority(request))
+        options = ScoreOptions(overflow=overflow_of(request), model=request.model, priority=_priority(request))
         answer = await service.score(pairs, call, options)
         message = pb.ScoreResponse(scores=answer.values, **_told(answer))
         return Reply(message, pairs=len(pairs), truncated=answer.truncated, stamps=answer.stamps)
@@ -122,7 +122,7 @@ class NativeServicer:
         service, count = self._state.require_model().service, len(request.documents)
         self._check_reply_size("documents", count, _RANK_BYTES, request.top_k)
         options = RerankOptions(
-            overflow=_overflow(request),
+            overflow=overflow_of(request),
             model=request.model,
             max_document_tokens=request.max_document_tokens or None,
             priority=_priority(request),
@@ -195,8 +195,8 @@ class NativeServicer:
         )
         raise InvalidRequest(f"{field}: {message}", reason="REPLY_TOO_LARGE", violations=[(field, message)])
 
-    def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
-        figures = self._metrics.snapshot()
+    async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
+        figures = await self._view.figures()
         latency = figures["latency_ms"]
         codes: dict[str, int] = {}
         for by_code in figures["totals"]["by_method_and_code"].values():
@@ -221,7 +221,7 @@ class NativeServicer:
             requests_by_code={code: count for code, count in codes.items() if count},
         )
 
-    def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+    async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         info = self._state.as_dict()
         limits = self._state.settings.server
         return pb.GetServerInfoResponse(
@@ -241,10 +241,11 @@ class NativeServicer:
             auto_choice=info["auto_choice"],
             space_ids=info["space_ids"],
             models=info["models"],
+            workers=[pb.Worker(**worker) for worker in await self._view.workers()],
         )
 
 
-def _overflow(request: Any) -> Overflow:
+def overflow_of(request: Any) -> Overflow:
     """InvalidRequest for a number that is none, and for two answers to one question."""
     overflow = _OVERFLOWS.get(request.overflow)
     if overflow is None:
@@ -265,7 +266,8 @@ def _priority(request: Any) -> Priority | None:
     return _PRIORITIES[request.priority]
 
 
-def _encoding(request: pb.EmbedRequest) -> Encoding:
+def encoding_of(request: pb.EmbedRequest) -> Encoding:
+    """InvalidRequest for a number that is none."""
     encoding = _ENCODINGS.get(request.encoding)
     if encoding is None:
         message = f"expected 0 to {max(_ENCODINGS)}"

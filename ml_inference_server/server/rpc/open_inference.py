@@ -87,8 +87,8 @@ class OpenInferenceServicer:
         found = self._open_inference.model_config(request.name, request.version)
         return ParseDict({"config": found}, pb.ModelConfigResponse())
 
-    def model_statistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
-        found = self._open_inference.statistics(request.name, request.version)
+    async def model_statistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        found = await self._open_inference.statistics(request.name, request.version)
         return ParseDict(found, pb.ModelStatisticsResponse())
 
     def repository_index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:

@@ -75,11 +75,11 @@ async def _scripts(port: int, found: Attacks) -> None:
     )
     for path in _PAGES:
         answer = await exchange(port, get(path, "Accept: text/html"))
-        found.judge("script", f"a hostile name in {path}", _is_page_with(answer, HOSTILE_NAME))
+        found.judge("script", f"a hostile name in {path}", is_page_with(answer, HOSTILE_NAME))
     for script in SCRIPTS:
         for request in _requests_with(script):
             answer = await exchange(port, request)
-            found.judge("script", f"{script!a} in {request[:60]!r}", _is_page_with(answer, script))
+            found.judge("script", f"{script!a} in {request[:60]!r}", is_page_with(answer, script))
 
 
 def _requests_with(script: str) -> Iterator[bytes]:
@@ -106,7 +106,8 @@ def _requests_with(script: str) -> Iterator[bytes]:
     yield http_request("/api/v1/benchmark", json.dumps(progress).encode(), JSON_TYPE, accept, _CLOSE)
 
 
-def _is_page_with(answer: bytes, script: str) -> str:
+def is_page_with(answer: bytes, script: str) -> str:
+    """What is wrong with the answer to a script; empty where no browser would run it."""
     headers, body = _headers(answer), answer.partition(b"\r\n\r\n")[2]
     if not answer:
         return "no answer"

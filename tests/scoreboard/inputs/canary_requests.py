@@ -18,7 +18,9 @@ def grpc_messages(word: Callable[[str], str]) -> Iterator[tuple[str, str, Any]]:
     yield "Embed", embed, pb.EmbedRequest(texts=[word("a text"), f"a {word('a later text')}"])
     yield "Embed that is cut", embed, pb.EmbedRequest(texts=[f"{word('a long text')} " + "a " * 300 + word("its end")])
     for name in ("prompt_name", "input_type", "expect_space_id", "model"):
-        yield f"Embed with {name}", embed, pb.EmbedRequest(texts=[word(f"a text beside {name}")], **{name: word(name)})
+        request = pb.EmbedRequest(texts=[word(f"a text beside {name}")])
+        setattr(request, name, word(name))
+        yield f"Embed with {name}", embed, request
     for fault in ("!raise", "!nan", "!short", "!oom:0"):
         yield f"Embed on which the engine fails ({fault})", embed, pb.EmbedRequest(texts=[f"{fault} {word(fault)}"])
     yield "Embed of no UTF-8", embed, message_with(1, word("bytes of no UTF-8").encode() + b"\xff")

@@ -34,7 +34,7 @@ def refused(group: str, name: str, request: Any, reason: str, *fields: str, **mo
     """By the method that takes this message. request: bytes are for Embed."""
     is_raw = isinstance(request, bytes)
     method = "Embed" if is_raw else type(request).__name__.removesuffix("Request")
-    given = {"path": f"{OWN}/{method}", "code": INVALID} | more
+    given: dict[str, Any] = {"path": f"{OWN}/{method}", "code": INVALID} | more
     sent = request if is_raw else request.SerializeToString()
     return GrpcCase(group=group, name=name, messages=(sent,), reason=reason, fields=fields, **given)
 
@@ -165,8 +165,8 @@ def number_cases() -> Iterator[GrpcCase]:
         yield refused("numbers", f"overflow {value}", sent + b"\x20" + number, "INVALID_FIELD", "overflow")
         yield refused("numbers", f"encoding {value}", sent + b"\x38" + number, "INVALID_FIELD", "encoding")
     for value in (1, 2, 2**32 - 1):
-        asked = pb.RerankRequest(query="a", documents=["b", "a"], top_k=value)
-        yield ranked("numbers", f"the best {value} of two documents", asked, [1, 0][:value])
+        best = pb.RerankRequest(query="a", documents=["b", "a"], top_k=value)
+        yield ranked("numbers", f"the best {value} of two documents", best, [1, 0][:value])
     most_tokens = pb.RerankRequest(query="a", documents=["b", "a"], max_document_tokens=2**32 - 1)
     yield ranked("numbers", "at most 2^32 - 1 tokens of a document", most_tokens, [1, 0])
     beyond = pb.EmbedRequest(texts=["a"]).SerializeToString() + b"\x30" + varint(2**32 + 8)

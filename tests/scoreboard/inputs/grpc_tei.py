@@ -34,7 +34,7 @@ def asked(
 def _tei_vector(text: str) -> Any:
     def check(answers: Sequence[bytes]) -> None:
         found = tei.EmbedResponse.FromString(answers[0]).embeddings
-        np.testing.assert_array_equal(np.float32(found), fake_embedding(text))
+        np.testing.assert_array_equal(np.array(found, np.float32), fake_embedding(text))
 
     return check
 
@@ -160,8 +160,8 @@ def _tei_token_cases() -> Iterator[GrpcCase]:
             reason="INVALID_FIELD",
             fields=["ids[0]"],
         )
-    ids = tei.DecodeRequest(ids=[1] * 1_000_000)
-    yield asked("tei", "a million ids", decode, ids, code=INVALID, reason="TOO_MANY_TEXTS")
+    million = tei.DecodeRequest(ids=[1] * 1_000_000)
+    yield asked("tei", "a million ids", decode, million, code=INVALID, reason="TOO_MANY_TEXTS")
     tokenize = "tei.v1.Tokenize/Tokenize"
     yield asked(
         "tei",

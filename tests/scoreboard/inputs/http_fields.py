@@ -29,7 +29,8 @@ def type_cases() -> Iterator[HttpCase]:
     }
     for name, (value, says) in wrong.items():
         yield ask("types", f"{name} as input", OPENAI, {"input": value, "model": "fake"}, 400, says)
-    for name, model in {"null": None, "a number": 7, "a list": ["fake"], "an object": {}}.items():
+    models: dict[str, Any] = {"null": None, "a number": 7, "a list": ["fake"], "an object": {}}
+    for name, model in models.items():
         yield ask("types", f"{name} as model", OPENAI, {"input": "a", "model": model}, 400, "model: ")
     for path, body, status, says in (
         (TEI, {"inputs": {"a": "b"}}, 422, "not an object"),

@@ -77,10 +77,9 @@ def unicode_cases() -> Iterator[HttpCase]:
     odd_key = b'{"model": "fake", "input": "a", "\\ud800": 1, "": 2, "__class__": 3}'
     yield ask("unicode", "keys of odd characters", OPENAI, odd_key, 200, right=openai_vectors("a"))
     for name, document in {"key": {"text": "a", "\ud800": 1}, "value": {"text": "a", "b": "\ud800"}}.items():
-        body = {"query": "q", "documents": [document], "return_documents": True}
-        yield ask(
-            "unicode", f"half a pair in the {name} of a document to return", JINA, body, 400, "documents[0]: holds"
-        )
+        wanted = {"query": "q", "documents": [document], "return_documents": True}
+        title = f"half a pair in the {name} of a document to return"
+        yield ask("unicode", title, JINA, wanted, 400, "documents[0]: holds")
     half_id = {"id": "\ud800", "inputs": [{"name": "TEXT", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}
     yield ask("unicode", "half a pair as an id to return", INFER, half_id, 400, "id: not valid Unicode")
 

@@ -1,0 +1,90 @@
+"""How much grpc.aio itself keeps of calls that are cancelled: a server of a few lines, with nothing of ours in it.
+
+By hand: python -m tests.scoreboard.bare_grpc --calls 60000 --cancelled 0.9
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+from typing import Any
+
+import grpc
+import psutil
+
+from tests.scoreboard.real_server import ROOT, environment
+from tests.scoreboard.soak import Sample, slope_mb_per_100k
+
+_METHOD = "/bare.Bare/Call"
+_WORK_S, _CANCELLED_AFTER_S = 0.02, 0.05
+_IN_FLIGHT, _SAMPLE_EVERY = 48, 500
+
+
+async def _serve() -> None:
+    async def handle(request: bytes, context: Any) -> bytes:
+        await asyncio.sleep(_WORK_S)
+        return request
+
+    server = grpc.aio.server()
+    method: Any = grpc.unary_unary_rpc_method_handler(handle)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Bare", {"Call": method}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+
+
+async def _call(port: int, pid: int, calls: int, cancelled: float) -> tuple[list[Sample], int]:
+    """Samples of the server's memory, and how many calls were cancelled."""
+    rng, samples, numbers = random.Random(1), list[Sample](), iter(range(calls))
+    ends = {"done": 0, "cancelled": 0}
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: Any = channel.unary_unary(_METHOD)
+
+        async def call_until_over() -> None:
+            for _ in numbers:
+                call = method(b"a", timeout=60)
+                if rng.random() < cancelled:
+                    asyncio.get_running_loop().call_later(rng.uniform(0, _CANCELLED_AFTER_S), call.cancel)
+                try:
+                    await call
+                except asyncio.CancelledError:
+                    ends["cancelled"] += 1
+                ends["done"] += 1
+                if ends["done"] % _SAMPLE_EVERY == 0:
+                    samples.append(Sample(ends["done"], psutil.Process(pid).memory_info().rss))
+
+        await asyncio.gather(*(call_until_over() for _ in range(_IN_FLIGHT)))
+    return samples, ends["cancelled"]
+
+
+async def _measure(calls: int, cancelled: float) -> None:
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "tests.scoreboard.bare_grpc", "--serve"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert server.stdout is not None
+        port = int(await server.stdout.readline())
+        samples, count = await _call(port, server.pid, calls, cancelled)
+    finally:
+        server.kill()
+        await server.wait()
+    slope = slope_mb_per_100k(samples)
+    print(f"grpc {grpc.__version__}: {calls} calls, {count} cancelled: {slope:+.2f} MB per 100,000 calls")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Memory of a bare grpc.aio server whose calls are cancelled.")
+    parser.add_argument("--calls", type=int, default=60_000)
+    parser.add_argument("--cancelled", type=float, default=0.3)
+    parser.add_argument("--serve", action="store_true", help="be the server")
+    given = parser.parse_args()
+    asyncio.run(_serve() if given.serve else _measure(given.calls, given.cancelled))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
