@@ -208,6 +208,8 @@ class DynamicBatcher:
             pending.fail(ServiceError(_BUG))
         self._subscriptions.abandon(self._pending)
         self._queue = BatchQueue(self._queue.limits)
+        # Left as it was, whoever comes next would wait for a turn that is over.
+        self._pump_handle = None
 
     def _expected(self, running: _InFlight) -> Running:
         return Running(running.batch.tokens, running.since + self._rate.s_per_cost_token * running.cost_tokens)

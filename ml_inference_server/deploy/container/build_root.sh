@@ -63,7 +63,7 @@ system() {
   find "$root/usr/share/doc" -mindepth 2 ! -name copyright ! -type d -delete
   find "$root/usr/bin" -mindepth 1 ! -name 'python3*' -delete
   rm -rf "$root"/etc/profile* "$root"/etc/update-motd.d "$root"/etc/skel "$root"/usr/share/base-files "$root"/usr/share/python3 \
-    "$root"/boot "$root"/home "$root"/media "$root"/mnt "$root"/opt "$root"/srv "$root"/var/lock "$root"/var/tmp
+    "${root:?}"/boot "${root:?}"/home "${root:?}"/media "${root:?}"/mnt "${root:?}"/opt "${root:?}"/srv "$root"/var/lock "$root"/var/tmp
   cat "$root"/usr/share/ca-certificates/mozilla/*.crt >"$root/etc/ssl/certs/ca-certificates.crt"
   printf 'mlis:x:10001:10001:ML inference server:/tmp:/usr/sbin/nologin\n' >"$root/etc/passwd"
   printf 'mlis:x:10001:\n' >"$root/etc/group"
