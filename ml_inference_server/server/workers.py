@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,6 +96,14 @@ class _Running:
         self._patience.end()
 
 
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    """All of its threads are there from the start: none begins under load, and a leak of threads can be told."""
+    pool, all_here = ThreadPoolExecutor(threads, thread_name_prefix="backend"), threading.Barrier(threads)
+    for _ in range(threads):
+        pool.submit(all_here.wait)
+    return pool
+
+
 class ThreadWorker:
     """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more.
 
@@ -109,7 +118,7 @@ class ThreadWorker:
         self.slots = backend.info.concurrency
         self.express_slots = int(backend.info.device == "cpu")
         self.trouble = self.stuck = self.lost = ""
-        self._pool = ThreadPoolExecutor(self.slots + self.express_slots, thread_name_prefix="backend")
+        self._pool = _started_pool(self.slots + self.express_slots)
         self._running: set[_Running] = set()
         self._fails = False
 

@@ -69,10 +69,11 @@ def main(arguments: Sequence[str] | None = None, lines: Sequence[Line] | None = 
 
 
 async def _until_signal(board: Board, rows: Sequence[Row], given: argparse.Namespace) -> int:
-    """SIGTERM ends it as SIGINT does, so that a row can end the processes that it started."""
+    """A signal ends it so that a row can end the processes that it started, also where a shell has SIGINT ignored."""
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await board.run(rows, is_quick=given.quick, seed=given.seed)
 
 

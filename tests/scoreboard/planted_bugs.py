@@ -52,12 +52,12 @@ NEIGHBOURS_DROPPED = Bug(
         Edit(
             path=_RUNNER,
             old="""
-            for item in batch.items:
-                if item.payload is not None:
+        for item in batch.items:
+            if item.payload is not None:
 """,
             new="""
-            for item in ():
-                if item.payload is not None:
+        for item in ():
+            if item.payload is not None:
 """,
         ),
     ),
@@ -192,7 +192,7 @@ BATCHER_DIES = Bug(
     edits=(
         Edit(
             path=f"{_SERVER}/scheduler.py",
-            old='pending.fail(ServiceError("internal error in the batcher"))',
+            old="pending.fail(ServiceError(_BUG))",
             new="pass",
         ),
     ),

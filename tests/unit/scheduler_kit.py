@@ -91,7 +91,8 @@ class Rig:
         limits = Limits(max_batch_size, max_batch_tokens=4096, timeout_s=timeout_s, enabled=enabled)
         self.metrics = Metrics(window_s=30)
         rate = EngineRate()
-        batching = BatchingSettings.model_validate(settings)
+        # Of so many texts, that nobody has a batch in line and is bulk for it, unless a test says so.
+        batching = BatchingSettings.model_validate({"max_batch_size": max(32, max_batch_size), **settings})
         self._whole_queue_tokens = batching.max_queue_tokens
         self.admission = Admission(batching, rate, batch_tokens=limits.max_batch_tokens)
         self.cache = AnswerCache(cache_bytes) if cache_bytes else None
