@@ -119,7 +119,10 @@ class MergedMetrics:
         )
 
     def _added_up(self) -> Series:
+        """Sums of fractions depend on their order in the last digit; to Prometheus one that falls has begun anew."""
         series, now = self._series, self.gauges()
+        cpu_told_s = series.numbers["process_cpu_seconds_total"][()]
+        told = [(each, each.total) for of_name in series.histograms.values() for each in of_name.values()]
         for name, by_labels in series.numbers.items():
             for labels in by_labels:
                 by_labels[labels] = self._ended.numbers[name].get(labels, 0)
@@ -133,10 +136,12 @@ class MergedMetrics:
             ("mlis_workers", self._ready()),
             ("mlis_worker_restarts_total", self._restarts()),
             ("mlis_uptime_seconds", now.uptime_s),
-            ("process_cpu_seconds_total", now.system.cpu_seconds),
+            ("process_cpu_seconds_total", max(cpu_told_s, now.system.cpu_seconds)),
             ("process_resident_memory_bytes", now.system.rss_bytes),
         ):
             series.numbers[name][()] = value
+        for histogram, total in told:
+            histogram.total = max(histogram.total, total)
         return series
 
     def _add(self, report: Report, series: Series, *, with_gauges: bool) -> None:
