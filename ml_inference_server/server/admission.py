@@ -113,6 +113,21 @@ class Admission:
         """Of all requests that were let in, without those that a batch has taken."""
         return self._shares.tokens
 
+    @property
+    def expected_wait_s(self) -> float:
+        """How long the engine takes for all that no batch has taken yet; 0 before it has run a batch."""
+        return self._seconds_for(self._shares.tokens)
+
+    def change(self, settings: BatchingSettings, *, batch_tokens: int) -> None:
+        """Other bounds from now on; whoever is in stays."""
+        self._settings = settings
+        self._shares.change_bounds(
+            max_requests=settings.max_queue_requests,
+            max_tokens=settings.max_queue_tokens,
+            batch_tokens=batch_tokens,
+            batch_texts=settings.max_batch_size,
+        )
+
     async def enter(
         self, tokens: int, deadline: float, *, texts: int = 1, caller: str = "", asked: Priority | None = None
     ) -> Reservation:

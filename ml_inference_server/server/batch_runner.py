@@ -41,7 +41,7 @@ class BatchRunner:
         self._worker = worker
         self._hang_timeout_s = hang_timeout_s
         self._subscriptions = subscriptions
-        self._limits = limits
+        self.limits = limits
         self._rate = rate
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
@@ -84,7 +84,7 @@ class BatchRunner:
     def _make_smaller(self, items: Sequence[Item], error: Exception) -> None:
         """This batch, as any that raises; and those after it."""
         lengths = [item.length for item in items]
-        tokens = self._limits.work_tokens(len(items), max(lengths), sum(lengths))
+        tokens = self.limits.work_tokens(len(items), max(lengths), sum(lengths))
         self._room.ran_out(tokens)
         log.warning(
             "out of memory (%r) in a batch of %d texts, %d padded tokens: halving it; for now batches have at most %d "
@@ -122,7 +122,7 @@ class BatchRunner:
         for item in items:
             for pending in item.subscribers:
                 pending.is_dispatched = True
-        expected_s = self._rate.s_per_cost_token * self._limits.cost_tokens(batch)
+        expected_s = self._rate.s_per_cost_token * self.limits.cost_tokens(batch)
         limit_s = hang_limit_s(expected_s, self._rate.batches, self._hang_timeout_s)
         try:
             output = await self._worker.run(TokenBatch.of([item.payload for item in items]), limit_s)
@@ -152,11 +152,11 @@ class BatchRunner:
         if ok:
             self._rate.observe(
                 tokens=batch.tokens,
-                cost_tokens=self._limits.cost_tokens(batch),
+                cost_tokens=self.limits.cost_tokens(batch),
                 streams=self._worker.slots,
                 compute_s=compute_s,
             )
-        padded_tokens = self._limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
+        padded_tokens = self.limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
         self._metrics.batch_finished(
             texts=len(batch.items),
             tokens=batch.tokens,

@@ -124,6 +124,12 @@ class BatchQueue:
         """Of the texts that wait."""
         return self._interactive.tokens + self._bulk.tokens
 
+    def change_limits(self, limits: Limits) -> None:
+        """For batches from now on; what waits keeps its turn. `limits.enabled` stays what it was."""
+        self.limits = limits
+        for line in (self._interactive, self._bulk):
+            line.change_portions(limits.max_batch_tokens, limits.max_batch_size)
+
     def add(self, items: Sequence[Item], caller: str = "", *, is_bulk: bool = False) -> None:
         """Put the texts of one request in line, in their order.
 

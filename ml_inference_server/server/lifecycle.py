@@ -17,7 +17,8 @@ from ml_inference_server.metrics.tracing import Tracer
 from ml_inference_server.metrics.view import View
 from ml_inference_server.server.caller_limits import CallerLimits
 from ml_inference_server.server.calls import Calls
-from ml_inference_server.server.health import watch_health
+from ml_inference_server.server.entrance import Foyer, OpenEntrance
+from ml_inference_server.server.health import Health, watch_health
 from ml_inference_server.server.http.api import HttpApi
 from ml_inference_server.server.open_inference import OpenInference
 from ml_inference_server.server.ready_model import Load, ReadyModel, assemble, load_model, same_limits
@@ -70,12 +71,14 @@ async def serving(
     quiet_s: float = _QUIET_S,
     ends_process: bool = False,
     seat: Seat | None = None,
+    entrance: OpenEntrance | None = None,
 ) -> AsyncIterator[Server]:
     """A running server. StartError if it cannot start; a cancellation while it starts stops what was started.
 
     load: how the model comes to be. quiet_s: without a new call, before gRPC is stopped. ends_process: the caller ends
     the process right after, and that closes the gRPC port and its connections; until then calls are refused. seat: of
     one worker of several, whose ports are open once it can answer: until then, the others get its calls.
+    entrance: where gRPC calls come in; None: through a port of its own.
     """
     if seat is None and worker_count(settings.server.workers) > 1:
         raise ConfigError("server.workers is for the program (mlis serve): in a process of your own set it to 1")
@@ -89,7 +92,7 @@ async def serving(
         prefix=state.instance_id[:8],
         door=door,
     )
-    how = _Listening(state, calls, door, tls, shares_port=seat is not None)
+    foyer = Foyer(state, calls, door, tls, shares_port=seat is not None)
     # Started from top to bottom, stopped from bottom to top.
     async with contextlib.AsyncExitStack() as started:
         enter = started.enter_async_context
@@ -97,12 +100,13 @@ async def serving(
         await enter(_traces(settings, metrics))
         loading = _model(state, metrics, load, _limits_of(settings, metrics, door))
         model = await enter(loading) if seat is not None else None
-        grpc_server = await enter(_grpc(how, view, None if ends_process else quiet_s))
-        http_port = await enter(_sidecar(how, view, _QUIET_S if ends_process else quiet_s))
+        opened = entrance(foyer, view) if entrance else _grpc(foyer, view, None if ends_process else quiet_s)
+        front = await enter(opened)
+        http_port = await enter(_sidecar(foyer, view, _QUIET_S if ends_process else quiet_s))
         await enter(_watched_files(door, tls))
         if model is None:
             model = await enter(loading)
-        health = await enter(_health(state, grpc_server))
+        health = await enter(_health(state, front))
         if isinstance(view, WorkerView):
             view.serves()
         server = Server(
@@ -110,13 +114,13 @@ async def serving(
             metrics=metrics,
             model=model,
             health=health,
-            grpc_port=grpc_server.port,
+            grpc_port=front.port,
             http_port=http_port,
         )
         try:
             yield server
         finally:
-            server.cut_off = await _drain(state, model, grpc_server)
+            server.cut_off = await _drain(state, model, front)
     log.info("stopped")
 
 
@@ -162,17 +166,6 @@ async def _traces(settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
         await asyncio.to_thread(tracer.close)
 
 
-@dataclass(frozen=True, slots=True)
-class _Listening:
-    """What both ports have in common."""
-
-    state: ServerState
-    calls: Calls
-    door: Door | None
-    tls: TlsFiles | None
-    shares_port: bool
-
-
 @contextlib.asynccontextmanager
 async def _view(state: ServerState, metrics: Metrics, seat: Seat | None) -> AsyncIterator[View]:
     """Of this process by itself, or of all workers."""
@@ -185,13 +178,13 @@ async def _view(state: ServerState, metrics: Metrics, seat: Seat | None) -> Asyn
 
 
 @contextlib.asynccontextmanager
-async def _grpc(how: _Listening, view: View, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
+async def _grpc(foyer: Foyer, view: View, quiet_s: float | None) -> AsyncIterator[GrpcServer]:
     """The port is open, and calls are answered, before there is a model: with MODEL_LOADING.
 
     quiet_s: None leaves the port to the end of the process. grpc.aio's `stop` answers calls that arrive during it with
     CANCELLED, which no client repeats; a connection that ends is UNAVAILABLE, which is safe to repeat.
     """
-    state, calls, tls = how.state, how.calls, how.tls
+    state, calls, tls = foyer.state, foyer.calls, foyer.tls
     settings = state.settings.server
     open_inference = OpenInference(state, view)
     servicers = (
@@ -199,7 +192,7 @@ async def _grpc(how: _Listening, view: View, quiet_s: float | None) -> AsyncIter
         OpenInferenceServicer(open_inference, calls, settings.max_message_bytes),
         TeiServicer(state, calls),
     )
-    grpc_server = await start_grpc(settings, servicers, how.door, tls, shares_port=how.shares_port)
+    grpc_server = await start_grpc(settings, servicers, foyer.door, tls, shares_port=foyer.shares_port)
     log.info("gRPC on %s:%d%s", settings.host, grpc_server.port, " with TLS" if tls else "")
     if tls is not None:
         log.info("certificate: %s", tls.describe())
@@ -217,21 +210,21 @@ async def _grpc(how: _Listening, view: View, quiet_s: float | None) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
-async def _sidecar(how: _Listening, view: View, quiet_s: float) -> AsyncIterator[int]:
-    state = how.state
+async def _sidecar(foyer: Foyer, view: View, quiet_s: float) -> AsyncIterator[int]:
+    state = foyer.state
     sidecar = Sidecar(
         state.settings.metrics,
         view,
         server_info=state.as_dict,
         liveness=lambda: (True, "the event loop turns"),
-        api=HttpApi(state, how.calls, view),
-        door=how.door,
-        tls=how.tls,
-        shares_port=how.shares_port,
+        api=HttpApi(state, foyer.calls, view),
+        door=foyer.door,
+        tls=foyer.tls,
+        shares_port=foyer.shares_port,
         is_draining=state.draining.is_set,
     )
     port = await sidecar.start()
-    scheme = "https" if how.tls else "http"
+    scheme = "https" if foyer.tls else "http"
     log.info("dashboard and metrics on %s://%s:%d", scheme, state.settings.metrics.host, port)
     try:
         yield port
@@ -274,20 +267,20 @@ async def _model(
 
 
 @contextlib.asynccontextmanager
-async def _health(state: ServerState, grpc_server: GrpcServer) -> AsyncIterator[asyncio.Task[None]]:
-    grpc_server.set_serving(True)
-    watcher = asyncio.create_task(watch_health(state, grpc_server))
+async def _health(state: ServerState, front: Health) -> AsyncIterator[asyncio.Task[None]]:
+    front.set_serving(True)
+    watcher = asyncio.create_task(watch_health(state, front))
     try:
         yield watcher
     finally:
         watcher.cancel()
 
 
-async def _drain(state: ServerState, model: ReadyModel, grpc_server: GrpcServer) -> int:
+async def _drain(state: ServerState, model: ReadyModel, front: Health) -> int:
     """Health first, then refuse new calls, then finish what was let in; how many requests could not be finished."""
     settings = state.settings.server
     state.draining.set()
-    grpc_server.set_serving(False)
+    front.set_serving(False)
     if model.worker.lost:
         model.admission.refuse_new()
         return await model.admission.drained(0.0 if model.worker.stuck else _LOST_DRAIN_S)

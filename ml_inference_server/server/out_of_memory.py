@@ -30,6 +30,12 @@ class BatchRoom:
         self._sound = 0
         self.tokens = most_tokens
 
+    def change_most(self, tokens: int) -> None:
+        """The most that is configured from now on. What did not fit into memory is not tried again for that."""
+        fits = self.tokens == self._most_tokens
+        self._most_tokens = tokens
+        self.tokens = tokens if fits else min(self.tokens, tokens)
+
     def ran_out(self, tokens: int) -> None:
         """A batch of several texts with so many padded tokens found too little memory."""
         self._sound = 0

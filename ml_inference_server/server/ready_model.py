@@ -19,7 +19,7 @@ from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.scheduler import DynamicBatcher, batch_limits
 from ml_inference_server.server.service import InferenceService
 from ml_inference_server.server.workers import ThreadWorker, Worker
-from ml_inference_server.utils.config import Settings
+from ml_inference_server.utils.config import BatchingSettings, Settings
 from ml_inference_server.utils.errors import ConfigError
 from ml_inference_server.utils.limit_settings import LimitSettings
 
@@ -54,6 +54,16 @@ class ReadyModel:
     def info(self) -> BackendInfo:
         return self.described.info
 
+    def change_batching(self, settings: BatchingSettings) -> None:
+        """Batches and bounds of the queue from now on; ConfigError where the model cannot run so.
+
+        `enabled` and `share_equal_texts` are for the start only, and stay what they were.
+        """
+        _check_batch_tokens(settings, self.info)
+        limits = batch_limits(settings, self.info)
+        self.batcher.change_limits(limits)
+        self.admission.change(settings, batch_tokens=limits.max_batch_tokens)
+
     def close(self) -> None:
         """End at once: requests that wait are answered with Unavailable."""
         self.batcher.close()
@@ -70,11 +80,7 @@ def assemble(
 ) -> ReadyModel:
     """ConfigError where settings and model disagree. limits_of: a caller; None: `server.limits` for each."""
     info = described.info
-    if settings.batching.max_batch_tokens and settings.batching.max_batch_tokens < info.max_tokens:
-        raise ConfigError(
-            f"batching.max_batch_tokens is {settings.batching.max_batch_tokens}, but one text may have "
-            f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
-        )
+    _check_batch_tokens(settings.batching, info)
     rate = EngineRate()
     limits = batch_limits(settings.batching, info)
     admission = Admission(
@@ -100,6 +106,14 @@ def assemble(
     )
     service = InferenceService(described.tokenizer, info, admission, batcher, settings.server, metrics, names)
     return ReadyModel(described=described, worker=worker, admission=admission, batcher=batcher, service=service)
+
+
+def _check_batch_tokens(settings: BatchingSettings, info: BackendInfo) -> None:
+    if settings.max_batch_tokens and settings.max_batch_tokens < info.max_tokens:
+        raise ConfigError(
+            f"batching.max_batch_tokens is {settings.max_batch_tokens}, but one text may have "
+            f"{info.max_tokens} tokens: raise it, or lower model.max_tokens"
+        )
 
 
 def same_limits(settings: LimitSettings) -> Callable[[str], CallerLimits]:

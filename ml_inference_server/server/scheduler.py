@@ -225,6 +225,13 @@ class DynamicBatcher:
             self._queue.limits = replace(self._queue.limits, max_batch_tokens=self._room.tokens)
         self._pump()
 
+    def change_limits(self, limits: Limits) -> None:
+        """For batches from now on. `enabled` stays what it was."""
+        self._room.change_most(limits.max_batch_tokens)
+        self._runner.limits = limits
+        self._queue.change_limits(replace(limits, max_batch_tokens=self._room.tokens))
+        self._pump_soon()
+
     def look_after(self) -> None:
         """Go on where a bug has left texts waiting beside a free slot. For whoever looks now and then."""
         for task in [task for task in self._running if task.done()]:
@@ -233,6 +240,11 @@ class DynamicBatcher:
             self._pump()
 
     # Health and end
+
+    @property
+    def busy_share(self) -> float:
+        """Of the slots, those that run a batch now; above 1 while an express slot runs one too."""
+        return len(self._running) / self._worker.slots
 
     @property
     def failures_in_a_row(self) -> int:

@@ -33,8 +33,9 @@ class QueueShares:
     """Bounds of the queue, and who holds how much of it. batch_tokens, batch_texts: of one batch, at most."""
 
     def __init__(self, *, max_requests: int, max_tokens: int, batch_tokens: int, batch_texts: int) -> None:
-        self._max_requests, self._max_tokens = max_requests, max_tokens
-        self._batch_tokens, self._batch_texts = batch_tokens, batch_texts
+        self.change_bounds(
+            max_requests=max_requests, max_tokens=max_tokens, batch_tokens=batch_tokens, batch_texts=batch_texts
+        )
         self._held: dict[str, Held] = {}
         self.requests = self.interactive = self.bulk = self.texts = 0
 
@@ -42,6 +43,11 @@ class QueueShares:
     def tokens(self) -> int:
         """That wait, or will."""
         return self.interactive + self.bulk
+
+    def change_bounds(self, *, max_requests: int, max_tokens: int, batch_tokens: int, batch_texts: int) -> None:
+        """For requests from now on; whoever is in stays."""
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._batch_tokens, self._batch_texts = batch_tokens, batch_texts
 
     def of(self, caller: str) -> Held:
         """What he holds now."""

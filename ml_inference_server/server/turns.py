@@ -84,7 +84,8 @@ class Line:
         self.is_bulk = is_bulk
         self.by_length: list[Item] = []
         self.tokens = 0
-        self._portion_tokens, self._portion_texts, self._in_portions = portion_tokens, portion_texts, in_portions
+        self._in_portions = in_portions
+        self.change_portions(portion_tokens, portion_texts)
         self._callers: dict[str, _CallersLine] = {}
         self._paused: dict[str, float] = {}  # callers with nothing in line who are ahead of `_time`
         self._time = 0.0
@@ -93,6 +94,10 @@ class Line:
     @property
     def texts(self) -> int:
         return len(self.by_length)
+
+    def change_portions(self, tokens: int, texts: int) -> None:
+        """For requests from now on; those in line keep their turns."""
+        self._portion_tokens, self._portion_texts = tokens, texts
 
     def add(self, items: Sequence[Item], caller: str) -> None:
         """Put the texts of one request in line, in their order.

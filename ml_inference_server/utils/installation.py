@@ -14,8 +14,8 @@ from ml_inference_server.utils.errors import ConfigError
 DISTRIBUTION = "ml-inference-server"
 CORE = "core"
 _ROOT = Path(__file__).resolve().parents[2]
-# The one extra that `requirements.txt` leaves out, and the file that holds it.
-_FILES = {"tracing": "requirements-tracing.txt"}
+# The extras that `requirements.txt` leaves out, and the files that hold them.
+_FILES = {"tracing": "requirements-tracing.txt", "ray": "requirements-ray.txt"}
 
 
 def checkout() -> Path | None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,34 +79,39 @@ def fingerprint() -> str:
 def environment() -> Environment:
     """The environment, built first if it is not there as the requirements are now; ClientsMissing if it cannot be."""
     made = Environment(FOLDER / "python")
-    stamp = made.folder / "built-from.txt"
-    with locked():
-        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint()):
-            shutil.rmtree(made.folder, ignore_errors=True)
-            _build(made)
-            stamp.write_text(fingerprint(), encoding="utf-8")
+    build_once(made.folder, fingerprint(), lambda: _build(made))
     return made
+
+
+def build_once(folder: Path, source: str, build: Callable[[], None]) -> None:
+    """Build `folder` unless it was built from `source`. ClientsMissing, of `build`."""
+    stamp = folder / "built-from.txt"
+    with locked():
+        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == source):
+            shutil.rmtree(folder, ignore_errors=True)
+            build()
+            stamp.write_text(source, encoding="utf-8")
 
 
 def _build(made: Environment) -> None:
     bar: tqdm[Any]
     with tqdm(desc=f"Building {made.folder.relative_to(ROOT)}, once", unit=" packages", mininterval=1) as bar:
-        _run(bar, "venv", sys.executable, "-m", "venv", made.folder)
+        run_step(bar, "venv", sys.executable, "-m", "venv", made.folder)
         # Modules are compiled when a script first imports them: most never are.
         install = ["install", "--no-compile", "--disable-pip-version-check", "--no-input", "--retries", "2"]
-        _run(bar, _shown(REQUIREMENTS), made.python, "-I", "-m", "pip", *install, "-r", REQUIREMENTS)
+        run_step(bar, _shown(REQUIREMENTS), made.python, "-I", "-m", "pip", *install, "-r", REQUIREMENTS)
         made.node_folder.mkdir()
         shutil.copy(NODE_PACKAGE, made.node_folder)
         quiet = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
-        _run(bar, _shown(NODE_PACKAGE), *made.npm, "install", "--prefix", made.node_folder, *quiet)
+        run_step(bar, _shown(NODE_PACKAGE), *made.npm, "install", "--prefix", made.node_folder, *quiet)
 
 
 def _shown(path: Path) -> str:
     return str(path.relative_to(HERE))
 
 
-def _run(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
-    """A child within the time limit; each package that it collects moves the bar."""
+def run_step(bar: "tqdm[Any]", title: str, *command: str | Path) -> None:
+    """A child within the time limit, or ClientsMissing; each package that it collects moves the bar."""
     last = "it said nothing"
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env(), start_new_session=True

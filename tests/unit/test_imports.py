@@ -107,6 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "utils",
         "server.open_inference",
         "worker_processes",
+        "server.entrance",
     },
     "server.serve": {"server.health", "server.lifecycle", "utils", "worker_processes"},
     # Upwards: the types of a result, load, target, result, measure, report, the commands, studies.
@@ -125,7 +126,19 @@ ALLOWED: dict[str, set[str]] = {
         "utils",
     },
     "benchmark.studies": {"benchmark", "door", "proto", "utils"},
-    "deploy": {"server"},
+    # The proxy's side knows errors and their form, nothing of an engine; the policy runs in Ray's controller, alone.
+    "deploy.ray_proxy": {"server.rpc.method_handlers", "server.rpc.native", "utils"},
+    "deploy.ray_scaling": set(),
+    "deploy.ray_entrance": {"deploy.ray_proxy", "door", "metrics.view", "server.entrance", "server.rpc", "utils"},
+    "deploy": {
+        "deploy.ray_entrance",
+        "deploy.ray_proxy",
+        "deploy.ray_scaling",
+        "metrics.view",
+        "server.entrance",
+        "server.lifecycle",
+        "utils",
+    },
     "main": {"server.serve", "utils", "worker_processes"},
     "client": {"benchmark", "utils"},
     "cli": {

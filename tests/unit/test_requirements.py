@@ -34,8 +34,8 @@ def written(name: str) -> dict[str, str]:
     return packages(line for line in lines if line and not line.startswith("-r"))
 
 
-def test_requirements_are_the_core_and_every_extra_but_tracing() -> None:
-    lists = [CORE, *(lines for name, lines in EXTRAS.items() if name != "tracing")]
+def test_requirements_are_the_core_and_every_extra_but_tracing_and_ray() -> None:
+    lists = [CORE, *(lines for name, lines in EXTRAS.items() if name not in ("tracing", "ray"))]
     assert written("requirements.txt") == packages(line for lines in lists for line in lines)
 
 
@@ -43,17 +43,21 @@ def test_requirements_of_tracing_are_its_extra() -> None:
     assert written("requirements-tracing.txt") == packages(EXTRAS["tracing"])
 
 
+def test_requirements_of_ray_are_its_extra() -> None:
+    assert written("requirements-ray.txt") == packages(EXTRAS["ray"])
+
+
 def test_requirements_for_development_are_their_group_and_tracing() -> None:
     assert written("requirements-dev.txt") == packages([*DEV, *EXTRAS["tracing"]])
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_all_is_every_extra() -> None:
+def test_all_is_every_extra_but_ray_which_is_a_cluster() -> None:
     def named(extra: str) -> set[str]:
         own = (Requirement(line) for line in EXTRAS[extra])
         return {extra}.union(*(named(name) for each in own for name in each.extras))
 
-    assert named("all") == set(EXTRAS)
+    assert named("all") | {"ray"} == set(EXTRAS)
 
 
 def test_the_core_brings_no_engine() -> None:
@@ -66,6 +70,7 @@ def test_the_core_brings_no_engine() -> None:
         "scipy",
         "matplotlib",
         "datasets",
+        "ray",
     }
     assert heavy & set(packages(CORE)) == set()
 

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -65,13 +65,11 @@ def server_options(settings: ServerSettings, *, shares_port: bool = False) -> li
 
 
 @dataclass(slots=True)
-class GrpcServer:
-    """A listening server. Its health says NOT_SERVING until it is set."""
+class RpcHealth:
+    """What the gRPC health service says: NOT_SERVING until it is set."""
 
-    server: grpc.aio.Server
-    health: HealthServicer
     servicers: Sequence[Servicer]
-    port: int = 0
+    health: HealthServicer = field(default_factory=HealthServicer)
     serving: bool = False
 
     def set_serving(self, serving: bool) -> None:
@@ -83,6 +81,14 @@ class GrpcServer:
         services = {name: able for servicer in self.servicers for name, able in servicer.services().items()}
         up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
         self.health.set({name: up if serving and able else down for name, able in {"": True, **services}.items()})
+
+
+@dataclass(slots=True, kw_only=True)
+class GrpcServer(RpcHealth):
+    """A listening server."""
+
+    server: grpc.aio.Server
+    port: int = 0
 
 
 async def start_grpc(
@@ -102,12 +108,11 @@ async def start_grpc(
     with _socket_threads_wait_their_turn():
         interceptors = [] if door is None else [Doorkeeper(door)]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(settings, shares_port=shares_port))
-    health_servicer = HealthServicer()
+    built = GrpcServer(servicers, server=server)
     names = [name for servicer in servicers for name in servicer.services()]
     described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     handlers = [handler for servicer in servicers for handler in servicer.handlers()]
-    server.add_generic_rpc_handlers([*handlers, health_handlers(health_servicer), reflection_handlers(described)])
-    built = GrpcServer(server, health_servicer, servicers)
+    server.add_generic_rpc_handlers([*handlers, health_handlers(built.health), reflection_handlers(described)])
     built.set_serving(False)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
