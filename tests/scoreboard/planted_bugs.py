@@ -333,11 +333,11 @@ STOPS_FIRST = Bug(
         Edit(
             path=f"{_SERVER}/lifecycle.py",
             old="""
-            server.cut_off = await _drain(state, model, grpc_server)
+            server.cut_off = await _drain(state, model, front)
 """,
             new="""
-            await grpc_server.server.stop(0)
-            server.cut_off = await _drain(state, model, grpc_server)
+            await front.server.stop(0)
+            server.cut_off = await _drain(state, model, front)
 """,
         ),
     ),
