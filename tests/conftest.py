@@ -158,7 +158,7 @@ async def server() -> AsyncIterator[FakeServer]:
         yield fake
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[..., bool]) -> None:
     """Let the loop and the threads go on until `condition` holds; pytest's timeout is the limit."""
     while not condition():  # noqa: ASYNC110 - polls state of another thread
         await asyncio.sleep(0.001)

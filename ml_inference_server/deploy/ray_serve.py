@@ -83,7 +83,6 @@ class InferenceReplica:
         self._end = contextlib.AsyncExitStack()
         settings = Settings.model_validate_json(settings_json)
         self._server: Server = await self._end.enter_async_context(serving(settings, entrance=self._enter))
-
         self._watch = asyncio.create_task(self._end_if_lost())
 
     async def _end_if_lost(self) -> None:

@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_inference_server import AsyncClient
 from ml_inference_server.api.errors import ServerError
+from tests.conftest import until
 from tests.faults.dns_names import Names
 from tests.faults.restarts import Fleet, free_ports
 from tests.integration.server_process import server_process
@@ -101,9 +102,9 @@ async def spread_and_restarts(folder: Path, *, calls: int, servers: int = 3, set
         for port in fleet.ports:
             await asyncio.to_thread(fleet.start, port)
         async with calling("ipv4:" + ",".join(f"127.0.0.1:{port}" for port in fleet.ports)) as going_on:
-            await _until(lambda: len(going_on.by_server) == servers)
+            await until(lambda: len(going_on.by_server) == servers)
             going_on.by_server.clear()  # until all were connected, the first one had all calls
-            await _until(lambda: going_on.by_server.total() >= calls)
+            await until(lambda: going_on.by_server.total() >= calls)
             spread = going_on.by_server.copy()
             begun, known, restarts = going_on.total, len(going_on.by_server), 0
             while restarts < servers or going_on.total - begun < calls:
@@ -111,7 +112,7 @@ async def spread_and_restarts(folder: Path, *, calls: int, servers: int = 3, set
                 await asyncio.to_thread(fleet.stop, port)
                 await asyncio.to_thread(fleet.start, port)
                 # The next one is not stopped before the clients have found this one again.
-                await _until(lambda known=known: len(going_on.by_server) > known)
+                await until(lambda known=known: len(going_on.by_server) > known)
                 known = len(going_on.by_server)
                 restarts += 1
         for port in fleet.ports:
@@ -148,22 +149,17 @@ async def newcomer(folder: Path, *, max_connection_age_s: float) -> Found:
             for host in hosts[:3]:
                 await asyncio.to_thread(start, host)
             async with calling(f"dns://127.0.0.1:{dns_port}/embeddings.test:{port}") as going_on:
-                await _until(lambda: going_on.is_even(3))
+                await until(lambda: going_on.is_even(3))
                 await asyncio.to_thread(start, hosts[3])
                 names.addresses = hosts
                 began_at = time.monotonic()
-                await _until(lambda: len(going_on.by_server) == 4)
+                await until(lambda: len(going_on.by_server) == 4)
                 first_s = time.monotonic() - began_at
-                await _until(lambda: going_on.is_even(4))
+                await until(lambda: going_on.is_even(4))
                 even_s = time.monotonic() - began_at
         finally:
             names.close()
     return Found(first_s, even_s, going_on.lost)
-
-
-async def _until(condition: Callable[..., bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the state of other processes
-        await asyncio.sleep(0.01)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ import grpc
 from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from tests.conftest import until
 from tests.integration.server_process import ServerProcess, server_process
 
 CALLERS = 16
@@ -147,23 +148,18 @@ async def restarts(
         for port in fleet.ports:
             await asyncio.to_thread(fleet.start, port)
         async with traffic(fleet.ports, retries=retries, callers=callers) as going_on:
-            await _until(lambda: len(going_on.instances) == servers)
+            await until(lambda: len(going_on.instances) == servers)
             for number in range(count):
                 known, port = len(going_on.instances), fleet.ports[number % servers]
                 await asyncio.to_thread(fleet.stop, port)
                 await asyncio.to_thread(fleet.start, port)
-                await _until(lambda known=known: len(going_on.instances) > known)
+                await until(lambda known=known: len(going_on.instances) > known)
                 restarted()
         for port in fleet.ports:
             await asyncio.to_thread(fleet.stop, port)
     finally:
         fleet.kill_all()
     return going_on.ends, fleet.exit_codes
-
-
-async def _until(condition: Any) -> None:
-    while not condition():  # noqa: ASYNC110 - the state of other processes
-        await asyncio.sleep(0.01)
 
 
 def main() -> int:

@@ -11,13 +11,6 @@ def test_one_server_is_compared_with_itself_in_turns(capsys: pytest.CaptureFixtu
     assert [line.split("  ")[1] for line in lines[-2:]] == ["throughput", "server CPU per request"]
 
 
-def test_the_interval_is_that_of_the_median() -> None:
-    middle, low, high = metrics_overhead.interval([0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.1])
-    assert (middle, low, high) == (1.0, 1.0, 1.0)
-    middle, low, high = metrics_overhead.interval([0.5, 1.5] * 20)
-    assert low < middle < high or (low, high) == (0.5, 1.5)
-
-
 def test_a_server_that_cannot_start_ends_the_program() -> None:
     with pytest.raises(SystemExit, match="did not start"):
         metrics_overhead.main(["--blocks", "1", "--set", "model.backend=onxx"])

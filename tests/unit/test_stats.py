@@ -189,3 +189,10 @@ def test_a_rate_that_failed_later_is_not_the_result() -> None:
     search.tell(10, True)
     search.tell(10, False)
     assert search.low == 0
+
+
+def test_the_interval_of_a_median() -> None:
+    middle, low, high = stats.median_interval([0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.1])
+    assert (middle, low, high) == (1.0, 1.0, 1.0)
+    middle, low, high = stats.median_interval([0.5, 1.5] * 20)
+    assert low < middle < high or (low, high) == (0.5, 1.5)

@@ -1,6 +1,7 @@
 """What the figures are worth: intervals, differences, and which percentiles a sample has earned."""
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,3 +146,10 @@ def paired_bootstrap(differences: ArrayLike, seed: int = 0, draws: int = 10_000)
     means = [float(values[random.integers(0, len(values), len(values))].mean()) for _ in range(draws)]
     low, high = np.percentile(means, (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)))
     return float(low), float(high)
+
+
+def median_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """Median and its 95 % interval (percentile bootstrap)."""
+    draw = random.Random(seed)  # noqa: S311 - a statistic, not a secret
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    return statistics.median(values), medians[draws // 40], medians[draws - draws // 40 - 1]

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import random
 import signal
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import aiohttp
 import grpc
 import psutil
 
+from ml_inference_server.benchmark.result.stats import median_interval
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
 
@@ -180,13 +180,6 @@ def block(arguments: argparse.Namespace) -> list[tuple[Turn, Turn]]:
         return asyncio.run(measure(server, arguments))
 
 
-def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Median and its 95 % interval (percentile bootstrap, 2000 resamples)."""
-    draw = random.Random(0)  # noqa: S311 - a statistic, not a secret
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return statistics.median(ratios), medians[50], medians[1949]
-
-
 def report(blocks: Sequence[Sequence[tuple[Turn, Turn]]], names: tuple[str, str]) -> None:
     rounds = [each for block in blocks for each in block]
     cpu_us = 1e6 * statistics.median(b.cpu_s for _, b in rounds)
@@ -196,7 +189,7 @@ def report(blocks: Sequence[Sequence[tuple[Turn, Turn]]], names: tuple[str, str]
         ("throughput", [a.requests_per_s / b.requests_per_s for a, b in rounds]),
         ("server CPU per request", [a.cpu_s / b.cpu_s for a, b in rounds]),
     ):
-        middle, low, high = interval(ratios)
+        middle, low, high = median_interval(ratios)
         print(f"  {title:24} {100 * (middle - 1):+.2f} % [{100 * (low - 1):+.2f}, {100 * (high - 1):+.2f}]")
 
 

@@ -63,7 +63,7 @@ async def own_server(
         named = ["--experiment", str(experiment)] if experiment else []
         arguments = [*named, *given, "--port", "0", "--http-port", "0"]
         drain_s = settings.server.drain_timeout_ms / 1e3
-        options = ServerOptions(arguments, Path(folder) / "server.log", START_TIMEOUT_S, drain_s)
+        options = ServerOptions(arguments, Path(folder) / "server.log", START_TIMEOUT_S, drain_s, connection=connection)
         async with ServerProcess(options, stop) as server:
             ports = await stop.race(server.start())
             async with Target(LOOPBACK, ports["grpc_port"], connection) as target:

@@ -10,40 +10,26 @@ and all its calls stay there; so the fullest worker decides how much load all of
 """
 
 import argparse
-import asyncio
 import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ml_inference_server.benchmark.load.channel import Target, check_embeddings
+from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.report.plots import Panel, of_panels
-from ml_inference_server.benchmark.studies.metrics_overhead import interval
-from ml_inference_server.benchmark.studies.own_server import OwnServer, own_server
-from ml_inference_server.benchmark.target.conditions import process_cpu_s
+from ml_inference_server.benchmark.result.stats import median_interval
+from ml_inference_server.benchmark.studies.closed_turn import ClosedTurn, closed_turn
+from ml_inference_server.benchmark.studies.own_server import own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK
 from ml_inference_server.utils.errors import EXIT_OK
 
-_TIMEOUT_S = 60.0
-_TEXT = "what is a cell and why does it have a membrane round what it is made of"
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 CONNECTIONS = (8, 32, 128, 512, 2048)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkersTurn:
-    """CPUs that were kept busy by server and client while the calls were answered."""
-
-    calls_per_s: float
-    server_cpus: float
-    client_cpus: float
 
 
 def carried(workers: int, connections: int, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
@@ -57,30 +43,8 @@ def carried(workers: int, connections: int, draws: int = 2000, seed: int = 0) ->
     return float(middle), float(low), float(high)
 
 
-async def _turn(
-    server: OwnServer, targets: Sequence[Target], seconds: float, texts: int, in_flight: int
-) -> WorkersTurn:
-    """Closed loop over every connection."""
-    batch = [_TEXT] * texts
-    answered, began = 0, time.monotonic()
-    server_s, client_s = process_cpu_s(server.pid) or 0.0, time.process_time()
-
-    async def call(target: Target) -> None:
-        nonlocal answered
-        while time.monotonic() < began + seconds:
-            reply = check_embeddings(await target.embed(batch, _TIMEOUT_S), texts)
-            if reply.code != "OK":
-                raise RuntimeError(reply.message)
-            answered += 1
-
-    await asyncio.gather(*(call(target) for target in targets for _ in range(in_flight)))
-    took_s = time.monotonic() - began
-    used_s = (process_cpu_s(server.pid) or 0.0) - server_s
-    return WorkersTurn(answered / took_s, used_s / took_s, (time.process_time() - client_s) / took_s)
-
-
 async def _measure(args: argparse.Namespace, stop: Stop) -> int:
-    turns: dict[int, list[WorkersTurn]] = {1: [], 2: []}
+    turns: dict[int, list[ClosedTurn]] = {1: [], 2: []}
     overrides = ["model.backend=fake", "server.pin_workers=false", *args.overrides]
     async with contextlib.AsyncExitStack() as stack:
         servers = {
@@ -95,7 +59,13 @@ async def _measure(args: argparse.Namespace, stop: Stop) -> int:
         }
         for number in tqdm(range(args.rounds + 1), desc="rounds", disable=None):
             for count in (1, 2) if number % 2 else (2, 1):
-                turn = _turn(servers[count], targets[count], args.seconds, args.texts, args.in_flight)
+                turn = closed_turn(
+                    servers[count].pid,
+                    targets[count],
+                    seconds=args.seconds,
+                    texts=args.texts,
+                    in_flight=args.in_flight,
+                )
                 done = await stop.race(turn)
                 if number:  # the first round warms up
                     turns[count].append(done)
@@ -103,11 +73,11 @@ async def _measure(args: argparse.Namespace, stop: Stop) -> int:
     print("| workers | calls/s | CPUs: server | client | calls per second of the server's CPU |")
     print("| --- | --- | --- | --- | --- |")
     for count, own in turns.items():
-        middle = [statistics.median(getattr(turn, name) for turn in own) for name in WorkersTurn.__slots__]
+        middle = [statistics.median(getattr(turn, name) for turn in own) for name in ClosedTurn.__slots__]
         per_cpu = statistics.median(turn.calls_per_s / turn.server_cpus for turn in own)
         print("| {} | {:.0f} | {:.2f} | {:.2f} | {:.0f} |".format(count, *middle, per_cpu))
     ratios = [two.calls_per_s / one.calls_per_s for one, two in zip(turns[1], turns[2], strict=True)]
-    print("\nTwo against one: {:.2f} [{:.2f}, {:.2f}] times the calls.".format(*interval(ratios)))
+    print("\nTwo against one: {:.2f} [{:.2f}, {:.2f}] times the calls.".format(*median_interval(ratios)))
     return EXIT_OK
 
 

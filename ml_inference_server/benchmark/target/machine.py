@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -43,10 +44,17 @@ def client_versions() -> dict[str, str]:
     return found
 
 
-def git_facts() -> dict[str, Any]:
-    """The commit of the project's checkout and whether files differ from it; both None outside a checkout."""
+def git_facts(but_for: Sequence[str] = ()) -> dict[str, Any]:
+    """The commit of the project's checkout and whether files differ from it; both None outside a checkout.
+
+    but_for: files that may, from the root of the checkout.
+    """
     commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    changes = (
+        _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in but_for))
+        if commit
+        else None
+    )
     return {"commit": commit or None, "modified": None if changes is None else bool(changes)}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ml_inference_server.benchmark.load.channel import Target
 from ml_inference_server.benchmark.target.interrupt import Stop
+from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
 from ml_inference_server.utils.errors import EXIT_INTERNAL, EXIT_MODEL, StartError
 from ml_inference_server.utils.installation import child_environment
 from ml_inference_server.utils.layers import without_settings
@@ -38,6 +39,7 @@ class ServerOptions:
     """How a server is started. `arguments` are the server's own.
 
     takes_environment: settings that environment variables bring are in force, as in the server that is measured.
+    connection: how it is reached with its settings.
     """
 
     arguments: Sequence[str]
@@ -46,6 +48,7 @@ class ServerOptions:
     drain_timeout_s: float
     command: Sequence[str] = COMMAND
     takes_environment: bool = True
+    connection: Connection = IN_THE_CLEAR
 
 
 class ServerProcess:
@@ -117,7 +120,7 @@ class ServerProcess:
     async def _wait_until_serving(self, ready: Path) -> dict[str, int]:
         while not (ports := _read_ready(ready)):  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(_READY_FILE_POLL_S)
-        async with Target(LOOPBACK, ports["grpc_port"]) as target:
+        async with Target(LOOPBACK, ports["grpc_port"], self._options.connection) as target:
             await target.wait_until_serving(self._options.start_timeout_s)
         return ports
 

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -256,11 +257,9 @@ async def _run(scope: Scope) -> Figure:
     found = figure(
         outcomes, lag=lag, neighbours_calls=called, **{f"{name}: calls_struck": n for name, n in struck.items()}
     )
-    return Figure(
+    return replace(
+        found,
         text=f"{leaked} permits leaked, {harmed} of {called} calls of neighbours harmed",
-        passed=found.passed,
-        note=found.note,
-        details=found.details,
     )
 
 

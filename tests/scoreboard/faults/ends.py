@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.faults.processes import MARK, engine_pids, marked
@@ -175,11 +176,9 @@ async def _run(scope: Scope) -> Figure:
             outcomes.add(name, wrong, time_s)
             scope.tell(outcomes.tried.total(), repeats * len(CASES))
     found = figure(outcomes, orphans=orphans)
-    return Figure(
+    return replace(
+        found,
         text=f"{orphans} orphans of {outcomes.tried.total()} ends; all gone after {max(outcomes.all_times_s):.2f} s",
-        passed=found.passed,
-        note=found.note,
-        details=found.details,
     )
 
 
