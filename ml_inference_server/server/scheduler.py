@@ -46,6 +46,7 @@ def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
         length_grouping=settings.length_grouping,
         overhead_tokens=settings.batch_overhead_tokens or (64 if on_cpu else 4096),
         padding_free=info.padding_free,
+        bulk_share=settings.bulk_share,
     )
 
 

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, ClosedBy, Limits, Running
+from ml_inference_server.server.scheduler import batch_limits
 from ml_inference_server.server.turns import Item
+from ml_inference_server.utils.config import BatchingSettings, ModelSettings
 
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=100, overhead_tokens=8)
 
@@ -367,3 +370,29 @@ def _serve(queue: BatchQueue, limits: Limits, waiting: dict[int, Item]) -> set[i
     for item in batch.items:
         del waiting[id(item)]  # KeyError: served twice, or served after its caller left
     return {id(item) for item in batch.items}
+
+
+def test_every_setting_of_a_batch_reaches_the_policy() -> None:
+    """None has its default here, so one that is lost on the way shows."""
+    settings = BatchingSettings(
+        enabled=False,
+        max_batch_size=7,
+        max_batch_tokens=3000,
+        timeout_ms=4.0,
+        length_grouping=False,
+        batch_overhead_tokens=9,
+        bulk_share=0.3,
+    )
+    backend = FakeBackend(ModelSettings(backend="fake"))
+    backend.load_model()
+    info = backend.info
+    assert batch_limits(settings, info) == Limits(
+        max_batch_size=7,
+        max_batch_tokens=3000,
+        timeout_s=0.004,
+        enabled=False,
+        length_grouping=False,
+        overhead_tokens=9,
+        padding_free=info.padding_free,
+        bulk_share=0.3,
+    )
