@@ -25,6 +25,7 @@ from ml_inference_server.benchmark.result.files import (
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
 from ml_inference_server.utils import connection
+from ml_inference_server.utils.arguments import positive_int
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError
 from ml_inference_server.utils.installation import require, results_folder
@@ -35,27 +36,22 @@ CONNECT_TIMEOUT_S = 10.0
 _CALLABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measures a running server. Without --experiment: one row with one batch size and concurrency."
     parser.add_argument("--experiment", action="store_true", help="run every row of the file given with --config")
     parser.add_argument(
         "--config", type=experiment_file, metavar="FILE", help="experiment file; a single run takes its defaults"
     )
-    parser.add_argument("--batch-size", type=_positive, help="texts or pairs per request of a single run (default: 1)")
-    parser.add_argument("--concurrency", type=_positive, help="requests in flight of a single run (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, help="texts or pairs per request of a single run (default: 1)"
+    )
+    parser.add_argument("--concurrency", type=positive_int, help="requests in flight of a single run (default: 1)")
     parser.add_argument("--rate", type=float, metavar="N", help="open loop: N requests/s instead of a concurrency")
-    parser.add_argument("--requests", type=_positive, help="measured requests per row")
+    parser.add_argument("--requests", type=positive_int, help="measured requests per row")
     parser.add_argument("--duration-s", type=float, metavar="S", help="measure each row for S seconds instead")
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help="how often each row is measured (default: 1, of a suite the file's)",
     )
@@ -64,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", choices=("queries", "passages", "pairs"), help="embed texts, or score pairs")
     parser.add_argument("--dataset", metavar="SOURCE", help="auto, ms_marco[:v1.1|:v2.1], sample, or a file")
     parser.add_argument("--seed", type=int, metavar="N", help="order in which the texts are sent")
-    parser.add_argument("--timeout-ms", type=_positive, metavar="N", help="deadline of each request")
+    parser.add_argument("--timeout-ms", type=positive_int, metavar="N", help="deadline of each request")
     parser.add_argument("--host", help="where the server is (default: server.host of the settings)")
-    parser.add_argument("--port", type=_positive, help="its gRPC port (default: server.port of the settings)")
-    parser.add_argument("--http-port", type=_positive, help="its metrics port (default: metrics.port that it tells)")
+    parser.add_argument("--port", type=positive_int, help="its gRPC port (default: server.port of the settings)")
+    parser.add_argument("--http-port", type=positive_int, help="its metrics port (default: metrics.port that it tells)")
     parser.add_argument("--output", metavar="OUT.md", help="where the table goes")
     parser.add_argument("--json", metavar="OUT.json", help="where everything goes (default: beside the table)")
     parser.add_argument("--set", action="append", default=[], metavar="experiment.KEY=VALUE", help="override a setting")

@@ -29,6 +29,7 @@ from ml_inference_server.benchmark.result.files import (
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
+from ml_inference_server.utils.arguments import positive_int
 from ml_inference_server.utils.config import BASE_CONFIG
 from ml_inference_server.utils.errors import (
     EXIT_FAILED_RUN,
@@ -240,13 +241,6 @@ async def run_all(experiments: Sequence[Experiment], stop: Stop, summary: Summar
     return outcomes
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Runs every experiment file one after the other and ends with a comparison of them all."
     parser.epilog = (
@@ -262,7 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few rows with few requests: a first look")
     parser.add_argument("--resume", action="store_true", help="leave out what an interrupted run has measured already")
     parser.add_argument(
-        "--repeats", type=_positive, metavar="N", help="how often each row is measured (default: the file's)"
+        "--repeats", type=positive_int, metavar="N", help="how often each row is measured (default: the file's)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument(

@@ -2,13 +2,13 @@
 
 import argparse
 import contextlib
-import math
 from collections.abc import Iterator
 
 import grpc
 
 from ml_inference_server.api import Client, ServerError, UnavailableError
 from ml_inference_server.utils import connection
+from ml_inference_server.utils.arguments import positive_float
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, StartError
 
 
@@ -24,13 +24,6 @@ def _target(text: str) -> str:
     return text
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
@@ -41,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout-s",
-        type=_seconds,
+        type=positive_float,
         default=60.0,
         metavar="S",
         help="how long to wait for an answer (default: %(default)g)",

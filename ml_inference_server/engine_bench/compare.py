@@ -33,6 +33,7 @@ from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.files.model_errors import start_errors
 from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
 from ml_inference_server.backends.startup.resolve import DTYPES, PRECISION_NAMES, resolve
+from ml_inference_server.utils.arguments import positive_int
 from ml_inference_server.utils.child import begin_child
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ConfigError, ModelError, StartError
@@ -237,8 +238,8 @@ def main() -> int:
     parser.add_argument("--qrels", type=Path, required=True, help="graded judgements in TREC layout")
     parser.add_argument("--model-name", default=ModelSettings().name)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--timed", type=int, default=512, help="passages in each timed pass (default 512)")
+    parser.add_argument("--repeats", type=positive_int, default=3)
+    parser.add_argument("--timed", type=positive_int, default=512, help="passages in each timed pass (default 512)")
     parser.add_argument(
         "--speed-only", action="store_true", help="leave out the pass over all texts that rates quality"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ml_inference_server import AsyncClient
 from ml_inference_server.api.errors import ServerError
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from tests.conftest import until
 from tests.faults.dns_names import Names
 from tests.faults.restarts import Fleet, free_ports
@@ -164,9 +165,9 @@ async def newcomer(folder: Path, *, max_connection_age_s: float) -> Found:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How calls of the Python client are spread over several servers.")
-    parser.add_argument("--calls", type=int, default=20_000)
-    parser.add_argument("--servers", type=int, default=3)
-    parser.add_argument("--max-connection-age-s", type=float, default=10.0)
+    parser.add_argument("--calls", type=positive_int, default=20_000)
+    parser.add_argument("--servers", type=positive_int, default=3)
+    parser.add_argument("--max-connection-age-s", type=positive_float, default=10.0)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     settings = [part for setting in given.settings for part in ("--set", setting)]

@@ -22,6 +22,7 @@ import grpc
 from ml_inference_server.backends.fake import fake_embedding
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from ml_inference_server.utils.arguments import positive_int
 from tests.conftest import until
 from tests.integration.server_process import ServerProcess, server_process
 
@@ -164,9 +165,9 @@ async def restarts(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How calls end while servers are restarted under them.")
-    parser.add_argument("--restarts", type=int, default=200)
-    parser.add_argument("--servers", type=int, default=2)
-    parser.add_argument("--callers", type=int, default=CALLERS)
+    parser.add_argument("--restarts", type=positive_int, default=200)
+    parser.add_argument("--servers", type=positive_int, default=2)
+    parser.add_argument("--callers", type=positive_int, default=CALLERS)
     parser.add_argument("--no-retries", action="store_true", help="callers without a retry policy")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()

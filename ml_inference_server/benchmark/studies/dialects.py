@@ -27,6 +27,7 @@ from ml_inference_server.benchmark.studies.dialect_equality import Equality, equ
 from ml_inference_server.benchmark.studies.own_server import OwnServer, add_arguments, own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
 from ml_inference_server.utils.experiment import QualitySettings
 
@@ -159,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WORDS",
         help="only dialects whose name holds these words, beside Embed and Rerank; may be given several times",
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each measured load (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of all dialects (default 3)")
+    parser.add_argument("--seconds", type=positive_float, default=4.0, help="length of each measured load (default 4)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="turns of all dialects (default 3)")
     return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
 
 

@@ -23,6 +23,7 @@ from ml_inference_server.benchmark.studies.own_server import own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.door.keys import CallerKey, create_key, list_keys, written
 from ml_inference_server.door.rights import Right
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.connection import IN_THE_CLEAR, Connection
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError
 
@@ -133,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tls-cert", default="", metavar="FILE", help="a certificate for 127.0.0.1")
     parser.add_argument("--tls-key", default="", metavar="FILE", help="its private key")
     parser.add_argument("--tls-ca", default="", metavar="FILE", help="who signed it (default: it itself)")
-    parser.add_argument("--blocks", type=int, default=4, help="times that all servers are started (default 4)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each server in a block (default 15)")
-    parser.add_argument("--seconds", type=float, default=0.7, help="length of a turn (default 0.7)")
-    parser.add_argument("--in-flight", type=int, default=32, help="requests in flight (default 32)")
-    parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
+    parser.add_argument("--blocks", type=positive_int, default=4, help="times that all servers are started (default 4)")
+    parser.add_argument("--rounds", type=positive_int, default=15, help="turns of each server in a block (default 15)")
+    parser.add_argument("--seconds", type=positive_float, default=0.7, help="length of a turn (default 0.7)")
+    parser.add_argument("--in-flight", type=positive_int, default=32, help="requests in flight (default 32)")
+    parser.add_argument("--texts", type=positive_int, default=1, help="texts in a request (default 1)")
     return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
 
 

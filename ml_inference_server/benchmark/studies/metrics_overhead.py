@@ -29,6 +29,7 @@ import psutil
 from ml_inference_server.benchmark.result.stats import median_interval
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto import inference_pb2_grpc as rpc
+from ml_inference_server.utils.arguments import positive_float, positive_int
 
 START_TIMEOUT_S = 300.0
 # The server as it is, but for a signal that switches the recording: no request is in flight when it comes.
@@ -64,11 +65,11 @@ class Turn:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="metrics_overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=4, help="servers, one after the other (default 4)")
-    parser.add_argument("--rounds", type=int, default=40, help="pairs of turns in a block (default 40)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (default 64)")
-    parser.add_argument("--texts", type=int, default=1, help="texts in a request (default 1)")
+    parser.add_argument("--blocks", type=positive_int, default=4, help="servers, one after the other (default 4)")
+    parser.add_argument("--rounds", type=positive_int, default=40, help="pairs of turns in a block (default 40)")
+    parser.add_argument("--seconds", type=positive_float, default=1.0, help="length of a turn (default 1)")
+    parser.add_argument("--concurrency", type=positive_int, default=64, help="requests in flight (default 64)")
+    parser.add_argument("--texts", type=positive_int, default=1, help="texts in a request (default 1)")
     parser.add_argument("--control", action="store_true", help="both turns without metrics: shows the noise")
     parser.add_argument(
         "--set",

@@ -29,6 +29,7 @@ from ml_inference_server.benchmark.result.document import QualityFigures
 from ml_inference_server.benchmark.studies.own_server import OwnServer, add_arguments, own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.proto import inference_pb2 as pb
+from ml_inference_server.utils.arguments import positive_int
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.experiment import QualitySettings
 
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     parser.add_argument(
-        "--max-tokens", type=int, default=64, help="the low limit, beyond which texts are cut (default 64)"
+        "--max-tokens", type=positive_int, default=64, help="the low limit, beyond which texts are cut (default 64)"
     )
     return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
 

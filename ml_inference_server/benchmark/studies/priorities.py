@@ -30,6 +30,7 @@ from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.studies.own_server import OwnServer, own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK
 
 _HOST = "localhost"  # both of its addresses
@@ -257,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dataset", default="sample", help="as experiment.dataset (default: sample)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of all cases (default 3)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of what has no end of its own (default 20)")
-    parser.add_argument("--rate", type=float, default=20.0, help="single queries per second (default 20)")
-    parser.add_argument("--texts", type=int, default=10_000, help="of the bulk job (default 10,000)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="turns of all cases (default 3)")
+    parser.add_argument("--seconds", type=positive_float, default=20.0, help="length of what has no end (default 20)")
+    parser.add_argument("--rate", type=positive_float, default=20.0, help="single queries per second (default 20)")
+    parser.add_argument("--texts", type=positive_int, default=10_000, help="of the bulk job (default 10,000)")
     return run_stoppable(lambda stop: _run(parser.parse_args(argv), stop))
 
 

@@ -29,6 +29,7 @@ from ml_inference_server.benchmark.runner import START_TIMEOUT_S
 from ml_inference_server.benchmark.target.counters import ServerCounters, difference
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK
 from ml_inference_server.utils.files import replace_file, replaceable
@@ -240,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dataset", default="sample", help="as experiment.dataset (default: sample)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement (default 3)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of all sweeps (default 3)")
+    parser.add_argument("--seconds", type=positive_float, default=3.0, help="length of each measurement (default 3)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="turns of all sweeps (default 3)")
     parser.add_argument(
         "--output",
         type=Path,

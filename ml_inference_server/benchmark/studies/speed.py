@@ -36,6 +36,7 @@ from ml_inference_server.benchmark.target.in_process import requests_of, time_in
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.machine import git_facts, machine_facts
 from ml_inference_server.benchmark.target.server_process import LOOPBACK, ServerOptions, ServerProcess
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.config import load_settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
@@ -264,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", type=Path, required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dataset", default="sample", help="as experiment.dataset (default: sample)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="length of each measurement (default 6)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of all workloads (default 3)")
+    parser.add_argument("--seconds", type=positive_float, default=6.0, help="length of each measurement (default 6)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="turns of all workloads (default 3)")
     parser.add_argument("--store", type=Path, default=STORE, metavar="FILE", help="where the shares are kept")
     parser.add_argument("--update", action="store_true", help="store this run's shares")
     args = parser.parse_args(argv)

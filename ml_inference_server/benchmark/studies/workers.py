@@ -26,6 +26,7 @@ from ml_inference_server.benchmark.studies.closed_turn import ClosedTurn, closed
 from ml_inference_server.benchmark.studies.own_server import own_server
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.server_process import LOOPBACK
+from ml_inference_server.utils.arguments import positive_float, positive_int
 from ml_inference_server.utils.errors import EXIT_OK
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -102,11 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--spread", action="store_true", help="draw spreads of connections; starts no server")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="with --spread: draw them into an SVG file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each server (default 15)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
-    parser.add_argument("--connections", type=int, default=16, help="of the client (default 16)")
-    parser.add_argument("--in-flight", type=int, default=2, help="calls at a time over each of them (default 2)")
-    parser.add_argument("--texts", type=int, default=32, help="texts in a call (default 32)")
+    parser.add_argument("--rounds", type=positive_int, default=15, help="turns of each server (default 15)")
+    parser.add_argument("--seconds", type=positive_float, default=1.0, help="length of a turn (default 1)")
+    parser.add_argument("--connections", type=positive_int, default=16, help="of the client (default 16)")
+    parser.add_argument(
+        "--in-flight", type=positive_int, default=2, help="calls at a time over each of them (default 2)"
+    )
+    parser.add_argument("--texts", type=positive_int, default=32, help="texts in a call (default 32)")
     args = parser.parse_args(argv)
     return _spread(args.figure) if args.spread else run_stoppable(lambda stop: _measure(args, stop))
 
