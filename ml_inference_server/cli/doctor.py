@@ -20,6 +20,7 @@ _PURPOSES = {
     "export": "export models for onnx and openvino, also in INT8",
     "bench": "measure, report and compare",
     "tracing": "send OpenTelemetry traces",
+    "ray": "run replicas behind Ray Serve",
     "minilm": "the weights of all-MiniLM-L6-v2, so that no model has to be fetched; brings torch",
     "all": "everything",
 }
