@@ -65,7 +65,7 @@ class PyTorchBackend:
         self.module = self._loaded.module
         self._parameters = sum(p.numel() for p in self.module.parameters())
         engine = ""
-        if self._quantization == "int8":
+        if self._quantization == "int8" and not self._settings.compile:
             engine = choose_engine()
             quantize_linears(self._loaded.transformer)
         dtype = _DTYPES[self._quantization]
@@ -79,9 +79,16 @@ class PyTorchBackend:
             from ml_inference_server.backends.compiled.graph import CompiledModel, keep_freed_memory
 
             keep_freed_memory()
-            self.compiled = CompiledModel(self._loaded, self._settings.threads)
-            how = f"{self._info.execution_provider}, compiled, {self.compiled.attention}"
-            self._info = dataclasses.replace(self._info, execution_provider=how, compiled=True, padding_free=True)
+            self.compiled = CompiledModel(self._loaded, self._settings.threads, int8=self._quantization == "int8")
+            quantized_layers = self.compiled.quantized_layers
+            self._info = dataclasses.replace(
+                self._info,
+                execution_provider=f"{self._info.execution_provider}, compiled, {self.compiled.attention}",
+                compiled=True,
+                padding_free=True,
+                dtype="int8" if quantized_layers else self._info.dtype,
+                quantized_layers=quantized_layers,
+            )
 
     def _describe(self, engine: str) -> BackendInfo:
         import sentence_transformers

@@ -70,6 +70,12 @@ def has_native_bf16(flags: frozenset[str] | None = None) -> bool:
     return bool({"amx_bf16", "avx512_bf16", "bf16"} & have)
 
 
+def has_int8_vectors(flags: frozenset[str] | None = None) -> bool:
+    """Whether the operators of our own can compute INT8: they are written for AVX-512 VNNI."""
+    have = cpu_flags() if flags is None else flags
+    return {"avx512_vnni", "avx512bw"} <= have
+
+
 @cache
 def cpu_name() -> str:
     """The processor's name for people."""

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 
 from ml_inference_server.backends.compiled import native
 from ml_inference_server.backends.startup import auto
-from ml_inference_server.backends.startup.auto import candidates, probe
-from ml_inference_server.backends.startup.own_process import in_own_process
+from ml_inference_server.backends.startup.auto import Measured, candidates, probe
+from ml_inference_server.backends.startup.own_process import OwnProcess
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.config import ModelSettings
 
@@ -33,11 +33,17 @@ def test_two_real_candidates_are_probed_once(
     model = ModelSettings(backend="pytorch", device="cpu", quantized=True, quantization="auto")
     processes: list[object] = []
 
-    def count(work: Callable[[ModelSettings], object], settings: ModelSettings) -> object:
+    def count_candidates(work: object, settings: ModelSettings) -> object:
         processes.append(work)
-        return candidates(settings) if work is candidates else in_own_process(work, settings)
+        return candidates(settings)
 
-    monkeypatch.setattr(auto, "in_own_process", count)
+    class Counted(OwnProcess[Measured]):
+        def __init__(self, work: Callable[[ModelSettings], Iterator[Measured]], settings: ModelSettings) -> None:
+            processes.append(work)
+            super().__init__(work, settings)
+
+    monkeypatch.setattr(auto, "in_own_process", count_candidates)
+    monkeypatch.setattr(auto, "OwnProcess", Counted)
     started = start_backend(model, silent)
     assert processes == [candidates, probe, probe]
     assert re.fullmatch(

@@ -221,7 +221,7 @@ def test_without_a_compiler_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert "running without it" in resolution.fallbacks[0]
 
 
-@pytest.mark.parametrize("keys", [{"backend": "onnx"}, {"quantized": True, "quantization": "int8"}])
+@pytest.mark.parametrize("keys", [{"backend": "onnx"}, {"backend": "openvino", "quantized": True}])
 def test_what_cannot_be_compiled_is_refused(keys: dict[str, object]) -> None:
     with pytest.raises(ModelError, match=r"model\.compile"):
         resolve(asks(**keys))

@@ -3,9 +3,8 @@
 import dataclasses
 import importlib.metadata
 import logging
-import statistics
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from ml_inference_server.backends import BACKENDS
 from ml_inference_server.backends.fake import FakeBackend
 from ml_inference_server.backends.startup import auto
 from ml_inference_server.backends.startup import resolve as resolve_module
-from ml_inference_server.backends.startup.auto import Candidates, Measured, candidates, choose, probe
+from ml_inference_server.backends.startup.auto import Candidates, Closeness, Measured, candidates, choose, probe
 from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.server.state import ServerState
@@ -61,36 +60,54 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def outcomes(monkeypatch: pytest.MonkeyPatch, backends: Callable[..., None]) -> Callable[..., list[str]]:
+def outcomes(monkeypatch: pytest.MonkeyPatch, backends: Callable[..., None]) -> Iterator[Callable[..., list[str]]]:
     """Answer for the processes: what each "backend precision" measures, or the error it ends with; returns the log."""
+    ran: list[str] = []
+    ended: list[str] = []
 
-    def set_to(**by_backend: Mapping[str, float | Measured | ModelError]) -> list[str]:
+    def set_to(**by_backend: Mapping[str, float | tuple[float, Closeness] | ModelError]) -> list[str]:
         precisions: dict[str, tuple[Quantization, ...]] = {
             name: tuple("none" if each == "fp32" else each for each in rates)  # type: ignore[misc]
             for name, rates in by_backend.items()
         }
         backends(**{name: {"cpu": each} for name, each in precisions.items()})
-        ran: list[str] = []
 
-        def run(work: object, model: ModelSettings) -> Candidates | Measured:
-            if work is candidates:
-                return candidates(model)
-            assert work is probe
-            precision = model.quantization or "fp32"
-            ran.append(f"{model.backend} {precision}")
-            answer = by_backend[model.backend][precision]
-            if isinstance(answer, ModelError):
-                raise answer
-            return measured(answer) if isinstance(answer, int | float) else answer
+        class Process:
+            """In the place of a process that probes: the same figures at every time it is asked."""
+
+            def __init__(self, work: object, model: ModelSettings) -> None:
+                assert work is probe
+                precision = model.quantization or "fp32"
+                self._name = f"{model.backend} {precision}"
+                self._answer = by_backend[model.backend][precision]
+                self._asked = 0
+                ran.append(self._name)
+
+            def ask(self) -> Measured:
+                self._asked += 1
+                if isinstance(self._answer, ModelError):
+                    raise self._answer
+                given = self._answer if isinstance(self._answer, tuple) else (self._answer, Closeness(1.0, 0.97, False))
+                rate, closeness = given
+                return Measured((rate, rate), closeness if self._asked == 2 else None)
+
+            def close(self) -> None:
+                ended.append(self._name)
+
+        def run(work: object, model: ModelSettings) -> Candidates:
+            assert work is candidates
+            return candidates(model)
 
         monkeypatch.setattr(auto, "in_own_process", run)
+        monkeypatch.setattr(auto, "OwnProcess", Process)
         return ran
 
-    return set_to
+    yield set_to
+    assert not ran or sorted(ended) == sorted(ran), "a process that nobody ends"
 
 
-def measured(texts_per_s: float, closeness: float | None = 1.0, *, fp32: bool = False) -> Measured:
-    return Measured(texts_per_s, closeness, 0.97, fp32)
+def measured(texts_per_s: float, closeness: float | None = 1.0, *, fp32: bool = False) -> tuple[float, Closeness]:
+    return texts_per_s, Closeness(closeness, 0.97, fp32)
 
 
 def wish(**keys: object) -> ModelSettings:
@@ -165,11 +182,12 @@ def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(
     assert (choice.model.backend, choice.model.quantization, choice.model.name) == ("b", "int8", str(folder))
     assert choice.sentence.startswith(
         "auto chose b int8 (3.1x of a fp32; tried: a fp32 1.0x, "
-        "a int8 failed the quality gate (parity 0.9612, limit 0.97), b fp32 0.9x, b int8 3.1x, "
+        "a int8 failed the quality gate (parity 0.9612, limit 0.97), b int8 3.1x, "
+        "b fp32 not tried (b int8 is no slower), "
         "c fp32 failed (its process died with exit code -11); skipped: a fp16 (not on cpu)"
     )
     assert caplog.text.count(choice.sentence) == 1
-    assert "auto: trying b int8 (4/5)" in phases
+    assert "auto: trying b int8 (3/5)" in phases
 
 
 def test_a_second_start_reads_the_choice(
@@ -223,11 +241,36 @@ def test_nothing_that_passes_is_an_error_that_tells_everything(
     assert len(ran) == 4, "a failure is not remembered"
 
 
+def test_one_that_cannot_win_any_more_is_given_up_and_not_compared(
+    outcomes: Callable[..., list[str]], folder: Path
+) -> None:
+    broken = measured(30, 0.1)  # would be refused, if it were compared
+    outcomes(a={"fp32": 100.0}, b={"int8": 300.0}, c={"int8": broken})
+    sentence = choose(wish(name=str(folder)), silent).sentence
+    assert "c int8 0.3x" in sentence
+    assert "gate" not in sentence
+
+
+def test_a_fast_one_that_is_unfit_drives_nobody_out(outcomes: Callable[..., list[str]], folder: Path) -> None:
+    outcomes(a={"fp32": 100.0}, b={"int8": 120.0}, c={"int8": measured(900, 0.5)})
+    choice = choose(wish(name=str(folder)), silent)
+    assert choice.model.backend == "b"
+
+
+def test_fp32_is_not_tried_where_fewer_bits_of_the_same_are_fit_and_is_where_they_are_not(
+    outcomes: Callable[..., list[str]], folder: Path
+) -> None:
+    ran = outcomes(a={"fp32": 100.0}, b={"fp32": 110.0, "int8": 300.0}, c={"fp32": 120.0, "int8": measured(400, 0.5)})
+    sentence = choose(wish(name=str(folder)), silent).sentence
+    assert "b fp32 not tried (b int8 is no slower)" in sentence
+    assert ran == ["a fp32", "b int8", "c int8", "c fp32"]
+
+
 def test_without_a_reference_only_fp32_is_trusted() -> None:
-    assert measured(1, None, fp32=True).verdict == ""
-    assert measured(1, None).verdict == "could not be compared with FP32"
-    assert measured(1, float("nan")).verdict.startswith("failed the quality gate")
-    assert measured(1, 0.97).verdict == ""
+    assert Closeness(None, 0.97, fp32=True).verdict == ""
+    assert Closeness(None, 0.97, fp32=False).verdict == "could not be compared with FP32"
+    assert Closeness(float("nan"), 0.97, fp32=False).verdict.startswith("failed the quality gate")
+    assert Closeness(0.97, 0.97, fp32=False).verdict == ""
 
 
 # The probe
@@ -243,31 +286,26 @@ def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: 
         load(backend)
 
     monkeypatch.setattr(FakeBackend, "load_model", load_and_log)
-    got = probe(ModelSettings(backend="fake", streams=2))
-    assert got.texts_per_s > 0
-    assert got.parity == pytest.approx(1)
-    assert (got.limit, got.fp32) == (0.9999, True)
+    asked = probe(ModelSettings(backend="fake", streams=2))
+    first, second, third = (next(asked) for _ in range(3))
+    asked.close()
+    for each in (first, second, third):
+        queries_per_s, passages_per_s = each.rates
+        assert queries_per_s > 0
+        assert passages_per_s > 0
+    assert (first.closeness, third.closeness) == (None, None)
+    assert second.closeness == Closeness(pytest.approx(1), 0.9999, fp32=True)
     timed = [batch for batch in ran[0].log if len(batch.rows) > 8]
     assert max(batch.padded_tokens for batch in timed) <= 2048
-    assert len({row for batch in timed for row in batch.rows}) >= auto.PROBE_TEXTS / 2
+    assert max(len(batch.rows) for batch in timed if batch.padded_tokens < 400) <= auto.QUERY_BATCH
+    assert len({row for batch in timed for row in batch.rows}) >= auto.PROBE_TEXTS
 
 
 def test_the_probe_of_a_cross_encoder_scores_pairs() -> None:
-    assert probe(ModelSettings(backend="fake", task="cross_encoder")).parity == pytest.approx(1)
-
-
-def test_a_slow_candidate_is_timed_once_and_a_fast_one_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[int] = []
-
-    def count(seconds: Sequence[float]) -> float:
-        passes.append(len(seconds))
-        return 1.0
-
-    monkeypatch.setattr(statistics, "median", count)
-    probe(ModelSettings(backend="fake"))
-    monkeypatch.setattr(auto, "_BUDGET_S", 0.0)
-    probe(ModelSettings(backend="fake"))
-    assert passes == [auto.MAX_PASSES, 1]
+    asked = probe(ModelSettings(backend="fake", task="cross_encoder"))
+    assert len(next(asked).rates) == 1
+    assert next(asked).closeness == Closeness(pytest.approx(1), 0.9999, fp32=True)
+    asked.close()
 
 
 # What the rest of the server makes of it

@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from ml_inference_server.backends.startup.own_process import in_own_process
+from ml_inference_server.backends.startup.own_process import OwnProcess, in_own_process
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 
@@ -19,6 +19,12 @@ def identity(model: ModelSettings) -> tuple[int, str]:
 
 def die(model: ModelSettings) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count(model: ModelSettings) -> Iterator[tuple[int, int]]:
+    for number in range(2):
+        yield number, os.getpid()
+    raise ModelError("no more")
 
 
 def hang(model: ModelSettings) -> None:
@@ -57,3 +63,13 @@ def test_a_process_that_hangs_is_ended() -> None:
     with pytest.raises(ModelError, match="no answer after 0 s"):
         in_own_process(hang, ModelSettings(), limit_s=0.01)
     assert multiprocessing.active_children() == before
+
+
+@pytest.mark.slow
+def test_work_stands_still_until_it_is_asked_again() -> None:
+    with OwnProcess(count, ModelSettings()) as process:
+        (first, pid), (second, same) = process.ask(), process.ask()
+        assert (first, second, same) == (0, 1, pid)
+        with pytest.raises(ModelError, match="no more"):
+            process.ask()
+    assert not multiprocessing.active_children()

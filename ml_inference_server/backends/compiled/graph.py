@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 # freezing: weights become constants, laid out for the matrix kernels. cpp_wrapper: the whole graph runs as one C++
 # call that leaves Python's lock to the event loop and to the other streams.
 _OPTIONS: dict[str, Any] = {"freezing": True, "cpp_wrapper": True}
-# Least cosine between the compiled and the uncompiled model on random tokens: far below BF16's noise, far above chance.
-_SAME = 0.995
+# Least cosine between the compiled and the uncompiled model on random tokens: far below the noise of BF16, and of INT8,
+# far above chance.
+_SAME, _SAME_INT8 = 0.995, 0.95
 # Sizes up to here are warmed up: the most tokens in a batch, unless the settings allow more.
 _WARM_TOKENS = 2048
 _CHECK_LENGTHS = (40, 9, 2, 23)
@@ -43,10 +44,10 @@ _ROOM_BYTES = 128 * 2**20
 class CompiledModel:
     """A loaded model, packed and compiled. Callable from several threads at a time."""
 
-    def __init__(self, loaded: LoadedModel, threads: int) -> None:
+    def __init__(self, loaded: LoadedModel, threads: int, *, int8: bool = False) -> None:
         """Compile, or read the cache; then compare with the uncompiled model. ModelError if either fails.
 
-        Takes `loaded` over: its own module cannot be run afterwards.
+        int8: the matrices of the layers become INT8. Takes `loaded` over: its own module cannot be run afterwards.
         """
         if compiler() is None:
             raise ModelError(no_compiler())
@@ -55,8 +56,9 @@ class CompiledModel:
         padded = probe.padded(loaded.tokenizer.pad_id)
         with torch.inference_mode():
             expected = loaded.module(torch.from_numpy(padded.input_ids), torch.from_numpy(padded.attention_mask))
-        self._module = PackedModule(loaded).eval()
+        self._module = PackedModule(loaded, int8=int8).eval()
         self.attention = self._module.attention
+        self.quantized_layers = self._module.quantized_layers
         _use_cache(loaded.files.model_sha256, threads)
         torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001
         self._graph = torch.compile(self._module, dynamic=True)
@@ -74,7 +76,7 @@ class CompiledModel:
                 f"set model.compile: false"
             ) from error
         log.info("compiled in %.0f s", time.monotonic() - started)
-        _check_same(got, expected)
+        _check_same(got, expected, _SAME_INT8 if int8 else _SAME)
 
     def __call__(self, batch: TokenBatch) -> NDArray[np.float32]:
         """(batch, dimension) float32."""
@@ -117,14 +119,14 @@ def _probe(loaded: LoadedModel) -> TokenBatch:
     return TokenBatch.of([Encoded(ids) for ids in texts])
 
 
-def _check_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+def _check_same(got: torch.Tensor, expected: torch.Tensor, least: float) -> None:
     """ModelError if the compiled rows are others than the uncompiled ones: an architecture that packing breaks."""
     got, expected = got.double(), expected.double()
     if expected.shape[1] == 1:  # logits
         spread = (expected - expected.mean()).abs().max()
         close = bool((got - expected).abs().max() <= 0.05 * spread + 0.05)
     else:
-        close = bool((torch.nn.functional.cosine_similarity(got, expected) >= _SAME).all())
+        close = bool((torch.nn.functional.cosine_similarity(got, expected) >= least).all())
     if got.shape != expected.shape or not close:
         raise ModelError("the compiled model answers otherwise than the uncompiled one: set model.compile: false")
 

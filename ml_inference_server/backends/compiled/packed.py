@@ -80,14 +80,21 @@ class PackedModule(torch.nn.Module):
     Takes the loaded model over: afterwards it can only be run packed. ModelError if its architecture cannot be.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, *, int8: bool = False) -> None:
+        """int8: the matrices of the encoder's layers become INT8; ModelError where they cannot."""
         super().__init__()
-        # The condition of packed_attention.cpp: the label must say what runs.
         encoder = loaded.base.base_model
-        dim = encoder.config.hidden_size // encoder.config.num_attention_heads
-        uses_amx = load_operators() and encoder.dtype == torch.bfloat16 and dim % 32 == 0
-        uses_own_layers = uses_amx and _use_own_layers(encoder)
-        self.attention = "AMX layers" if uses_own_layers else "AMX attention" if uses_amx else "attention text by text"
+        uses_amx = load_operators()
+        self.quantized_layers = 0
+        if int8:
+            self.quantized_layers = _use_int8_layers(encoder)
+            self.attention = "INT8 layers (AVX-512 VNNI)"
+        else:
+            # The condition of packed_attention.cpp: the label must say what runs.
+            dim = encoder.config.hidden_size // encoder.config.num_attention_heads
+            uses_amx = uses_amx and encoder.dtype == torch.bfloat16 and dim % 32 == 0
+            own = uses_amx and _use_own_layers(encoder)
+            self.attention = "AMX layers" if own else "AMX attention" if uses_amx else "attention text by text"
         self._positions = _positions(encoder)
         self._takes_segments = loaded.takes_token_type_ids
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
@@ -172,14 +179,82 @@ def _fixed(values: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(values, requires_grad=False)
 
 
+class Int8Layer(torch.nn.Module):
+    """A layer of BERT or its kin with INT8 matrices as one operator of our own, in place of transformers' module."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, joined = layer.attention.self, layer.attention.output
+        self.heads = int(attention.num_attention_heads)
+        self.eps = float(joined.LayerNorm.eps)
+        read = (attention.query, attention.key, attention.value)
+        weights = [torch.cat([each.weight.detach().float() for each in read])]
+        biases = [torch.cat([each.bias.detach().float() for each in read])]
+        for linear in (joined.dense, layer.intermediate.dense, layer.output.dense):
+            weights.append(linear.weight.detach().float())
+            biases.append(linear.bias.detach().float())
+        # Symmetric, a scale for each output: its largest weight becomes 127.
+        scales = [weight.abs().amax(dim=1).clamp_min(1e-30) / 127 for weight in weights]
+        values = [
+            (weight / scale[:, None]).round().to(torch.int8) for weight, scale in zip(weights, scales, strict=True)
+        ]
+        norms = [joined.LayerNorm, layer.output.LayerNorm]
+        self.matrices = torch.nn.ParameterList([_fixed(_panels(each)) for each in values])
+        self.scales = torch.nn.ParameterList([_fixed(each) for each in scales])
+        self.sums = torch.nn.ParameterList([_fixed(each.sum(dim=1, dtype=torch.int32)) for each in values])
+        self.biases = torch.nn.ParameterList([_fixed(each) for each in biases])
+        self.norms = torch.nn.ParameterList([_fixed(p.detach().float()) for n in norms for p in (n.weight, n.bias)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, *_: Any, packed_starts: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mlis.int8_layer(
+            hidden_states[0], packed_starts, list(self.matrices), list(self.scales), list(self.sums),
+            list(self.biases), list(self.norms), self.heads, self.eps,
+        )  # fmt: skip
+        return out.unsqueeze(0)
+
+
+# Matrices of a layer that become INT8: query, key, value, output, first, second.
+_MATRICES_OF_A_LAYER = 6
+
+
+def _panels(weight: torch.Tensor) -> torch.Tensor:
+    """As native/int8_linear.h reads it: by 64 outputs, 4 inputs, output, one of the four."""
+    outputs, inputs = weight.shape
+    return weight.view(outputs // 64, 64, inputs // 4, 4).permute(0, 2, 1, 3).contiguous()
+
+
+def _use_int8_layers(base: Any) -> int:
+    """Put an Int8Layer in the place of each layer; how many matrices are INT8 now. ModelError if that cannot be."""
+    if not torch.ops.mlis.uses_vnni():
+        raise ModelError(
+            "INT8 without padding needs AVX-512 VNNI, which this processor has not: set model.compile: false"
+        )
+    layers = _bert_layers(base)
+    config = base.config
+    sizes = (config.hidden_size, getattr(config, "intermediate_size", 0))
+    if not layers or any(size % 64 for size in sizes) or config.hidden_size % (32 * config.num_attention_heads):
+        raise ModelError(
+            f"INT8 without padding runs layers of BERT and its kin whose sizes are multiples of 64 (heads: of 32), and "
+            f"{type(base).__name__} has none: set model.compile: false, or model.quantization: bf16"
+        )
+    base.encoder.layer = torch.nn.ModuleList([Int8Layer(layer) for layer in layers])
+    return _MATRICES_OF_A_LAYER * len(layers)
+
+
+def _bert_layers(base: Any) -> list[Any]:
+    """All layers, where each is BERT's; else none."""
+    layers = getattr(getattr(base, "encoder", None), "layer", None)
+    return list(layers) if layers and all(is_bert_layer(layer) for layer in layers) else []
+
+
 def _use_own_layers(base: Any) -> bool:
     """Put an EncoderLayer in the place of each layer, where the architecture is BERT's and all sizes allow it."""
-    encoder = getattr(base, "encoder", None)
-    layers = getattr(encoder, "layer", None)
-    if not layers or not all(is_bert_layer(layer) for layer in layers):
-        return False
-    encoder.layer = torch.nn.ModuleList([EncoderLayer(layer) for layer in layers])  # type: ignore[union-attr]
-    return True
+    layers = _bert_layers(base)
+    if layers:
+        base.encoder.layer = torch.nn.ModuleList([EncoderLayer(layer) for layer in layers])
+    return bool(layers)
 
 
 def is_bert_layer(layer: Any) -> bool:

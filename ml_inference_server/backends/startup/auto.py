@@ -11,18 +11,18 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml_inference_server.backends import BACKENDS, backend_class, create_backend
-from ml_inference_server.backends.base import TokenBatch
+from ml_inference_server.backends.base import Backend, TokenBatch
 from ml_inference_server.backends.files.model_errors import one_line
 from ml_inference_server.backends.files.model_files import architecture_of, find_model
 from ml_inference_server.backends.startup import parity
-from ml_inference_server.backends.startup.batches import grouped_batches
-from ml_inference_server.backends.startup.own_process import in_own_process
+from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
+from ml_inference_server.backends.startup.own_process import OwnProcess, in_own_process
 from ml_inference_server.backends.startup.reference import reference_for
 from ml_inference_server.backends.startup.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.cache import cached, find
@@ -34,11 +34,15 @@ from ml_inference_server.utils.sample import sample_pairs
 log = logging.getLogger(__name__)
 
 PROBE_TEXTS = 128
-MAX_PASSES = 9
-# Passes go on for so long; a slow model still gets one.
-_BUDGET_S = 2.0
+# Batches of queries are small: they come one by one, and the streams share those that wait.
+QUERY_BATCH = 16
+# Passes over all texts that decide among those that can still win, one of each in turn.
+ROUNDS = 5
+# Who is not this near to the best of the others when he is first timed cannot win any more; nor in the rounds, where
+# all have been timed alike.
+_FIRST_HOPE, _HOPE = 0.75, 0.9
 # Raise it when the way to choose changes: earlier choices are then made again.
-_VERSION = 3
+_VERSION = 4
 _FILE = "choice.json"
 _PACKAGES = (
     "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf",
@@ -53,14 +57,17 @@ class Candidates:
     skipped: Mapping[str, str]
 
 
+Rates = tuple[float, ...]
+"""Texts per second for each workload: of queries and of passages; for a cross-encoder of pairs."""
+
+
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Closeness:
     """`parity` is None where no reference could be had; `limit` is what it must reach.
 
     unfit: what else the gate at load would refuse it for, such as a single text that is wrong.
     """
 
-    texts_per_s: float
     parity: float | None
     limit: float
     fp32: bool
@@ -74,6 +81,14 @@ class Measured:
         if not self.parity >= self.limit:
             return f"failed the quality gate (parity {self.parity:.4f}, limit {self.limit})"
         return f"failed the quality gate ({self.unfit})" if self.unfit else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One pass over all texts; `closeness` with the second one only."""
+
+    rates: Rates
+    closeness: Closeness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +191,7 @@ def candidates(model: ModelSettings) -> Candidates:
                     able[name] = settings
     if not model.compile:
         for name, settings in list(able.items()):
-            if settings.backend != "pytorch" or settings.device != "cpu" or settings.precision not in ("none", "bf16"):
+            if settings.backend != "pytorch" or settings.device != "cpu" or settings.precision == "fp16":
                 continue
             compiled = settings.model_copy(update={"compile": True, "allow_fallback": False})
             try:
@@ -192,38 +207,57 @@ def _name(backend: str, device: str, quantization: Quantization) -> str:
     return f"{backend} {PRECISION_NAMES[DTYPES[quantization]]}" + ("" if device == "cpu" else f" on {device}")
 
 
-def probe(model: ModelSettings) -> Measured:
-    """Load a candidate and measure it on the sample, batched as the server would. ModelError if it is not fit."""
+def probe(model: ModelSettings) -> Iterator[Measured]:
+    """Times a candidate each time that it is asked, on the sample, batched as the server would.
+
+    It is loaded before the first time; before the second it is warmed up and compared with FP32. ModelError if it is
+    not fit.
+    """
     resolution = resolve(model)
-    reference = reference_for(resolution.model)
     backend = create_backend(resolution.model)
     backend.load_model()
     resolution.check(backend.info)
-    backend.warmup(lambda done, total: None)
-    closeness = parity.measure(backend, reference)
+    workloads = _workloads(backend)
+    with ThreadPoolExecutor(backend.info.concurrency) as pool:
+
+        def timed(closeness: Closeness | None = None) -> Measured:
+            rates = []
+            for batches in workloads:
+                started = time.perf_counter()
+                list(pool.map(backend.infer, batches))
+                rates.append(sum(map(len, batches)) / (time.perf_counter() - started))
+            return Measured(tuple(rates), closeness)
+
+        timed()  # kernels are made at the first batch of their size
+        yield timed()
+        backend.warmup(lambda done, total: None)
+        closeness = parity.measure(backend, reference_for(resolution.model))
+        yield timed(
+            Closeness(
+                parity=closeness.mean if closeness else None,
+                limit=parity.required(resolution.model, backend.info.task),
+                fp32=resolution.quantization == "none",
+                unfit=_unfit(closeness, resolution.model, backend.info.task),
+            )
+        )
+        while True:
+            yield timed()
+
+
+def _workloads(backend: Backend) -> list[list[TokenBatch]]:
+    """The batches of each workload, the dearest first, so that the streams finish together."""
     pairs = sample_pairs()
     pairs = pairs[:: max(1, len(pairs) // PROBE_TEXTS)][:PROBE_TEXTS]
     tokenizer = backend.tokenizer
     if backend.info.task == "cross_encoder":
-        rows = tokenizer.encode_pairs(pairs)
+        workloads = [(tokenizer.encode_pairs(pairs), BATCH_SIZE)]
     else:
-        rows = tokenizer.encode([passage for _, passage in pairs])
-    # The dearest batches first, so that the streams finish together.
-    batches = [TokenBatch.of([rows[i] for i in batch]) for batch in reversed(grouped_batches(rows))]
-    passes_s: list[float] = []
-    with ThreadPoolExecutor(backend.info.concurrency) as pool:
-        list(pool.map(backend.infer, batches))
-        while not passes_s or (len(passes_s) < MAX_PASSES and sum(passes_s) < _BUDGET_S):
-            started = time.perf_counter()
-            list(pool.map(backend.infer, batches))
-            passes_s.append(time.perf_counter() - started)
-    return Measured(
-        texts_per_s=len(rows) / statistics.median(passes_s),
-        parity=closeness.mean if closeness else None,
-        limit=parity.required(resolution.model, backend.info.task),
-        fp32=resolution.quantization == "none",
-        unfit=_unfit(closeness, resolution.model, backend.info.task),
-    )
+        queries, passages = zip(*pairs, strict=True)
+        workloads = [(tokenizer.encode(queries), QUERY_BATCH), (tokenizer.encode(passages), BATCH_SIZE)]
+    return [
+        [TokenBatch.of([rows[i] for i in batch]) for batch in reversed(grouped_batches(rows, batch_size))]
+        for rows, batch_size in workloads
+    ]
 
 
 def _unfit(closeness: parity.Parity | None, model: ModelSettings, task: str) -> str:
@@ -234,35 +268,124 @@ def _unfit(closeness: parity.Parity | None, model: ModelSettings, task: str) -> 
     return ""
 
 
+class _Race:
+    """The candidates, timed against each other; those that can still win stay loaded."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, str] = {}  # how each one that is out did
+        self.base: tuple[str, Rates] | None = None  # the yardstick
+        self._rates: dict[str, list[Rates]] = {}
+        self._running: dict[str, OwnProcess[Measured]] = {}
+        self._failed: set[str] = set()
+
+    def enter(self, name: str, settings: ModelSettings) -> None:
+        """Load it and time it; if it can win, compare it with FP32 as well."""
+        best = self._best()
+        self._running[name] = OwnProcess(probe, settings)
+        try:
+            self._time(name)
+            if self.base is None:
+                self.base = name, self._rates[name][0]
+            if self.ratio(name) < _FIRST_HOPE * best:
+                self._end(name, self._told(name))
+            elif (closeness := self._time(name).closeness) is not None and closeness.verdict:
+                self._fail(name, closeness.verdict)
+            self._drop_hopeless(_FIRST_HOPE)
+        except ModelError as error:
+            self._fail(name, f"failed ({error})")
+
+    def decide(self, told: Callable[[int], None]) -> str | None:
+        """Time those that are left in turn, until one is; None where all are out. told: before each round."""
+        for round_ in range(ROUNDS):
+            self._drop_hopeless(_HOPE if round_ else _FIRST_HOPE)
+            if len(self._running) < 2:
+                break
+            told(round_ + 1)
+            for name in list(self._running):
+                try:
+                    self._time(name)
+                except ModelError as error:
+                    self._fail(name, f"failed ({error})")
+        return max(self._running, key=self.ratio, default=None)
+
+    def fit(self, names: Collection[str]) -> str:
+        """One of them that was tried and is not unfit; empty if none is."""
+        return next((name for name in names if name in self._rates and name not in self._failed), "")
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.close()
+
+    def _time(self, name: str) -> Measured:
+        measured = self._running[name].ask()
+        self._rates.setdefault(name, []).append(measured.rates)
+        return measured
+
+    def ratio(self, name: str) -> float:
+        """How fast it was, of the yardstick: the mean over the workloads."""
+        base = self.base[1] if self.base else self._rates[name][0]
+        rates = [statistics.median(each) for each in zip(*self._rates[name], strict=True)]
+        return statistics.fmean(rate / unit for rate, unit in zip(rates, base, strict=True))
+
+    def _best(self) -> float:
+        return max(map(self.ratio, self._running), default=0.0)
+
+    def _told(self, name: str) -> str:
+        return f"{self.ratio(name):.1f}x"
+
+    def _drop_hopeless(self, hope: float) -> None:
+        best = self._best()
+        for name in list(self._running):
+            if self.ratio(name) < hope * best:
+                self._end(name, self._told(name))
+
+    def _fail(self, name: str, told: str) -> None:
+        self._failed.add(name)
+        self._end(name, told)
+
+    def _end(self, name: str, told: str) -> None:
+        self.told[name] = told
+        self._running.pop(name).close()
+
+
 def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[ModelSettings, str]:
     """The winner and the sentence about it."""
     phase("looking for backends")
     listed = in_own_process(candidates, model)
-    measured: dict[str, Measured] = {}
-    out: dict[str, str] = {}
-    for count, (name, settings) in enumerate(listed.able.items(), 1):
-        phase(f"auto: trying {name} ({count}/{len(listed.able)})")
-        try:
-            measured[name] = in_own_process(probe, settings)
-        except ModelError as error:
-            out[name] = f"failed ({error})"
-    passed = {name: each.texts_per_s for name, each in measured.items() if not each.verdict}
+    names = _in_order(listed.able)
+    race = _Race()
+    try:
+        for count, name in enumerate(names, 1):
+            phase(f"auto: trying {name} ({count}/{len(names)})")
+            if faster := race.fit([other for other in names if _is_fp32_of(listed.able, name, other)]):
+                race.told[name] = f"not tried ({faster} is no slower)"
+            else:
+                race.enter(name, listed.able[name])
+        winner = race.decide(lambda round_: phase(f"auto: timing the fastest in turn ({round_}/{ROUNDS})"))
+        ratios = {name: race.told.get(name) or f"{race.ratio(name):.1f}x" for name in names}
+    finally:
+        race.close()
+    told = [f"{name} {ratios[name]}" for name in names]
     skipped = [f"{name} ({why})" for name, why in listed.skipped.items()]
-    if not passed:
-        told = [f"{name} {out.get(name) or measured[name].verdict}" for name in listed.able]
+    if winner is None or race.base is None:
         raise ModelError(
             f"auto found nothing that is fit to serve here: {'; '.join([*told, *skipped])}. "
             f"Name a model.backend and a model.quantization, or lower model.min_parity"
         )
-    winner = max(passed, key=lambda name: passed[name])
-    yardstick, base = next((name, each.texts_per_s) for name, each in measured.items())
-
-    def tell(name: str) -> str:
-        if name in out:
-            return f"{name} {out[name]}"
-        return f"{name} {measured[name].verdict or f'{measured[name].texts_per_s / base:.1f}x'}"
-
-    sentence = f"auto chose {winner} ({passed[winner] / base:.1f}x of {yardstick}; "
-    sentence += f"tried: {', '.join(tell(name) for name in listed.able)}"
+    sentence = f"auto chose {winner} ({race.ratio(winner):.1f}x of {race.base[0]}; tried: {', '.join(told)}"
     sentence += f"; skipped: {', '.join(skipped)})" if skipped else ")"
     return listed.able[winner], sentence
+
+
+def _in_order(able: Mapping[str, ModelSettings]) -> list[str]:
+    """The first one is the yardstick; then those that are likely to win, so that the others can be given up early."""
+    first, *rest = able
+    precisions: tuple[Quantization, ...] = ("int8", "bf16", "fp16", "none")
+    return [first, *sorted(rest, key=lambda name: (precisions.index(able[name].precision), not able[name].compile))]
+
+
+def _is_fp32_of(able: Mapping[str, ModelSettings], name: str, other: str) -> bool:
+    """Whether `name` is the FP32 of what `other` runs in fewer bits: never faster, so only for where that is unfit."""
+    one, two = able[name], able[other]
+    same = (one.backend, one.device, one.compile) == (two.backend, two.device, two.compile)
+    return same and one.precision == "none" and two.precision != "none"

@@ -7,7 +7,7 @@ from ml_inference_server.backends import backend_class
 from ml_inference_server.backends.base import BackendInfo
 from ml_inference_server.backends.compiled import native
 from ml_inference_server.utils.config import ModelSettings, Quantization
-from ml_inference_server.utils.cpu import available_cpus, has_native_bf16
+from ml_inference_server.utils.cpu import available_cpus, has_int8_vectors, has_native_bf16
 from ml_inference_server.utils.errors import ModelError
 
 # The dtype that a loaded model must report for each precision.
@@ -115,8 +115,10 @@ def _can_compile(model: ModelSettings, device: str, quantization: Quantization, 
     obstacle = ""
     if model.backend != "pytorch":
         obstacle = f"backend {model.backend} compiles by itself: model.compile is for backend pytorch"
-    elif device != "cpu" or quantization not in ("none", "bf16"):
-        obstacle = f"model.compile runs fp32 and bf16 on cpu, not {PRECISION_NAMES[DTYPES[quantization]]} on {device}"
+    elif device != "cpu" or quantization not in ("none", "bf16", "int8"):
+        obstacle = f"model.compile runs on cpu, not {PRECISION_NAMES[DTYPES[quantization]]} on {device}"
+    elif quantization == "int8" and not has_int8_vectors():
+        obstacle = "model.compile runs int8 on processors with AVX-512 VNNI, and this one has none"
     elif native.compiler() is None:
         obstacle = native.no_compiler()
     if obstacle and not model.allow_fallback:

@@ -1,4 +1,4 @@
-"""The project's own operators in C++, built once for this machine: torch.ops.mlis.packed_attention, encoder_layer."""
+"""The project's own operators in C++, built once for this machine: torch.ops.mlis."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from ml_inference_server.utils.errors import ModelError
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "packed_attention.cpp", _FOLDER / "encoder_layer.cpp")
+_SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("packed_attention", "encoder_layer", "int8_layer"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
 _LIMIT_S = 600
@@ -75,6 +75,10 @@ def load_operators() -> bool:
 
     @torch.library.register_fake("mlis::encoder_layer")
     def _layer_shape(x, starts, matrices, biases, norms, heads, eps):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("mlis::int8_layer")
+    def _int8_layer_shape(x, starts, matrices, scales, sums, biases, norms, heads, eps):  # type: ignore[no-untyped-def]
         return torch.empty_like(x)
 
     return bool(torch.ops.mlis.uses_amx())

@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 
 #include "amx.h"
+#include "vectors.h"
 
 #ifdef MLIS_AMX
 #include <algorithm>
@@ -17,21 +18,6 @@
 namespace mlis {
 
 constexpr int64_t kBlock = 32;  // rows of x, and outputs, of a block
-
-// x * Phi(x), absolute error below 1e-4: BF16 holds 8 bits. Phi(x) - 1/2 is an odd polynomial up to |x| = 4.
-inline __m512 gelu(__m512 x) {
-  const __m512 t = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-4.0f)), _mm512_set1_ps(4.0f));
-  const __m512 s = _mm512_mul_ps(t, t);
-  __m512 p = _mm512_set1_ps(-8.521429952e-10f);
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(7.676403314e-08f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-2.982062081e-06f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(6.629969466e-05f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-9.473684633e-04f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(9.289026502e-03f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-6.551710584e-02f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(3.984620620e-01f));
-  return _mm512_mul_ps(x, _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f)));
-}
 
 // A block of sums that still has to be written.
 struct Pending {
