@@ -273,7 +273,7 @@ class _Race:
 
     def __init__(self) -> None:
         self.told: dict[str, str] = {}  # how each one that is out did
-        self.base: tuple[str, Rates] | None = None  # the yardstick
+        self.base = ""  # the yardstick
         self._rates: dict[str, list[Rates]] = {}
         self._running: dict[str, OwnProcess[Measured]] = {}
         self._failed: set[str] = set()
@@ -284,8 +284,7 @@ class _Race:
         self._running[name] = OwnProcess(probe, settings)
         try:
             self._time(name)
-            if self.base is None:
-                self.base = name, self._rates[name][0]
+            self.base = self.base or name
             if self.ratio(name) < _FIRST_HOPE * best:
                 self._end(name, self._told(name))
             elif (closeness := self._time(name).closeness) is not None and closeness.verdict:
@@ -323,8 +322,7 @@ class _Race:
 
     def ratio(self, name: str) -> float:
         """How fast it was, of the yardstick: the mean over the workloads."""
-        base = self.base[1] if self.base else self._rates[name][0]
-        rates = [statistics.median(each) for each in zip(*self._rates[name], strict=True)]
+        rates, base = (map(statistics.median, zip(*self._rates[one], strict=True)) for one in (name, self.base))
         return statistics.fmean(rate / unit for rate, unit in zip(rates, base, strict=True))
 
     def _best(self) -> float:
@@ -367,12 +365,12 @@ def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[Mo
         race.close()
     told = [f"{name} {ratios[name]}" for name in names]
     skipped = [f"{name} ({why})" for name, why in listed.skipped.items()]
-    if winner is None or race.base is None:
+    if winner is None:
         raise ModelError(
             f"auto found nothing that is fit to serve here: {'; '.join([*told, *skipped])}. "
             f"Name a model.backend and a model.quantization, or lower model.min_parity"
         )
-    sentence = f"auto chose {winner} ({race.ratio(winner):.1f}x of {race.base[0]}; tried: {', '.join(told)}"
+    sentence = f"auto chose {winner} ({race.ratio(winner):.1f}x of {race.base}; tried: {', '.join(told)}"
     sentence += f"; skipped: {', '.join(skipped)})" if skipped else ")"
     return listed.able[winner], sentence
 

@@ -22,15 +22,18 @@ struct FloatScratch {
 inline void multiply_8_by_32(const float* a, int64_t stride_a, const float* b, int64_t stride_b, int64_t depth,
                              float* to, int64_t stride_to) {
   __m512 sums[kQueries][2];
-  for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < kQueries; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; ++k) {
     const __m512 left = _mm512_loadu_ps(b + k * stride_b), right = _mm512_loadu_ps(b + k * stride_b + 16);
+#pragma GCC unroll 8
     for (int i = 0; i < kQueries; ++i) {
       const __m512 one = _mm512_set1_ps(a[i * stride_a + k]);
       sums[i][0] = _mm512_fmadd_ps(one, left, sums[i][0]);
       sums[i][1] = _mm512_fmadd_ps(one, right, sums[i][1]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kQueries; ++i) {
     _mm512_storeu_ps(to + i * stride_to, sums[i][0]);
     _mm512_storeu_ps(to + i * stride_to + 16, sums[i][1]);

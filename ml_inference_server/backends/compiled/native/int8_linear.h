@@ -64,35 +64,48 @@ inline void quantise_row(const float* from, const Int8Rows& rows, int64_t m) {
   }
 }
 
-// `kRows` rows from row m on by one panel.
-template <int kRows, bool kGelu>
-inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matrix, int64_t n, float* out) {
-  const int64_t in = matrix.in;
-  const int8_t* w = matrix.panels + n * in;
-  const uint8_t* from = x.bytes + m * in;
+// The exact sums of `kRows` rows of x and the 64 outputs of a panel; to: (kRows, 64). Nothing else stands here, so that
+// the compiler keeps all sums in registers.
+template <int kRows>
+inline void sum_panel(const uint8_t* x, const int8_t* w, int64_t in, int32_t* to) {
   __m512i sums[kRows][4];
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_setzero_si512();
   for (int64_t k = 0; k < in; k += 4, w += 4 * kPanel) {
     __m512i weights[4];
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) weights[j] = _mm512_loadu_si512(w + 64 * j);
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int32_t four;
-      std::memcpy(&four, from + i * in + k, 4);
+      std::memcpy(&four, x + i * in + k, 4);
       const __m512i row = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], row, weights[j]);
     }
   }
-  for (int j = 0; j < 4; ++j) {
-    const int64_t at = n + 16 * j;
-    const __m512i all = _mm512_loadu_si512(matrix.sums + at);
-    const __m512 scales = _mm512_loadu_ps(matrix.scales + at), bias = _mm512_loadu_ps(matrix.bias + at);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_store_si512(to + i * kPanel + 16 * j, sums[i][j]);
+}
+
+// `kRows` rows from row m on by one panel.
+template <int kRows, bool kGelu>
+inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matrix, int64_t n, float* out) {
+  alignas(64) int32_t sums[kRows * kPanel];
+  sum_panel<kRows>(x.bytes + m * matrix.in, matrix.panels + n * matrix.in, matrix.in, sums);
+  for (int64_t j = 0; j < kPanel; j += 16) {
+    const __m512i all = _mm512_loadu_si512(matrix.sums + n + j);
+    const __m512 scales = _mm512_loadu_ps(matrix.scales + n + j), bias = _mm512_loadu_ps(matrix.bias + n + j);
     for (int i = 0; i < kRows; ++i) {
       const __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(x.zeros[m + i]), all);
-      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][j], offset));
+      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + i * kPanel + j), offset));
       __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(exact, scales), _mm512_set1_ps(x.scales[m + i]), bias);
       if constexpr (kGelu) y = gelu(y);
-      _mm512_storeu_ps(out + i * matrix.out + at, y);
+      _mm512_storeu_ps(out + i * matrix.out + n + j, y);
     }
   }
 }
