@@ -11,7 +11,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,7 @@ def _name(backend: str, device: str, quantization: Quantization) -> str:
     return f"{backend} {PRECISION_NAMES[DTYPES[quantization]]}" + ("" if device == "cpu" else f" on {device}")
 
 
-def probe(model: ModelSettings) -> Iterator[Measured]:
+def probe(model: ModelSettings) -> Generator[Measured, None, None]:
     """Times a candidate each time that it is asked, on the sample, batched as the server would.
 
     It is loaded before the first time; before the second it is warmed up and compared with FP32. ModelError if it is
