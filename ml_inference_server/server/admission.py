@@ -27,7 +27,7 @@ class Reservation:
     caller: who holds it. is_bulk: its texts are served as such. tokens, texts: those that no batch has taken yet.
     """
 
-    __slots__ = ("_admission", "_held", "_is_overflow", "_shares", "caller", "is_bulk", "texts", "tokens")
+    __slots__ = ("_admission", "_held", "_is_named", "_is_overflow", "_shares", "caller", "is_bulk", "texts", "tokens")
 
     def __init__(
         self,
@@ -39,9 +39,10 @@ class Reservation:
         *,
         is_bulk: bool,
         is_overflow: bool,
+        is_named: bool,
     ) -> None:
         self._admission, self._shares = admission, shares
-        self.caller, self.is_bulk, self._is_overflow = caller, is_bulk, is_overflow
+        self.caller, self.is_bulk, self._is_overflow, self._is_named = caller, is_bulk, is_overflow, is_named
         self.tokens = self.texts = 0
         self._held = shares.enter(caller)
         self.resize(tokens, texts)
@@ -52,7 +53,12 @@ class Reservation:
         if more_tokens or more_texts:
             self.tokens, self.texts = tokens, texts
             self._shares.change(
-                self._held, more_tokens, more_texts, is_bulk=self.is_bulk, is_overflow=self._is_overflow
+                self._held,
+                more_tokens,
+                more_texts,
+                is_bulk=self.is_bulk,
+                is_overflow=self._is_overflow,
+                is_named=self._is_named,
             )
 
     def take(self, tokens: int) -> None:
@@ -181,7 +187,16 @@ class Admission:
         if limits is not NO_LIMITS:
             self._buckets.take(caller, limits, tokens, now)
         is_bulk = priority is Priority.BULK
-        reservation = Reservation(self, self._shares, caller, tokens, texts, is_bulk=is_bulk, is_overflow=is_overflow)
+        reservation = Reservation(
+            self,
+            self._shares,
+            caller,
+            tokens,
+            texts,
+            is_bulk=is_bulk,
+            is_overflow=is_overflow,
+            is_named=asked is not None,
+        )
         self._held.add(reservation)
         self._empty.clear()
         return reservation

@@ -155,6 +155,7 @@ class BatchRunner:
                 cost_tokens=self.limits.cost_tokens(batch),
                 streams=self._worker.slots,
                 compute_s=compute_s,
+                held_s=self._loop.time() - dispatched_at,
             )
         padded_tokens = self.limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
         self._metrics.batch_finished(

@@ -13,11 +13,13 @@ _RESERVE = 4  # a fourth
 class Held:
     """What one caller holds. requests: not answered. The rest are tokens that no batch has taken yet.
 
-    overflow: those of `bulk` that are bulk only because he had a batch and more in line.
+    unnamed: those of `interactive` whose request named no priority. overflow: those of `bulk` that are bulk only
+    because he had a batch and more of these in line.
     """
 
     requests: int = 0
     interactive: int = 0
+    unnamed: int = 0
     bulk: int = 0
     overflow: int = 0
 
@@ -57,7 +59,8 @@ class QueueShares:
         """As what a request is served, and whether that is for what its caller has in line already.
 
         asked: by the request; None: bulk where it has more than a batch of such texts holds, or where its caller would
-        have that in line. The latter goes on until nothing of that kind waits: his requests keep their order.
+        have that in line, of requests that named none either. The latter goes on until nothing of that kind waits: his
+        requests keep their order.
         """
         if asked is not None:
             return asked, False
@@ -65,7 +68,7 @@ class QueueShares:
         if tokens > batch_tokens:
             return Priority.BULK, False
         held = self.of(caller)
-        is_overflow = held.overflow > 0 or held.interactive + tokens > batch_tokens
+        is_overflow = held.overflow > 0 or held.unnamed + tokens > batch_tokens
         return (Priority.BULK if is_overflow else Priority.INTERACTIVE), is_overflow
 
     def full(self, caller: str, tokens: int) -> str:
@@ -116,7 +119,7 @@ class QueueShares:
         self.requests += 1
         return held
 
-    def change(self, held: Held, tokens: int, texts: int, *, is_bulk: bool, is_overflow: bool) -> None:
+    def change(self, held: Held, tokens: int, texts: int, *, is_bulk: bool, is_overflow: bool, is_named: bool) -> None:
         """So many tokens and texts more of a request that is in; less where they are negative."""
         self.texts += texts
         if is_bulk:
@@ -125,6 +128,7 @@ class QueueShares:
             held.overflow += tokens * is_overflow
         else:
             held.interactive += tokens
+            held.unnamed += tokens * (not is_named)
             self.interactive += tokens
 
     def leave(self, caller: str) -> None:

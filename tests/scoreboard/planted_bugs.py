@@ -119,7 +119,10 @@ ROOM_TWICE = Bug(
         Edit(
             path=_ADMISSION,
             old="self.resize(max(0, self.tokens - tokens), max(0, self.texts - 1))",
-            new="self._shares.change(self._held, -tokens, -1, is_bulk=self.is_bulk, is_overflow=self._is_overflow)",
+            new=(
+                "self._shares.change(self._held, -tokens, -1, is_bulk=self.is_bulk, is_overflow=self._is_overflow, "
+                "is_named=self._is_named)"
+            ),
         ),
     ),
     seen_by=f"{_HARD}::test_each_caller_gets_its_own_rows_whatever_they_travelled_with",

@@ -14,9 +14,17 @@ def shares(*, requests: int = 100, tokens: int = 4000, batch: int = 100, batch_t
     return QueueShares(max_requests=requests, max_tokens=tokens, batch_tokens=batch, batch_texts=batch_texts)
 
 
-def fill(shares: QueueShares, caller: str, *sizes: int, is_bulk: bool = False, is_overflow: bool = False) -> None:
+def fill(
+    shares: QueueShares,
+    caller: str,
+    *sizes: int,
+    is_bulk: bool = False,
+    is_overflow: bool = False,
+    is_named: bool = False,
+) -> None:
     for tokens in sizes:
-        shares.change(shares.enter(caller), tokens, 1, is_bulk=is_bulk, is_overflow=is_overflow)
+        held = shares.enter(caller)
+        shares.change(held, tokens, 1, is_bulk=is_bulk, is_overflow=is_overflow, is_named=is_named)
 
 
 def test_one_caller_may_fill_the_queue() -> None:
@@ -49,6 +57,14 @@ def test_the_reserve_has_an_end() -> None:
     assert queue.full("one more", 1) == "100 requests"
 
 
+def test_a_long_call_that_is_named_interactive_makes_no_bulk_of_its_callers_single_texts() -> None:
+    queue = shares(batch=100)
+    fill(queue, "a", 1024, is_named=True)
+    assert queue.priority("a", 1, 1, None) == (INTERACTIVE, False)
+    fill(queue, "a", 100)
+    assert queue.priority("a", 1, 1, None) == (BULK, True)
+
+
 def test_many_short_texts_are_more_than_a_batch_though_their_tokens_would_fit() -> None:
     queue = shares(batch=100, batch_texts=8)
     assert queue.priority("a", 40, 8, None) == (INTERACTIVE, False)
@@ -67,9 +83,9 @@ def test_who_waits_beside_short_texts_waits_for_batches_of_short_texts() -> None
 def test_room_comes_back_with_those_who_leave() -> None:
     queue = shares(tokens=4000)
     held = queue.enter("a")
-    queue.change(held, 4000, 1, is_bulk=True, is_overflow=True)
+    queue.change(held, 4000, 1, is_bulk=True, is_overflow=True, is_named=False)
     assert queue.full("a", 1)
-    queue.change(held, -4000, -1, is_bulk=True, is_overflow=True)
+    queue.change(held, -4000, -1, is_bulk=True, is_overflow=True, is_named=False)
     queue.leave("a")
     assert queue.full("a", 4000) == ""
     assert (queue.tokens, queue.requests, queue.of("a").tokens) == (0, 0, 0)
@@ -93,10 +109,10 @@ def test_who_has_a_batch_in_line_is_served_as_bulk_until_nothing_of_that_is_left
     fill(queue, "a", 60)
     assert queue.priority("a", 60, 1, None) == (BULK, True)
     held = queue.enter("a")
-    queue.change(held, 60, 1, is_bulk=True, is_overflow=True)
+    queue.change(held, 60, 1, is_bulk=True, is_overflow=True, is_named=False)
     assert queue.priority("a", 1, 1, None) == (BULK, True)  # else it would come before the one that came before it
     assert queue.priority("b", 60, 1, None) == (INTERACTIVE, False)
-    queue.change(held, -60, -1, is_bulk=True, is_overflow=True)
+    queue.change(held, -60, -1, is_bulk=True, is_overflow=True, is_named=False)
     assert queue.priority("a", 40, 1, None) == (INTERACTIVE, False)
 
 
@@ -142,11 +158,13 @@ def test_the_sums_are_those_of_what_is_held_and_the_bounds_hold(
     for caller, tokens, asked, leaves in steps:
         if leaves and inside:
             name, size, is_bulk, is_overflow = inside.pop(0)
-            queue.change(queue.of(name), -size, -1, is_bulk=is_bulk, is_overflow=is_overflow)
+            queue.change(queue.of(name), -size, -1, is_bulk=is_bulk, is_overflow=is_overflow, is_named=False)
             queue.leave(name)
         if not queue.full(caller, tokens):
             priority, is_overflow = queue.priority(caller, tokens, 1, asked)
-            queue.change(queue.enter(caller), tokens, 1, is_bulk=priority is BULK, is_overflow=is_overflow)
+            queue.change(
+                queue.enter(caller), tokens, 1, is_bulk=priority is BULK, is_overflow=is_overflow, is_named=False
+            )
             inside.append((caller, tokens, priority is BULK, is_overflow))
         assert queue.requests == len(inside) <= 8 + 2
         assert queue.tokens == sum(size for _, size, _, _ in inside) <= 1000 + 250
