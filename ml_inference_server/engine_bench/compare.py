@@ -111,8 +111,11 @@ def _child(connection: Connection, settings: ModelSettings, texts: list[str], ti
             connection.send(seconds(moved, backend.bare_call if command == "direct" else backend.infer))
 
 
-def combinations(model: ModelSettings) -> list[tuple[EngineRow, ModelSettings]]:
-    """Every backend and precision that this machine can run on the cpu or its best device."""
+def combinations(model: ModelSettings, only: Sequence[str] = ()) -> list[tuple[EngineRow, ModelSettings]]:
+    """Every backend and precision that this machine can run on the cpu or its best device, or those named in `only`.
+
+    ConfigError where one of these cannot run here.
+    """
     out = []
     kinds = [(backend, compiled) for backend in BACKENDS for compiled in (False, True) if backend != "fake"]
     for (backend, compiled), quantization in itertools.product(kinds, ("none", "fp16", "bf16", "int8")):
@@ -124,7 +127,10 @@ def combinations(model: ModelSettings) -> list[tuple[EngineRow, ModelSettings]]:
         if not resolution.warnings:  # a precision that this machine only emulates would take hours
             name = f"{backend} {PRECISION_NAMES[DTYPES[resolution.quantization]]}" + " compiled" * compiled
             out.append((EngineRow(name), resolution.model))
-    return out
+    names = [row.name for row, _ in out]
+    if unknown := [name for name in only if name not in names]:
+        raise ConfigError(f"--only {', '.join(unknown)}: what runs here is {', '.join(names)}")
+    return [each for each in out if not only or each[0].name in only]
 
 
 def ask(connection: Connection, command: str) -> Any:
@@ -145,9 +151,19 @@ def ranking(
 
 
 def compare(
-    model: ModelSettings, pairs_file: Path, qrels_file: Path, *, repeats: int, timed: int, speed_only: bool = False
+    model: ModelSettings,
+    pairs_file: Path,
+    qrels_file: Path,
+    *,
+    repeats: int,
+    timed: int,
+    speed_only: bool = False,
+    only: Sequence[str] = (),
 ) -> list[EngineRow]:
-    """Measure every combination; a combination that cannot start has its error in its row."""
+    """Measure every combination, or those named in `only`; the first one is what the others are compared with.
+
+    A combination that cannot start has its error in its row.
+    """
     texts: dict[str, str] = {}
     pairs = []
     for number, line in enumerate(pairs_file.read_text(encoding="utf-8").splitlines(), 1):
@@ -165,7 +181,7 @@ def compare(
     running: list[tuple[EngineRow, Connection]] = []
     rows: list[EngineRow] = []
     try:
-        for row, settings in tqdm(combinations(model), desc="loading", disable=None):
+        for row, settings in tqdm(combinations(model, only), desc="loading", disable=None):
             here, there = context.Pipe()
             process = context.Process(
                 target=_child, args=(there, settings, [texts[n] for n in names], timed), daemon=True
@@ -243,11 +259,18 @@ def main() -> int:
     parser.add_argument(
         "--speed-only", action="store_true", help="leave out the pass over all texts that rates quality"
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="ROW",
+        help="such as 'pytorch int8 compiled'; may be given several times (default: all that runs here)",
+    )
     args = parser.parse_args()
     try:
         model = ModelSettings(name=args.model_name, device=args.device)
         sizes = {"repeats": args.repeats, "timed": args.timed}
-        rows = compare(model, args.pairs, args.qrels, **sizes, speed_only=args.speed_only)
+        rows = compare(model, args.pairs, args.qrels, **sizes, speed_only=args.speed_only, only=args.only)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
