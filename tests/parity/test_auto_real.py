@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ml_inference_server.backends.compiled import native
-from ml_inference_server.backends.startup import auto
-from ml_inference_server.backends.startup.auto import Measured, candidates, probe
+from ml_inference_server.backends.startup import auto, race
+from ml_inference_server.backends.startup.auto import candidates
 from ml_inference_server.backends.startup.own_process import OwnProcess
+from ml_inference_server.backends.startup.race import Measured, probe
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.utils.config import ModelSettings
 
@@ -43,7 +44,7 @@ def test_two_real_candidates_are_probed_once(
             super().__init__(work, settings)
 
     monkeypatch.setattr(auto, "in_own_process", count_candidates)
-    monkeypatch.setattr(auto, "OwnProcess", Counted)
+    monkeypatch.setattr(race, "OwnProcess", Counted)
     started = start_backend(model, silent)
     assert processes == [candidates, probe, probe]
     assert re.fullmatch(

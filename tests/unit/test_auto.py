@@ -11,9 +11,10 @@ import pytest
 
 from ml_inference_server.backends import BACKENDS
 from ml_inference_server.backends.fake import FakeBackend
-from ml_inference_server.backends.startup import auto
+from ml_inference_server.backends.startup import auto, race
 from ml_inference_server.backends.startup import resolve as resolve_module
-from ml_inference_server.backends.startup.auto import Candidates, Closeness, Measured, candidates, choose, probe
+from ml_inference_server.backends.startup.auto import Candidates, candidates, choose
+from ml_inference_server.backends.startup.race import Closeness, Measured, probe
 from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.backends.startup.start import start_backend
 from ml_inference_server.server.state import ServerState
@@ -55,6 +56,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for module in (auto, resolve_module):
             monkeypatch.setattr(module, "backend_class", find)
             monkeypatch.setattr(module, "has_native_bf16", lambda: native_bf16)
+        monkeypatch.setattr(auto, "slow_bf16", lambda: "" if native_bf16 else "no bf16 instructions")
 
     return have
 
@@ -83,13 +85,18 @@ def outcomes(monkeypatch: pytest.MonkeyPatch, backends: Callable[..., None]) -> 
                 self._asked = 0
                 ran.append(self._name)
 
+            def begin(self) -> None:
+                pass
+
             def ask(self) -> Measured:
                 self._asked += 1
                 if isinstance(self._answer, ModelError):
                     raise self._answer
                 given = self._answer if isinstance(self._answer, tuple) else (self._answer, Closeness(1.0, 0.97, False))
                 rate, closeness = given
-                return Measured((rate, rate), closeness if self._asked == 2 else None)
+                if self._asked == 1:
+                    return Measured()
+                return Measured(closeness=closeness) if self._asked == 3 else Measured((rate, rate))
 
             def close(self) -> None:
                 ended.append(self._name)
@@ -99,7 +106,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch, backends: Callable[..., None]) -> 
             return candidates(model)
 
         monkeypatch.setattr(auto, "in_own_process", run)
-        monkeypatch.setattr(auto, "OwnProcess", Process)
+        monkeypatch.setattr(race, "OwnProcess", Process)
         return ran
 
     yield set_to
@@ -138,6 +145,22 @@ def test_a_broken_package_does_not_take_the_others_along(backends: Callable[...,
     found = candidates(wish())
     assert found.skipped["a"].startswith("OSError: libsomething")
     assert "b fp32" in found.able
+
+
+@pytest.mark.parametrize(
+    ("native", "gain", "why"),
+    [
+        (False, 9.0, "no bf16 instructions"),
+        (True, 0.5, "bf16 products take 2.0x the time of fp32 ones"),
+        (True, 1.0, ""),
+    ],
+)
+def test_bf16_that_does_not_pay_is_told(monkeypatch: pytest.MonkeyPatch, native: bool, gain: float, why: str) -> None:
+    monkeypatch.setattr(auto, "has_native_bf16", lambda: native)
+    monkeypatch.setattr(auto, "bf16_gain", lambda: gain)
+    auto.slow_bf16.cache_clear()
+    assert auto.slow_bf16() == why
+    auto.slow_bf16.cache_clear()
 
 
 @pytest.mark.parametrize("keys", [{}, {"quantization": "bf16"}])
@@ -187,7 +210,7 @@ def test_the_fastest_that_passes_wins_and_the_sentence_tells_all(
         "c fp32 failed (its process died with exit code -11); skipped: a fp16 (not on cpu)"
     )
     assert caplog.text.count(choice.sentence) == 1
-    assert "auto: trying b int8 (3/5)" in phases
+    assert "auto: trying a fp32, a int8 (2/5)" in phases
 
 
 def test_a_second_start_reads_the_choice(
@@ -287,24 +310,25 @@ def test_the_probe_measures_speed_and_parity_as_the_server_batches(monkeypatch: 
 
     monkeypatch.setattr(FakeBackend, "load_model", load_and_log)
     asked = probe(ModelSettings(backend="fake", streams=2))
-    first, second, third = (next(asked) for _ in range(3))
+    loaded, first, compared, second = (next(asked) for _ in range(4))
     asked.close()
-    for each in (first, second, third):
+    assert loaded == Measured()
+    for each in (first, second):
         queries_per_s, passages_per_s = each.rates
         assert queries_per_s > 0
         assert passages_per_s > 0
-    assert (first.closeness, third.closeness) == (None, None)
-    assert second.closeness is not None
-    assert second.closeness.parity == pytest.approx(1)
-    assert (second.closeness.limit, second.closeness.fp32) == (0.9999, True)
+    assert compared.closeness is not None
+    assert compared.closeness.parity == pytest.approx(1)
+    assert (compared.closeness.limit, compared.closeness.fp32) == (0.9999, True)
     timed = [batch for batch in ran[0].log if len(batch.rows) > 8]
     assert max(batch.padded_tokens for batch in timed) <= 2048
-    assert max(len(batch.rows) for batch in timed if batch.padded_tokens < 400) <= auto.QUERY_BATCH
-    assert len({row for batch in timed for row in batch.rows}) >= auto.PROBE_TEXTS
+    assert max(len(batch.rows) for batch in timed if batch.padded_tokens < 400) <= race.QUERY_BATCH
+    assert len({row for batch in timed for row in batch.rows}) >= race.PROBE_TEXTS
 
 
 def test_the_probe_of_a_cross_encoder_scores_pairs() -> None:
     asked = probe(ModelSettings(backend="fake", task="cross_encoder"))
+    assert next(asked) == Measured()
     assert len(next(asked).rates) == 1
     closeness = next(asked).closeness
     assert closeness is not None

@@ -4,43 +4,34 @@ Every candidate is loaded, compared with FP32 and timed in a process of its own,
 thread settings end with it, and the server imports no library but that of the winner.
 """
 
+import functools
 import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Collection, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ml_inference_server.backends import BACKENDS, backend_class, create_backend
-from ml_inference_server.backends.base import Backend, TokenBatch
+from tqdm import tqdm
+
+from ml_inference_server.backends import BACKENDS, backend_class
 from ml_inference_server.backends.files.model_errors import one_line
 from ml_inference_server.backends.files.model_files import architecture_of, find_model
-from ml_inference_server.backends.startup import parity
-from ml_inference_server.backends.startup.batches import BATCH_SIZE, grouped_batches
-from ml_inference_server.backends.startup.own_process import OwnProcess, in_own_process
-from ml_inference_server.backends.startup.reference import reference_for
+from ml_inference_server.backends.startup.bf16_gain import bf16_gain
+from ml_inference_server.backends.startup.own_process import in_own_process
+from ml_inference_server.backends.startup.race import ROUNDS, Race
 from ml_inference_server.backends.startup.resolve import DTYPES, PRECISION_NAMES, resolve
 from ml_inference_server.utils.cache import cached, find
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import available_cpus, cpu_flags, cpu_name, has_native_bf16
 from ml_inference_server.utils.errors import ModelError
-from ml_inference_server.utils.sample import sample_pairs
 
 log = logging.getLogger(__name__)
 
-PROBE_TEXTS = 128
-# Batches of queries are small: they come one by one, and the streams share those that wait.
-QUERY_BATCH = 16
-# Passes over all texts that decide among those that can still win, one of each in turn.
-ROUNDS = 5
-# Who is not this near to the best of the others when he is first timed cannot win any more; nor in the rounds, where
-# all have been timed alike.
-_FIRST_HOPE, _HOPE = 0.75, 0.9
+# Loaded side by side: most of a start is one thread's work.
+_AT_A_TIME = 2
 # Raise it when the way to choose changes: earlier choices are then made again.
 _VERSION = 4
 _FILE = "choice.json"
@@ -55,40 +46,6 @@ class Candidates:
 
     able: Mapping[str, ModelSettings]
     skipped: Mapping[str, str]
-
-
-Rates = tuple[float, ...]
-"""Texts per second for each workload: of queries and of passages; for a cross-encoder of pairs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closeness:
-    """`parity` is None where no reference could be had; `limit` is what it must reach.
-
-    unfit: what else the gate at load would refuse it for, such as a single text that is wrong.
-    """
-
-    parity: float | None
-    limit: float
-    fp32: bool
-    unfit: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """Why it is out; empty if it passes. What runs FP32 needs no proof where none can be had."""
-        if self.parity is None:
-            return "" if self.fp32 else "could not be compared with FP32"
-        if not self.parity >= self.limit:
-            return f"failed the quality gate (parity {self.parity:.4f}, limit {self.limit})"
-        return f"failed the quality gate ({self.unfit})" if self.unfit else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One pass over all texts; `closeness` with the second one only."""
-
-    rates: Rates
-    closeness: Closeness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +142,8 @@ def candidates(model: ModelSettings) -> Candidates:
                 name = _name(backend, resolution.device, resolution.quantization)
                 if asked == "auto" and resolution.quantization != quantization:
                     skipped[_name(backend, resolution.device, quantization)] = f"not on {resolution.device}"
-                elif (resolution.quantization, resolution.device) == ("bf16", "cpu") and not has_native_bf16():
-                    skipped[name] = "no bf16 instructions"
+                elif (resolution.quantization, resolution.device) == ("bf16", "cpu") and (why := slow_bf16()):
+                    skipped[name] = why
                 else:
                     able[name] = settings
     if not model.compile:
@@ -203,147 +160,17 @@ def candidates(model: ModelSettings) -> Candidates:
     return Candidates(able, skipped)
 
 
+@functools.cache
+def slow_bf16() -> str:
+    """Why BF16 cannot be the fastest on this processor; empty if it can."""
+    if not has_native_bf16():
+        return "no bf16 instructions"
+    gain = bf16_gain()
+    return f"bf16 products take {1 / gain:.1f}x the time of fp32 ones" if gain < 1 else ""
+
+
 def _name(backend: str, device: str, quantization: Quantization) -> str:
     return f"{backend} {PRECISION_NAMES[DTYPES[quantization]]}" + ("" if device == "cpu" else f" on {device}")
-
-
-def probe(model: ModelSettings) -> Generator[Measured, None, None]:
-    """Times a candidate each time that it is asked, on the sample, batched as the server would.
-
-    It is loaded before the first time; before the second it is warmed up and compared with FP32. ModelError if it is
-    not fit.
-    """
-    resolution = resolve(model)
-    backend = create_backend(resolution.model)
-    backend.load_model()
-    resolution.check(backend.info)
-    workloads = _workloads(backend)
-    with ThreadPoolExecutor(backend.info.concurrency) as pool:
-
-        def timed(closeness: Closeness | None = None) -> Measured:
-            rates = []
-            for batches in workloads:
-                started = time.perf_counter()
-                list(pool.map(backend.infer, batches))
-                rates.append(sum(map(len, batches)) / (time.perf_counter() - started))
-            return Measured(tuple(rates), closeness)
-
-        timed()  # kernels are made at the first batch of their size
-        yield timed()
-        backend.warmup(lambda done, total: None)
-        closeness = parity.measure(backend, reference_for(resolution.model))
-        yield timed(
-            Closeness(
-                parity=closeness.mean if closeness else None,
-                limit=parity.required(resolution.model, backend.info.task),
-                fp32=resolution.quantization == "none",
-                unfit=_unfit(closeness, resolution.model, backend.info.task),
-            )
-        )
-        while True:
-            yield timed()
-
-
-def _workloads(backend: Backend) -> list[list[TokenBatch]]:
-    """The batches of each workload, the dearest first, so that the streams finish together."""
-    pairs = sample_pairs()
-    pairs = pairs[:: max(1, len(pairs) // PROBE_TEXTS)][:PROBE_TEXTS]
-    tokenizer = backend.tokenizer
-    if backend.info.task == "cross_encoder":
-        workloads = [(tokenizer.encode_pairs(pairs), BATCH_SIZE)]
-    else:
-        queries, passages = zip(*pairs, strict=True)
-        workloads = [(tokenizer.encode(queries), QUERY_BATCH), (tokenizer.encode(passages), BATCH_SIZE)]
-    return [
-        [TokenBatch.of([rows[i] for i in batch]) for batch in reversed(grouped_batches(rows, batch_size))]
-        for rows, batch_size in workloads
-    ]
-
-
-def _unfit(closeness: parity.Parity | None, model: ModelSettings, task: str) -> str:
-    try:
-        parity.check(closeness, model, task)
-    except ModelError as error:
-        return str(error)
-    return ""
-
-
-class _Race:
-    """The candidates, timed against each other; those that can still win stay loaded."""
-
-    def __init__(self) -> None:
-        self.told: dict[str, str] = {}  # how each one that is out did
-        self.base = ""  # the yardstick
-        self._rates: dict[str, list[Rates]] = {}
-        self._running: dict[str, OwnProcess[Measured]] = {}
-        self._failed: set[str] = set()
-
-    def enter(self, name: str, settings: ModelSettings) -> None:
-        """Load it and time it; if it can win, compare it with FP32 as well."""
-        best = self._best()
-        self._running[name] = OwnProcess(probe, settings)
-        try:
-            self._time(name)
-            self.base = self.base or name
-            if self.ratio(name) < _FIRST_HOPE * best:
-                self._end(name, self._told(name))
-            elif (closeness := self._time(name).closeness) is not None and closeness.verdict:
-                self._fail(name, closeness.verdict)
-            self._drop_hopeless(_FIRST_HOPE)
-        except ModelError as error:
-            self._fail(name, f"failed ({error})")
-
-    def decide(self, told: Callable[[int], None]) -> str | None:
-        """Time those that are left in turn, until one is; None where all are out. told: before each round."""
-        for round_ in range(ROUNDS):
-            self._drop_hopeless(_HOPE if round_ else _FIRST_HOPE)
-            if len(self._running) < 2:
-                break
-            told(round_ + 1)
-            for name in list(self._running):
-                try:
-                    self._time(name)
-                except ModelError as error:
-                    self._fail(name, f"failed ({error})")
-        return max(self._running, key=self.ratio, default=None)
-
-    def fit(self, names: Collection[str]) -> str:
-        """One of them that was tried and is not unfit; empty if none is."""
-        return next((name for name in names if name in self._rates and name not in self._failed), "")
-
-    def close(self) -> None:
-        for process in self._running.values():
-            process.close()
-
-    def _time(self, name: str) -> Measured:
-        measured = self._running[name].ask()
-        self._rates.setdefault(name, []).append(measured.rates)
-        return measured
-
-    def ratio(self, name: str) -> float:
-        """How fast it was, of the yardstick: the mean over the workloads."""
-        rates, base = (map(statistics.median, zip(*self._rates[one], strict=True)) for one in (name, self.base))
-        return statistics.fmean(rate / unit for rate, unit in zip(rates, base, strict=True))
-
-    def _best(self) -> float:
-        return max(map(self.ratio, self._running), default=0.0)
-
-    def _told(self, name: str) -> str:
-        return f"{self.ratio(name):.1f}x"
-
-    def _drop_hopeless(self, hope: float) -> None:
-        best = self._best()
-        for name in list(self._running):
-            if self.ratio(name) < hope * best:
-                self._end(name, self._told(name))
-
-    def _fail(self, name: str, told: str) -> None:
-        self._failed.add(name)
-        self._end(name, told)
-
-    def _end(self, name: str, told: str) -> None:
-        self.told[name] = told
-        self._running.pop(name).close()
 
 
 def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[ModelSettings, str]:
@@ -351,15 +178,23 @@ def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[Mo
     phase("looking for backends")
     listed = in_own_process(candidates, model)
     names = _in_order(listed.able)
-    race = _Race()
+    race = Race()
     try:
-        for count, name in enumerate(names, 1):
-            phase(f"auto: trying {name} ({count}/{len(names)})")
-            if faster := race.fit([other for other in names if _is_fp32_of(listed.able, name, other)]):
-                race.told[name] = f"not tried ({faster} is no slower)"
-            else:
-                race.enter(name, listed.able[name])
-        winner = race.decide(lambda round_: phase(f"auto: timing the fastest in turn ({round_}/{ROUNDS})"))
+        waiting = list(names)
+        with tqdm(total=len(names), desc="auto", disable=None) as bar:
+            while waiting:
+                entrants = {name: listed.able[name] for name in _first_of(waiting, listed.able)}
+                for name in entrants:
+                    waiting.remove(name)
+                bar.set_postfix_str(", ".join(entrants))
+                phase(f"auto: trying {', '.join(entrants)} ({len(names) - len(waiting)}/{len(names)})")
+                race.enter(entrants)
+                for name in list(waiting):
+                    if faster := race.fit([other for other in names if _is_fp32_of(listed.able, name, other)]):
+                        race.told[name] = f"not tried ({faster} is no slower)"
+                        waiting.remove(name)
+                bar.update(len(names) - len(waiting) - bar.n)
+        winner = race.decide(lambda number: phase(f"auto: timing the fastest in turn ({number}/{ROUNDS})"))
         ratios = {name: race.told.get(name) or f"{race.ratio(name):.1f}x" for name in names}
     finally:
         race.close()
@@ -380,6 +215,15 @@ def _in_order(able: Mapping[str, ModelSettings]) -> list[str]:
     first, *rest = able
     precisions: tuple[Quantization, ...] = ("int8", "bf16", "fp16", "none")
     return [first, *sorted(rest, key=lambda name: (precisions.index(able[name].precision), not able[name].compile))]
+
+
+def _first_of(waiting: Sequence[str], able: Mapping[str, ModelSettings]) -> list[str]:
+    """Who is tried next. FP32 waits for the outcome of what runs fewer bits."""
+    found: list[str] = []
+    for name in waiting:
+        if len(found) < _AT_A_TIME and not any(_is_fp32_of(able, name, other) for other in found):
+            found.append(name)
+    return found
 
 
 def _is_fp32_of(able: Mapping[str, ModelSettings], name: str, other: str) -> bool:

@@ -1,5 +1,6 @@
 """Work in a process of its own: its crash, its memory and its thread settings end with it."""
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -29,11 +30,20 @@ class OwnProcess(Generic[T]):
         self._process = context.Process(target=_child, args=(there, work, model), daemon=True)
         self._process.start()
         there.close()
+        self._is_asked = False
+
+    def begin(self) -> None:
+        """Let it work on the next result, for which `ask` is called later."""
+        with contextlib.suppress(OSError):  # it has died: `ask` says so
+            self._connection.send(None)
+        self._is_asked = True
 
     def ask(self, limit_s: float = _LIMIT_S) -> T:
         """The next result. ModelError if `work` raises, kills its process or takes longer than `limit_s`."""
+        if not self._is_asked:
+            self.begin()
+        self._is_asked = False
         try:
-            self._connection.send(None)
             if not self._connection.poll(limit_s):
                 raise ModelError(f"no answer after {limit_s:.0f} s")
             succeeded, result = self._connection.recv()
