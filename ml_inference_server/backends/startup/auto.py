@@ -187,7 +187,9 @@ def _measure_all(model: ModelSettings, phase: Callable[[str], None]) -> tuple[Mo
                 for name in entrants:
                     waiting.remove(name)
                 bar.set_postfix_str(", ".join(entrants))
-                phase(f"auto: trying {', '.join(entrants)} ({len(names) - len(waiting)}/{len(names)})")
+                trying = f"auto: trying {', '.join(entrants)} ({len(names) - len(waiting)}/{len(names)})"
+                phase(trying)
+                log.info("%s", trying)
                 race.enter(entrants)
                 for name in list(waiting):
                     if faster := race.fit([other for other in names if _is_fp32_of(listed.able, name, other)]):
