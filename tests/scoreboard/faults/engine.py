@@ -128,7 +128,7 @@ async def survives(live: Live, name: str, outcomes: Outcomes) -> None:
     await live.ask()
     await live.until_serving()
     with contextlib.suppress(TimeoutError):
-        await until(fault.proof, "the proof", limit_s=2)
+        await until(fault.proof, "the proof", limit_s=10)
     restarts = await live.restarts() - before
     if not fault.proof() or restarts < fault.restarts:
         raise NotProven(f"{name}: {restarts} restarts, and no sign of it in the log")
