@@ -18,7 +18,7 @@ class QueueWaitPolicy:
     """A class for `autoscaling_config.policy`. target_ms: of the wait, as the mean over the replicas.
 
     Above it: as many replicas as would bring it there, at most twice as many as now. At half of it and below: one less,
-    where the rest are not too busy then. Ray applies its bounds and its delays to what this says.
+    where the rest are not too busy then, but never the last one. Ray applies its bounds and its delays to what this says.
     """
 
     def __init__(self, target_ms: float = 50.0) -> None:
@@ -37,7 +37,8 @@ class QueueWaitPolicy:
         wait_ms = sum(waits) / len(waits)
         if wait_ms > self._target_ms:
             return min(2 * now, math.ceil(now * wait_ms / self._target_ms)), {}
-        needed = math.ceil(sum(busy) / _MOST_BUSY)
+        # Without a replica there are no waits, and so nothing that would ask for one.
+        needed = max(1, math.ceil(sum(busy) / _MOST_BUSY))
         if wait_ms <= self._target_ms / 2 and needed < now:
             return now - 1, {}
         return now, {}
