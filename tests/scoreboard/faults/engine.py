@@ -94,7 +94,7 @@ def _late_frame() -> bytes:
 
 async def _flood(live: Live) -> Fault:
     guilty, neighbours = await _company(live, f"!stderr:{FLOOD_KB} {new_text(1)}")
-    return Fault(guilty, {"OK"}, neighbours, lambda: live.log.stat().st_size > 1000 * FLOOD_KB)
+    return Fault(guilty, {"OK"}, neighbours, lambda: live.log.stat().st_size >= 1000 * FLOOD_KB)
 
 
 Kind = Callable[[Live], Awaitable[Fault]]
