@@ -138,6 +138,7 @@ setup_env() { # requirements.txt or requirements-dev.txt
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
+  [ "$#" -le 1 ] || fail 2 "expected one file, not $#: what Ray or tracing needs is added with pip install -r"
   case ${1:-requirements.txt} in
     requirements.txt|requirements-dev.txt) setup_env "${1:-requirements.txt}" ;;
     *) fail 2 "expected requirements.txt or requirements-dev.txt, not $1" ;;

@@ -48,6 +48,8 @@ def test_development_requirements_come_on_top(built: Path) -> None:
     assert run(built / "setup_env.sh", "requirements-dev.txt", cwd=built).stderr == f"Ready: {built}/.venv/bin/python\n"
     assert run(built / "run_server.sh", cwd=built).stderr == ""
     assert run(built / "setup_env.sh", "nonsense.txt", cwd=built).returncode == 2
+    two = run(built / "setup_env.sh", "requirements.txt", "requirements-dev.txt", cwd=built)
+    assert (two.returncode, "expected one file, not 2" in two.stderr) == (2, True)
 
 
 @pytest.mark.slow
