@@ -18,7 +18,8 @@ class QueueWaitPolicy:
     """A class for `autoscaling_config.policy`. target_ms: of the wait, as the mean over the replicas.
 
     Above it: as many replicas as would bring it there, at most twice as many as now. At half of it and below: one less,
-    where the rest are not too busy then, but never the last one. Ray applies its bounds and its delays to what this says.
+    where the rest are not too busy then, but never the last one. Ray applies its bounds and its delays to what this
+    says.
     """
 
     def __init__(self, target_ms: float = 50.0) -> None:

@@ -54,6 +54,8 @@ def server_options(settings: ServerSettings, *, shares_port: bool = False) -> li
         ("grpc.absolute_max_metadata_size", 16_384),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # Without it gRPC gives up only after its own minute, whatever the line above says.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 2),

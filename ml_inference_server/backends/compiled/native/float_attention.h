@@ -55,7 +55,8 @@ inline void softmax(float* scores, int64_t keys, int64_t wide, float factor) {
     _mm512_storeu_ps(scores + j, e);
   }
   const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-  for (int64_t j = 0; j < keys; j += 16) _mm512_storeu_ps(scores + j, _mm512_mul_ps(_mm512_loadu_ps(scores + j), share));
+  for (int64_t j = 0; j < keys; j += 16)
+    _mm512_storeu_ps(scores + j, _mm512_mul_ps(_mm512_loadu_ps(scores + j), share));
   for (int64_t j = (keys + 15) / 16 * 16; j < wide; j += 16) _mm512_storeu_ps(scores + j, _mm512_setzero_ps());
 }
 

@@ -140,8 +140,12 @@ Layer checked(const at::Tensor& x, at::TensorList matrices, at::TensorList scale
                     scales[i].numel() == out && sums[i].scalar_type() == at::kInt && sums[i].numel() == out &&
                     biases[i].scalar_type() == at::kFloat && biases[i].numel() == out,
                 "int8_layer: matrix ", i);
-    layer.matrices[i] = {matrices[i].const_data_ptr<int8_t>(), scales[i].const_data_ptr<float>(),
-                         sums[i].const_data_ptr<int32_t>(), biases[i].const_data_ptr<float>(), in, out};
+    layer.matrices[i] = {matrices[i].const_data_ptr<int8_t>(),
+                         scales[i].const_data_ptr<float>(),
+                         sums[i].const_data_ptr<int32_t>(),
+                         biases[i].const_data_ptr<float>(),
+                         in,
+                         out};
     TORCH_CHECK(norms[i].scalar_type() == at::kFloat && norms[i].numel() == width, "int8_layer: norm ", i);
     layer.norms[i] = norms[i].const_data_ptr<float>();
   }

@@ -118,12 +118,23 @@ void multiply_int8(const Int8Rows& x, int64_t rows, const Int8Matrix& matrix, fl
     for (; m + kRowsAtOnce <= rows; m += kRowsAtOnce)
       multiply_panel<kRowsAtOnce, kGelu>(x, m, matrix, n, out + m * matrix.out);
     switch (rows - m) {
-      case 5: multiply_panel<5, kGelu>(x, m, matrix, n, out + m * matrix.out); break;
-      case 4: multiply_panel<4, kGelu>(x, m, matrix, n, out + m * matrix.out); break;
-      case 3: multiply_panel<3, kGelu>(x, m, matrix, n, out + m * matrix.out); break;
-      case 2: multiply_panel<2, kGelu>(x, m, matrix, n, out + m * matrix.out); break;
-      case 1: multiply_panel<1, kGelu>(x, m, matrix, n, out + m * matrix.out); break;
-      default: break;
+      case 5:
+        multiply_panel<5, kGelu>(x, m, matrix, n, out + m * matrix.out);
+        break;
+      case 4:
+        multiply_panel<4, kGelu>(x, m, matrix, n, out + m * matrix.out);
+        break;
+      case 3:
+        multiply_panel<3, kGelu>(x, m, matrix, n, out + m * matrix.out);
+        break;
+      case 2:
+        multiply_panel<2, kGelu>(x, m, matrix, n, out + m * matrix.out);
+        break;
+      case 1:
+        multiply_panel<1, kGelu>(x, m, matrix, n, out + m * matrix.out);
+        break;
+      default:
+        break;
     }
   }
 }
