@@ -25,6 +25,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # else gRPC's own minute holds
     # Pings go on while a stream waits in silence: otherwise a peer that is gone is not noticed after two of them.
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC's own pauses before it connects again grow to two minutes, far beyond a restart.

@@ -360,6 +360,7 @@ KNOWN_OPTIONS = {
     "grpc.max_send_message_length",
     "grpc.keepalive_time_ms",
     "grpc.keepalive_timeout_ms",
+    "grpc.http2.ping_timeout_ms",
     "grpc.initial_reconnect_backoff_ms",
     "grpc.min_reconnect_backoff_ms",
     "grpc.max_reconnect_backoff_ms",

@@ -217,7 +217,8 @@ def test_channel_options_are_names_that_grpc_knows() -> None:
     """gRPC ignores a misspelt option in silence. The list is of grpc/impl/channel_arg_names.h."""
     known = {
         "grpc.max_receive_message_length", "grpc.max_send_message_length", "grpc.keepalive_time_ms",
-        "grpc.keepalive_timeout_ms", "grpc.http2.max_pings_without_data", "grpc.max_reconnect_backoff_ms",
+        "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms", "grpc.http2.max_pings_without_data",
+        "grpc.max_reconnect_backoff_ms",
         "grpc.dns_min_time_between_resolutions_ms", "grpc.service_config",
     }  # fmt: skip
     assert {name for name, _ in CHANNEL_OPTIONS} <= known

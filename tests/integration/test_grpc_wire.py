@@ -418,6 +418,7 @@ def test_channel_options_are_names_that_grpc_knows() -> None:
         "grpc.max_receive_message_length", "grpc.max_send_message_length", "grpc.so_reuseport",
         "grpc.max_concurrent_streams", "grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms",
         "grpc.keepalive_permit_without_calls", "grpc.http2.min_ping_interval_without_data_ms",
+        "grpc.http2.ping_timeout_ms",
         "grpc.max_connection_idle_ms", "grpc.server_handshake_timeout_ms", "grpc.max_allowed_incoming_connections",
         "grpc.max_metadata_size", "grpc.absolute_max_metadata_size", "grpc.http2.max_ping_strikes",
         "grpc.max_connection_age_ms", "grpc.max_connection_age_grace_ms",
