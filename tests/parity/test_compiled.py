@@ -129,15 +129,20 @@ def test_only_layers_of_the_exact_kind_run_in_tiles() -> None:
     assert not packed.is_bert_layer(BertModel(decoder).encoder.layer[0])
 
 
-@needs_compiler
-def test_a_cross_encoder_scores_with_its_segments(tmp_path: Path) -> None:
+def save_cross_encoder(folder: Path, **sizes: object) -> Path:
+    """Of random weights, with MiniLM's tokenizer."""
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=1, **{"num_labels": 1, **SHAPE})
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    config = BertConfig(num_hidden_layers=1, **{"num_labels": 1, **SHAPE, **sizes})
+    BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer_files = find_model("sentence-transformers/all-MiniLM-L6-v2").folder
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        shutil.copy(tokenizer_files / name, tmp_path)
-    plain, compiled = both(tmp_path, task="cross_encoder")
+        shutil.copy(tokenizer_files / name, folder)
+    return folder
+
+
+@needs_compiler
+def test_a_cross_encoder_scores_with_its_segments(tmp_path: Path) -> None:
+    plain, compiled = both(save_cross_encoder(tmp_path), task="cross_encoder")
     for lengths in MIXES:
         np.testing.assert_allclose(
             rows_of(compiled, lengths, segments=True), rows_of(plain, lengths, segments=True), atol=2e-6

@@ -15,7 +15,7 @@ from ml_inference_server.backends.startup import resolve as resolving
 from ml_inference_server.backends.startup.resolve import resolve, title
 from ml_inference_server.utils.cpu import has_int8_vectors
 from ml_inference_server.utils.errors import ModelError
-from tests.parity.test_compiled import MIXES, needs_compiler, rows_of
+from tests.parity.test_compiled import MIXES, both, needs_compiler, rows_of, save_cross_encoder
 from tests.parity.tiny_model import SHAPE, save, settings, start
 
 _SIZES = {**SHAPE, "hidden_size": 128, "intermediate_size": 256}
@@ -138,6 +138,18 @@ def test_the_model_serves_close_to_fp32_and_its_label_says_int8_compiled(tmp_pat
     for lengths in MIXES:
         expected, got = (torch.from_numpy(rows_of(each, lengths)) for each in (plain, started.backend))
         assert torch.nn.functional.cosine_similarity(expected, got).min() > 0.99
+
+
+@needs_compiler
+@needs_vnni
+def test_a_cross_encoder_scores_pairs_of_every_mix_as_fp32_does(tmp_path: Path) -> None:
+    folder = save_cross_encoder(tmp_path, hidden_size=128, intermediate_size=256)
+    plain, compiled = both(folder, task="cross_encoder", quantized=True, quantization="int8")
+    assert (compiled.info.dtype, compiled.info.compiled) == ("int8", True)
+    got, expected = (
+        np.concatenate([rows_of(each, mix, segments=True)[:, 0] for mix in MIXES]) for each in (compiled, plain)
+    )
+    assert np.corrcoef(got, expected)[0, 1] > 0.99
 
 
 @needs_compiler

@@ -1,7 +1,7 @@
 """`auto`: the fastest backend and precision here that pass the quality gate, measured once and then cached.
 
-Every candidate is loaded, compared with FP32 and timed in a process of its own, so that a crash, its memory and its
-thread settings end with it, and the server imports no library but that of the winner.
+Every candidate is loaded and timed in a process of its own (race.py), so that a crash, its memory and its thread
+settings end with it, and the server imports no library but that of the winner.
 """
 
 import functools

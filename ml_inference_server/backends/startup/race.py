@@ -1,4 +1,4 @@
-"""Which candidate is the fastest: each is loaded, compared with FP32 and timed in a process of its own, by turns."""
+"""Which candidate is the fastest: each in a process of its own, who can win compared with FP32 and timed in turn."""
 
 import statistics
 import time

@@ -40,7 +40,7 @@ inline void multiply_8_by_32(const float* a, int64_t stride_a, const float* b, i
   }
 }
 
-// scores = softmax of `factor` * scores over the first `keys`, times 1; the rest of `wide` becomes 0. Powers of 2.
+// scores = softmax, in powers of 2, of `factor` * the first `keys` scores; the rest of `wide` becomes 0.
 inline void softmax(float* scores, int64_t keys, int64_t wide, float factor) {
   const __m512 by = _mm512_set1_ps(factor);
   auto kept = [&](int64_t j) { return static_cast<__mmask16>(keys - j >= 16 ? 0xffff : (1u << (keys - j)) - 1); };
