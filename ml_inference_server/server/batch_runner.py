@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class BatchRunner:
     async def run(self, batch: Batch) -> None:
         """All of one batch that was taken out of the queue, with its retries."""
         try:
-            await self._answer(batch.items, batch.closed_by)
+            await self._answer(batch)
         finally:
             self.fail(batch)
 
@@ -60,12 +61,12 @@ class BatchRunner:
             if item.payload is not None:
                 self._subscriptions.fail(item, ServiceError, "internal error in the batcher")
 
-    async def _answer(self, items: Sequence[Item], closed_by: ClosedBy) -> None:
+    async def _answer(self, batch: Batch) -> None:
         """Run those that are still wanted. A batch that raises is halved until only the guilty are left."""
-        if not (wanted := self._subscriptions.wanted(items)):
+        if not (wanted := self._subscriptions.wanted(batch.items)):
             return
         try:
-            output = await self._attempt(wanted, closed_by)
+            output = await self._attempt(replace(batch, items=wanted))
         except Exception as error:
             if len(wanted) > 1 and may_have_run_out(error):
                 self._make_smaller(wanted, error)
@@ -74,12 +75,13 @@ class BatchRunner:
         else:
             self._scatter(wanted, output)
             return
+        retry = replace(batch, closed_by=ClosedBy.RETRY)
         if len(wanted) == 1:
-            await self._try_once_more(wanted[0])
+            await self._try_once_more(replace(retry, items=wanted))
             return
         middle = len(wanted) // 2
-        await self._answer(wanted[:middle], ClosedBy.RETRY)
-        await self._answer(wanted[middle:], ClosedBy.RETRY)
+        await self._answer(replace(retry, items=wanted[:middle]))
+        await self._answer(replace(retry, items=wanted[middle:]))
 
     def _make_smaller(self, items: Sequence[Item], error: Exception) -> None:
         """This batch, as any that raises; and those after it."""
@@ -95,12 +97,13 @@ class BatchRunner:
             self._room.tokens,
         )
 
-    async def _try_once_more(self, item: Item) -> None:
+    async def _try_once_more(self, alone: Batch) -> None:
         """A text that failed on its own gets a second try, as the cause may lie outside of it."""
+        (item,) = alone.items
         if not self._subscriptions.wanted([item]):
             return
         try:
-            output = await self._attempt([item], ClosedBy.RETRY)
+            output = await self._attempt(alone)
         except Exception as error:
             self.failures_in_a_row += 1
             names = [pending.call.request_id for pending in itertools.islice(item.subscribers, _MOST_NAMED)]
@@ -115,18 +118,18 @@ class BatchRunner:
         else:
             self._scatter([item], output)
 
-    async def _attempt(self, items: Sequence[Item], closed_by: ClosedBy) -> Output:
-        """Run the items together, once. Raises what the backend raised, or RuntimeError for a wrong count of rows."""
-        batch = Batch(list(items), closed_by)
+    async def _attempt(self, batch: Batch) -> Output:
+        """Run its texts together, once. Raises what the backend raised, or RuntimeError for a wrong count of rows."""
         dispatched_at = self._loop.time()
-        for item in items:
+        for item in batch.items:
             for pending in item.subscribers:
                 pending.is_dispatched = True
         expected_s = self._rate.s_per_cost_token * self.limits.cost_tokens(batch)
         limit_s = hang_limit_s(expected_s, self._rate.batches, self._hang_timeout_s)
         try:
-            output = await self._worker.run(TokenBatch.of([item.payload for item in items]), limit_s)
-            _check(output, len(items))
+            tokens = TokenBatch.of([item.payload for item in batch.items])
+            output = await self._worker.run(tokens, limit_s, is_bulk=batch.is_bulk)
+            _check(output, len(batch.items))
         except Exception:
             self._record(batch, dispatched_at, started_at=dispatched_at, ended_at=self._loop.time(), ok=False)
             raise

@@ -14,7 +14,7 @@ from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.startup.resolve import Resolution
 from ml_inference_server.backends.startup.start import Described
 from ml_inference_server.server.engine_process import EngineDied, EngineProcess
-from ml_inference_server.server.workers import Output
+from ml_inference_server.server.workers import Output, express_slots
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError, StartError
 
@@ -30,9 +30,10 @@ _MOST_PING_S = 10.0
 
 
 class ProcessWorker:
-    """A process for each slot; one that ends is replaced. `start` first."""
+    """A process for each slot; one that ends is replaced. `start` first.
 
-    express_slots = 0  # another process would hold the model once more
+    On a CPU an express batch runs beside a bulk one in the same process, in a thread of its own.
+    """
 
     def __init__(self, *, hang_timeout_s: float, faults: bool) -> None:
         """faults: let the fake backend obey its fault words."""
@@ -40,13 +41,12 @@ class ProcessWorker:
         self._faults = faults
         self._resolution: Resolution | None = None
         self.engines: set[EngineProcess] = set()
-        # The last one to end a batch has the weights in its cache.
-        self._idle: asyncio.LifoQueue[EngineProcess] = asyncio.LifoQueue()
+        self._freed = asyncio.Event()  # set when a batch ends, or a process is ready: who waits for one looks again
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._start_limit_s = math.inf
         self._failed_starts = 0  # in a row
-        self.slots = 0
+        self.slots = self.express_slots = 0
         self.restarts = 0
         self.lost = ""  # what hangs here can be ended
 
@@ -60,6 +60,7 @@ class ProcessWorker:
             self._start_limit_s = max(LEAST_START_LIMIT_S, _TIMES_THE_FIRST_START * (loop.time() - began_at))
             self._resolution = described.resolution
             self.slots = described.resolution.model.streams
+            self.express_slots = express_slots(described.info)
             phase(f"starting {self.slots} processes")
             await asyncio.gather(*(self._launch(self._resolution) for _ in range(self.slots - 1)))
         except EngineDied as error:
@@ -81,7 +82,7 @@ class ProcessWorker:
         if not engine.alive:
             raise EngineDied(f"the process of the engine ended ({engine.end})")
         self.engines.add(engine)
-        self._idle.put_nowait(engine)
+        self._freed.set()
         return described
 
     def _replace(self, dead: EngineProcess) -> None:
@@ -115,28 +116,35 @@ class ProcessWorker:
         """One that hangs while nobody asks it for anything is found before somebody does."""
         while True:
             await asyncio.sleep(PING_EVERY_S)
-            idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
-            # The last one in is the first one out again.
-            await asyncio.gather(*(self._ping(engine) for engine in reversed(idle)))
+            idle = [engine for engine in self.engines if engine.alive and not engine.questions]
+            await asyncio.gather(*map(self._ping, idle))
 
     async def _ping(self, engine: EngineProcess) -> None:
         try:
             await engine.ping(min(self._hang_timeout_s, _MOST_PING_S))
         except EngineDied as error:
             log.debug("ping: %s", error)
-        else:
-            self._idle.put_nowait(engine)
-
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
-        """Run one batch; waits while there is no process for it. Raises EngineDied, or RuntimeError if it raised."""
-        engine = await self._idle.get()
-        while not engine.alive:
-            engine = await self._idle.get()
-        try:
-            return await engine.run(batch, min(limit_s, self._hang_timeout_s))
         finally:
-            if engine.alive:
-                self._idle.put_nowait(engine)
+            self._freed.set()
+
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
+        """Run one batch; waits while there is no process for it. Raises EngineDied, or RuntimeError if it raised."""
+        is_bulk = is_bulk and self.express_slots > 0
+        while (engine := self._freest(is_bulk)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        try:
+            return await engine.run(batch, min(limit_s, self._hang_timeout_s), is_bulk=is_bulk)
+        finally:
+            self._freed.set()
+
+    def _freest(self, is_bulk: bool) -> EngineProcess | None:
+        """The one with the fewest questions, of those that can take one more of this kind.
+
+        Of several the last to end a batch: it has the weights in its cache.
+        """
+        free = [each for each in self.engines if each.has_room(is_bulk=is_bulk)]
+        return min(free, key=lambda each: (each.questions, -each.ended_at), default=None)
 
     @property
     def pids(self) -> Sequence[int]:

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_inference_server.backends.base import Backend, TokenBatch
+from ml_inference_server.backends.base import Backend, BackendInfo, TokenBatch
 from ml_inference_server.server.patience import Patience
+from ml_inference_server.utils.give_way import give_way
 
 # Beyond its limit a batch gets as long again, and at least so long, before it is given up with its process.
 _LEAST_GRACE_S = 5.0
@@ -62,8 +63,11 @@ class Worker(Protocol):
         """Why only a new process of the server can help; empty as long as it goes on."""
         ...
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
-        """Run one batch, which hangs if it takes longer than `limit_s`; raises whatever the backend raised."""
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
+        """Run one batch, which hangs if it takes longer than `limit_s`; raises whatever the backend raised.
+
+        is_bulk: it gives way to those that are not, where both want the processor.
+        """
         ...
 
     def renew(self) -> None:
@@ -96,16 +100,22 @@ class _Running:
         self._patience.end()
 
 
-def _started_pool(threads: int) -> ThreadPoolExecutor:
+def express_slots(info: BackendInfo) -> int:
+    """Batches beyond the slots that a worker runs beside bulk ones: a GPU would not divide itself so well."""
+    return int(info.device == "cpu")
+
+
+def _started_pool(threads: int, name: str, begin: Callable[[], None] | None = None) -> ThreadPoolExecutor:
     """All of its threads are there from the start: none begins under load, and a leak of threads can be told."""
-    pool, all_here = ThreadPoolExecutor(threads, thread_name_prefix="backend"), threading.Barrier(threads)
+    all_here = threading.Barrier(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin)
     for _ in range(threads):
         pool.submit(all_here.wait)
     return pool
 
 
 class ThreadWorker:
-    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU in one more.
+    """Runs a loaded backend in `backend.info.concurrency` threads of this process, and on a CPU bulk in as many others.
 
     No thread can be ended from outside: one that hangs for good is lost, and the process with it.
     """
@@ -116,14 +126,16 @@ class ThreadWorker:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.slots = backend.info.concurrency
-        self.express_slots = int(backend.info.device == "cpu")
+        self.express_slots = express_slots(backend.info)
         self.trouble = self.stuck = self.lost = ""
-        self._pool = _started_pool(self.slots + self.express_slots)
+        self._pool = _started_pool(self.slots, "backend")
+        self._bulk_pool = _started_pool(self.slots, "bulk", give_way) if self.express_slots else self._pool
         self._running: set[_Running] = set()
         self._fails = False
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
-        running = _Running(self._pool.submit(self._infer, batch), limit_s, self._look)
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
+        pool = self._bulk_pool if is_bulk else self._pool
+        running = _Running(pool.submit(self._infer, batch), limit_s, self._look)
         self._running.add(running)
         try:
             return await asyncio.wrap_future(running.output)
@@ -156,4 +168,5 @@ class ThreadWorker:
 
     def close(self) -> None:
         """Let the threads end once their batches have; does not wait for one that hangs."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._bulk_pool):
+            pool.shutdown(wait=False, cancel_futures=True)

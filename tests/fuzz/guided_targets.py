@@ -15,7 +15,7 @@ import numpy as np
 from ml_inference_server.backends.fake import FakeTokenizer
 from ml_inference_server.proto import inference_pb2 as pb
 from ml_inference_server.proto.foreign import grpc_service_pb2 as triton
-from ml_inference_server.server.engine_process import FrameKind, frame_head, pack_frame, unpack_batch, unpack_rows
+from ml_inference_server.server.engine_frames import FrameKind, frame_head, pack_frame, unpack_batch, unpack_rows
 from ml_inference_server.server.http.body import parse_json
 from ml_inference_server.server.http.cohere_schemas import CohereEmbedRequest, CohereRerankRequest
 from ml_inference_server.server.http.endpoint import validated

@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+import math
 import multiprocessing
 import os
 import signal
 import struct
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,12 +19,14 @@ import pytest
 
 from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.backends.fake import fake_embedding, fake_logit
-from ml_inference_server.backends.startup.start import Described
+from ml_inference_server.backends.startup.start import Described, start_backend
 from ml_inference_server.metrics.system import SystemSampler
 from ml_inference_server.server import process_worker
 from ml_inference_server.server.call import Call
-from ml_inference_server.server.engine_process import EngineDied, FrameKind, pack_batch, pack_frame, unpack_batch
+from ml_inference_server.server.engine_frames import FrameKind, pack_batch, pack_frame, unpack_batch
+from ml_inference_server.server.engine_process import EngineDied
 from ml_inference_server.server.process_worker import ProcessWorker
+from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import BackendFailure, ModelError
 from tests.conftest import RunningServer, free_ports, running, until
@@ -83,6 +88,55 @@ async def test_each_stream_is_a_process_and_all_answer_right() -> None:
         for texts, output in zip(batches, outputs, strict=True):
             np.testing.assert_array_equal(output.rows, expected(texts))
             assert output.started_at <= output.ended_at <= asyncio.get_running_loop().time()
+
+
+async def test_an_interactive_batch_runs_beside_a_bulk_one_in_the_same_process() -> None:
+    async with started() as (described, worker):
+        assert worker.express_slots == 1
+        bulk = asyncio.create_task(worker.run(encode(described, ["!slow:300 long"]), is_bulk=True))
+        await asyncio.sleep(0)
+        output = await worker.run(encode(described, ["short"]))
+        assert not bulk.done()
+        np.testing.assert_array_equal(output.rows, expected(["short"]))
+        np.testing.assert_array_equal((await bulk).rows, expected(["!slow:300 long"]))
+        # One of each kind at a time, whatever is asked: the second waits, and nothing is mixed up.
+        texts = [f"text {i}" for i in range(6)]
+        outputs = await asyncio.gather(
+            *(worker.run(encode(described, [text]), is_bulk=bool(i % 2)) for i, text in enumerate(texts))
+        )
+        np.testing.assert_array_equal(np.concatenate([each.rows for each in outputs]), expected(texts))
+        assert worker.restarts == 0
+
+
+async def test_both_batches_of_a_process_that_dies_are_told() -> None:
+    async with started() as (described, worker):
+        bulk = asyncio.create_task(worker.run(encode(described, ["!slow:60000 long"]), math.inf, is_bulk=True))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineDied, match="SIGKILL"):
+            await worker.run(encode(described, ["!crash"]))
+        with pytest.raises(EngineDied, match="SIGKILL"):
+            await bulk
+        assert (await worker.run(encode(described, ["fine"]), is_bulk=True)).rows.shape == (1, 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a priority for each thread is Linux's")
+async def test_a_bulk_batch_gives_way() -> None:
+    """One thread of the engine, and as many of a server with its engine in threads as it has streams."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    async with started() as (described, worker):
+        await worker.run(encode(described, ["fine"]), is_bulk=True)
+        assert sum(nice > ours for nice in _nice_of_threads(worker.pids[0])) == 1
+    before = sum(nice > ours for nice in _nice_of_threads(os.getpid()))
+    threads = ThreadWorker(
+        start_backend(settings(streams=2, process_per_stream=False).model, lambda text: None).backend
+    )
+    await until(lambda: sum(nice > ours for nice in _nice_of_threads(os.getpid())) == before + 2)
+    threads.close()
+
+
+def _nice_of_threads(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int((task / "stat").read_text().rpartition(")")[2].split()[16]) for task in tasks]
 
 
 async def test_pairs_of_a_cross_encoder_keep_their_segments() -> None:

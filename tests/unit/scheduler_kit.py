@@ -43,7 +43,7 @@ class StubWorker:
         self.takes_s = 0.0
         self.ready_s = 0.0
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
         """takes_s: of the engine; ready_s: from its end until the loop is told."""
         self.limits_s.append(limit_s)
         ids = batch.ids[batch.starts[:-1]].tolist()

@@ -20,10 +20,10 @@ class ExpressWorker(StubWorker):
 
     express_slots = 1
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
         ids = batch.ids[batch.starts[:-1]]
         self.takes_s = 10.0 if ids[0] >= 100 else 1.0
-        return await super().run(batch, limit_s)
+        return await super().run(batch, limit_s, is_bulk=is_bulk)
 
 
 @virtual_time

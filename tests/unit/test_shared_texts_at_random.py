@@ -33,7 +33,7 @@ class RandomWorker(StubWorker):
         self.transform = lambda rows: np.where(rows == NOT_A_NUMBER, np.nan, rows)
         self.raises = lambda ids: POISON in ids or (FLAKY in ids and (len(ids) > 1 or rng.random() < 0.2))
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
         ids = batch.ids[batch.starts[:-1]].tolist()
         self.running.update(ids)
         self.most_at_a_time = max(self.most_at_a_time, *self.running.values())

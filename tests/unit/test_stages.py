@@ -47,7 +47,7 @@ class SlowWorker:
     def __init__(self, backend: FakeBackend) -> None:
         self.backend = backend
 
-    async def run(self, batch: TokenBatch, limit_s: float = math.inf) -> Output:
+    async def run(self, batch: TokenBatch, limit_s: float = math.inf, *, is_bulk: bool = False) -> Output:
         await asyncio.sleep(1)
         started_at = asyncio.get_running_loop().time()
         rows = self.backend.infer(batch)

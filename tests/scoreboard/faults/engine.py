@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from ml_inference_server.server.engine_process import FrameKind, pack_frame
+from ml_inference_server.server.engine_frames import FrameKind, pack_frame
 from tests.faults.processes import is_stopped, socket_of
 from tests.scoreboard.faults.live import ENGINE, Live, live_server, loop_lag, new_text, until
 from tests.scoreboard.faults.outcome import NotProven, Outcomes, TooLate, figure, in_time
