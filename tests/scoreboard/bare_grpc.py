@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import random
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -58,7 +59,17 @@ async def _call(port: int, pid: int, calls: int, cancelled: float) -> tuple[list
     return samples, ends["cancelled"]
 
 
-async def _measure(calls: int, cancelled: float) -> None:
+@dataclass(frozen=True)
+class BareGrpc:
+    """mb_per_100k: by which the server's memory grows."""
+
+    calls: int
+    cancelled: int
+    mb_per_100k: float
+
+
+async def bare_grpc(calls: int, cancelled: float) -> BareGrpc:
+    """`calls` calls to such a server, of which the share `cancelled` is cancelled, unless it is answered before."""
     server = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "tests.scoreboard.bare_grpc", "--serve"),
         cwd=ROOT,
@@ -72,8 +83,7 @@ async def _measure(calls: int, cancelled: float) -> None:
     finally:
         server.kill()
         await server.wait()
-    slope = slope_mb_per_100k(samples)
-    print(f"grpc {grpc.__version__}: {calls} calls, {count} cancelled: {slope:+.2f} MB per 100,000 calls")
+    return BareGrpc(calls, count, slope_mb_per_100k(samples))
 
 
 def main() -> int:
@@ -82,7 +92,14 @@ def main() -> int:
     parser.add_argument("--cancelled", type=float, default=0.3)
     parser.add_argument("--serve", action="store_true", help="be the server")
     given = parser.parse_args()
-    asyncio.run(_serve() if given.serve else _measure(given.calls, given.cancelled))
+    if given.serve:
+        asyncio.run(_serve())
+        return 0
+    found = asyncio.run(bare_grpc(given.calls, given.cancelled))
+    print(
+        f"grpc {grpc.__version__}: {found.calls} calls, {found.cancelled} cancelled: "
+        f"{found.mb_per_100k:+.2f} MB per 100,000 calls"
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.scoreboard.bare_grpc import BareGrpc, bare_grpc
 from tests.scoreboard.batch_independence import PATHS, Independence, independence
 from tests.scoreboard.by_tests import tests_pass
 from tests.scoreboard.chaos import Chaos, Extent, chaos
@@ -16,6 +17,7 @@ from tests.scoreboard.soak import BOTH, CANCELLED, FAILING, OK, Mix, Soaked, lim
 _MOST_TOLD = 5
 # The mix that has all faults at once in full; the others long enough to tell a slope of 1 MB per 100,000 calls or two.
 SOAKS: tuple[tuple[Mix, int], ...] = ((BOTH, 1_000_000), (OK, 400_000), (CANCELLED, 400_000), (FAILING, 400_000))
+BARE_CALLS = 300_000
 QUICK_SOAKS: tuple[tuple[Mix, int], ...] = ((BOTH, 8_000),)
 
 CHAOS = Extent(calls=500_000, faults=1_000, segment_calls=20_000, most_s=3_300)
@@ -182,11 +184,12 @@ async def _soaks(scope: Scope) -> Figure:
         with tempfile.TemporaryDirectory() as folder:
             found.append(await soak(Path(folder), mix, calls, seed=scope.seed + 10 * number, tell=tell))
         over += calls
-    return soak_figure(found)
+    bare = None if scope.is_quick else await bare_grpc(BARE_CALLS, BOTH.cancelled)
+    return soak_figure(found, bare)
 
 
-def soak_figure(found: Sequence[Soaked]) -> Figure:
-    """The steepest slope of them, and whether all held what they held before."""
+def soak_figure(found: Sequence[Soaked], bare: BareGrpc | None = None) -> Figure:
+    """The steepest slope of them, and whether all held what they held before. bare: beside them, for the cause."""
     breaches = [f"{soaked.mix.name}: {breach}" for soaked in found for breach in soaked.breaches()]
     worst = max(found, key=lambda soaked: soaked.slope)
     calls = sum(soaked.calls for soaked in found)
@@ -209,6 +212,16 @@ def soak_figure(found: Sequence[Soaked]) -> Figure:
             f"{name}: before": str(soaked.before),
             f"{name}: after": str(soaked.after),
         }
+    if bare is not None:
+        details |= {
+            "grpc.aio alone: calls": bare.calls,
+            "grpc.aio alone: calls cancelled": bare.cancelled,
+            "grpc.aio alone: MB per 100,000 calls": round(bare.mb_per_100k, 3),
+        }
+        notes.append(
+            f"a server of grpc.aio alone, {bare.cancelled / bare.calls:.0%} cancelled: {bare.mb_per_100k:+.2f} MB per "
+            f"100,000 (grpc issue 43360)"
+        )
     rest = "descriptors, threads and tasks at the base" if is_base else "not at the base"
     text = f"{worst.slope:+.2f} MB per 100,000 at most in {calls:,} calls; {rest}"
     return Figure(text=text, passed=not breaches, note="; ".join(notes), details=details)
