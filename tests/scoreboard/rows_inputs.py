@@ -16,7 +16,7 @@ _SHORT = 0.1
 _MOST_QUICK_BYTES = 200_000
 _LEAST_INPUTS, _LEAST_EXAMPLES, _LEAST_EXECUTIONS = 300, 200_000, 10_000_000
 # Of each target of coverage-guided fuzzing; two run at once.
-_QUICK_GUIDED_S, _LONG_GUIDED_S = 3, 300
+_QUICK_GUIDED_S, _LONG_GUIDED_S = 3, 600
 
 
 async def nasty_inputs(scope: Scope) -> Figure:
