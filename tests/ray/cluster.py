@@ -149,7 +149,7 @@ def _process(python: Path, *arguments: str) -> Iterator[Cluster]:
     except AssertionError as error:
         raise AssertionError(f"{error}\n{(folder / 'stderr.txt').read_text()[-2000:]}") from error
     finally:
-        end(folder)
+        end(process.pid)
         process.communicate()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -167,9 +167,9 @@ def ray_environment(folder: Path) -> dict[str, str]:
     )
 
 
-def end(folder: Path) -> None:
-    """Every process that was started for the cluster in this folder: Ray's leave their parents."""
+def end(session: int) -> None:
+    """Every process that was started for the cluster: Ray's leave their parents, and stay in the session."""
     for each in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if each.environ().get("RAY_TMPDIR") == str(folder):
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(each.pid) == session:
                 os.kill(each.pid, signal.SIGKILL)
