@@ -66,10 +66,11 @@ def ray_python() -> Path:
 
 @dataclass
 class Cluster:
-    """Ray, with a gRPC proxy on its head. `tell`: one command of scripts/steer.py, and its answer."""
+    """Ray, with a proxy of gRPC and HTTP on its head. `tell`: one command of scripts/steer.py, and its answer."""
 
     process: subprocess.Popen[str]
     port: int = 0
+    http_port: int = 0
 
     def tell(self, do: str, **said: Any) -> Any:
         assert self.process.stdin is not None
@@ -120,7 +121,8 @@ def cluster(python: Path, *, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]
         with contextlib.ExitStack() as started:
             try:
                 running = started.enter_context(_process(python, "--nodes", str(nodes), "--cpus", str(cpus)))
-                running.port = running.tell("start")
+                ports = running.tell("start")
+                running.port, running.http_port = ports["grpc"], ports["http"]
             except AssertionError:
                 if attempt == ATTEMPTS:
                     raise
