@@ -56,6 +56,7 @@ def vectors(answer: Any) -> list[np.ndarray]:
     return [np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in answer["data"]]
 
 
+@pytest.mark.ray_slice
 async def test_each_dialect_answers_what_embed_does(ray: Cluster, http: aiohttp.ClientSession) -> None:
     with ray.stub() as stub:
         reply = stub.Embed(pb.EmbedRequest(texts=TEXTS), timeout=30)
@@ -99,6 +100,7 @@ async def test_large_bodies_pass_both_ways(http: aiohttp.ClientSession) -> None:
     assert sorted(each["document"]["text"] for each in found) == sorted(documents)
 
 
+@pytest.mark.ray_slice
 async def test_errors_have_the_status_and_the_form_of_their_dialect(http: aiohttp.ClientSession) -> None:
     async def refused(path: str, body: Any, more: dict[str, str] | None = None) -> tuple[int, Any]:
         sent = io.BytesIO(json.dumps(body).encode())
