@@ -2,8 +2,8 @@
 
     serve run ml_inference_server/deploy/ray/serve.yaml
 
-Ray starts, places, replaces and scales replicas, and its gRPC proxy spreads calls over them; what a replica does with a
-call is what the server does. docs/ray.md says what differs.
+Ray starts, places, replaces and scales replicas, and its proxies spread calls over them, of gRPC and of HTTP; what a
+replica does with a call is what the server does. docs/ray.md says what differs.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.grpc_util import RayServegRPCContext
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ml_inference_server.deploy.ray_entrance import RayEntrance, open_ray_entrance
-from ml_inference_server.deploy.ray_proxy import Sent
+from ml_inference_server.deploy.ray_http import Relay, loopback_session
+from ml_inference_server.deploy.ray_proxy import RETRY_AFTER_MS, Sent
 from ml_inference_server.deploy.ray_scaling import BUSY_SHARE, QUEUE_WAIT_MS, QueueWaitPolicy
 from ml_inference_server.metrics.view import View
 from ml_inference_server.server.entrance import Foyer
@@ -39,9 +40,6 @@ _BEYOND_THE_QUEUE = 64
 _HEALTH_CHECK_EVERY_S, _HEALTH_CHECK_LIMIT_S = 2.0, 10.0
 # Beyond drain_timeout_ms, for the end of engine and sidecar.
 _END_S = 10.0
-_NO_HTTP = (
-    "the model is not served over Ray's HTTP proxy: call gRPC, or the HTTP port of a replica, which its log names"
-)
 _ONLY_AT_THE_START = {"enabled", "share_equal_texts"}
 
 
@@ -82,7 +80,9 @@ class InferenceReplica:
         self._entrance: RayEntrance
         self._end = contextlib.AsyncExitStack()
         settings = Settings.model_validate_json(settings_json)
+        session = await self._end.enter_async_context(loopback_session())
         self._server: Server = await self._end.enter_async_context(serving(settings, entrance=self._enter))
+        self._relay = Relay(self._server, session)
         self._watch = asyncio.create_task(self._end_if_lost())
 
     async def _end_if_lost(self) -> None:
@@ -132,8 +132,11 @@ class InferenceReplica:
         return _Encoded(outcome.body)
 
     async def __call__(self, request: Request) -> Response:
-        """HTTP through Ray's proxy, which wants an ASGI application: ours is of aiohttp."""
-        return JSONResponse({"error": _NO_HTTP}, status_code=501)
+        """An HTTP call through Ray's proxy."""
+        end = await self._relay.answer(request.scope, request.stream())
+        response = Response(end.body, end.status)
+        response.raw_headers = end.headers
+        return response
 
     # Hooks
 
@@ -214,6 +217,7 @@ def app(args: ServeArguments) -> Application:
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=queue + queue // 4 + _BEYOND_THE_QUEUE,
         max_queued_requests=queue,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_MS / 1000},
         health_check_period_s=_HEALTH_CHECK_EVERY_S,
         health_check_timeout_s=_HEALTH_CHECK_LIMIT_S,
         graceful_shutdown_wait_loop_s=0.5,

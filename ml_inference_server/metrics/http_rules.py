@@ -19,6 +19,8 @@ SECURITY_HEADERS = {
     "Server": "ml-inference-server",
 }
 
+UNKNOWN_HOST = "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
+
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 _HOST_HEADER = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/?#\s]+))(?::[0-9]{1,5})?")
 _PROMETHEUS_TYPES = ("text/plain", "application/openmetrics-text")

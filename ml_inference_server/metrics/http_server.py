@@ -18,6 +18,7 @@ from ml_inference_server.door.rights import ADMIN, ANY_KEY, METRICS, MODEL_FACTS
 from ml_inference_server.metrics.http_connections import FIRST_REQUEST_TIMEOUT_S, Connections
 from ml_inference_server.metrics.http_rules import (
     SECURITY_HEADERS,
+    UNKNOWN_HOST,
     allowed_hosts,
     is_host_allowed,
     json_answer,
@@ -257,9 +258,7 @@ class Sidecar:
     async def _checked(self, request: web.Request, handler: Handler, is_extra: bool) -> web.StreamResponse:
         hosts = request.headers.getall("Host", [])
         if len(hosts) != 1 or not is_host_allowed(hosts[0], self._hosts, self._settings.host):
-            return json_error(
-                421, "this server is not known under that Host: add it to metrics.hosts (--set metrics.hosts=[NAME])"
-            )
+            return json_error(421, UNKNOWN_HOST)
         try:
             self._let_in(request)
         except (Unauthenticated, Forbidden) as error:

@@ -18,13 +18,17 @@ MAX_FAILURES_IN_A_ROW = 3
 
 @dataclass(slots=True)
 class ServerState:
-    """phase: what the start is busy with. model: None until it is loaded and warm."""
+    """phase: what the start is busy with. model: None until it is loaded and warm.
+
+    relay_key: who knows it may say over HTTP for whom it asks. It never leaves the process.
+    """
 
     settings: Settings
     phase: str = "starting"
     model: ReadyModel | None = None
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     instance_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    relay_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
     def require_model(self) -> ReadyModel:
         """The model, or Unavailable while it is loading."""

@@ -66,10 +66,11 @@ def ray_python() -> Path:
 
 @dataclass
 class Cluster:
-    """Ray, with a gRPC proxy on its head. `tell`: one command of scripts/steer.py, and its answer."""
+    """Ray, with a proxy of gRPC and HTTP on its head. `tell`: one command of scripts/steer.py, and its answer."""
 
     process: subprocess.Popen[str]
     port: int = 0
+    http_port: int = 0
 
     def tell(self, do: str, **said: Any) -> Any:
         assert self.process.stdin is not None
@@ -120,7 +121,8 @@ def cluster(python: Path, *, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]
         with contextlib.ExitStack() as started:
             try:
                 running = started.enter_context(_process(python, "--nodes", str(nodes), "--cpus", str(cpus)))
-                running.port = running.tell("start")
+                ports = running.tell("start")
+                running.port, running.http_port = ports["grpc"], ports["http"]
             except AssertionError:
                 if attempt == ATTEMPTS:
                     raise
@@ -149,7 +151,7 @@ def _process(python: Path, *arguments: str) -> Iterator[Cluster]:
     except AssertionError as error:
         raise AssertionError(f"{error}\n{(folder / 'stderr.txt').read_text()[-2000:]}") from error
     finally:
-        end(folder)
+        end(process.pid)
         process.communicate()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -167,9 +169,9 @@ def ray_environment(folder: Path) -> dict[str, str]:
     )
 
 
-def end(folder: Path) -> None:
-    """Every process that was started for the cluster in this folder: Ray's leave their parents."""
+def end(session: int) -> None:
+    """Every process that was started for the cluster: Ray's leave their parents, and stay in the session."""
     for each in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if each.environ().get("RAY_TMPDIR") == str(folder):
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(each.pid) == session:
                 os.kill(each.pid, signal.SIGKILL)

@@ -10,12 +10,20 @@ from tests.clients.environments import ClientsMissing
 from tests.ray.cluster import Cluster, cluster, ray_python
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test may have to build the environment; the limit covers that."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The first test may have to build the environment; the limit covers that.
+
+    RAY_SLICE=1 leaves out those of this folder that are not marked with `ray_slice`.
+    """
+    left_out = []
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(600))
+            if os.environ.get("RAY_SLICE") and item.get_closest_marker("ray_slice") is None:
+                left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

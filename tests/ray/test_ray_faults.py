@@ -31,6 +31,7 @@ def only_told_to_come_again(load: Load) -> None:
         assert all("\n" not in text and "Traceback" not in text for text in load.details[code])
 
 
+@pytest.mark.ray_slice
 def test_no_call_is_lost_when_a_replica_is_killed(ray: Cluster) -> None:
     two_replicas(ray)
     with (

@@ -41,6 +41,7 @@ def info_of(trailers: dict[str, str | bytes]) -> error_details_pb2.ErrorInfo:
     return info
 
 
+@pytest.mark.ray_slice
 def test_two_replicas_answer_embed_rerank_and_health(ray: Cluster) -> None:
     texts = ["what is the capital of France?", "Grüße 東京", "a"]
     with ray.channel() as channel, ray.stub() as stub:
@@ -59,6 +60,7 @@ def test_two_replicas_answer_embed_rerank_and_health(ray: Cluster) -> None:
     assert len(ray.pids(2)) == 2
 
 
+@pytest.mark.ray_slice
 def test_a_caller_gets_the_status_and_the_details_of_the_server(ray: Cluster) -> None:
     with ray.channel() as channel, ray.stub() as stub:
         embed: Any = channel.unary_unary(f"/{SERVICE}/Embed")

@@ -130,8 +130,10 @@ ALLOWED: dict[str, set[str]] = {
     "deploy.ray_proxy": {"server.rpc.method_handlers", "server.rpc.native", "utils"},
     "deploy.ray_scaling": set(),
     "deploy.ray_entrance": {"deploy.ray_proxy", "door", "metrics.view", "server.entrance", "server.rpc", "utils"},
+    "deploy.ray_http": {"deploy.ray_proxy", "metrics", "server.http", "server.lifecycle", "utils"},
     "deploy": {
         "deploy.ray_entrance",
+        "deploy.ray_http",
         "deploy.ray_proxy",
         "deploy.ray_scaling",
         "metrics.view",

@@ -26,17 +26,17 @@ _FORMS: dict[str, Dialect] = {
 
 _REASONS = {401: Unauthenticated.reason, 403: Forbidden.reason}
 # As the sidecar's own routes write an error.
-_OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
+OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
 
 
 class HttpApi:
     def __init__(self, state: ServerState, calls: Calls, view: View) -> None:
         self._state = state
-        self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes)
+        self._endpoints = Endpoints(calls, state.settings.server.max_message_bytes, state.relay_key)
         openai.add_routes(self._endpoints, state)
         tei.add_routes(self._endpoints, state, cohere.add_routes(self._endpoints, state))
         open_inference.add_routes(self._endpoints, state, view)
-        openapi.add_routes(self._endpoints, _OWN)
+        openapi.add_routes(self._endpoints, OWN)
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Put the routes beside those that `router` has."""
@@ -56,12 +56,14 @@ class HttpApi:
 
     def error(self, request: web.Request, status: int, message: str) -> web.Response | None:
         """An error that was found before or after a route did its work, in the form of its dialect; else None."""
-        path = request.path
-        dialect = _FORMS.get(path) or next(
-            (_FORMS[each] for each in _FORMS if path.startswith(each) and each[-1] == "/"), None
-        )
-        if dialect is None and (request.method, path) == ("POST", "/"):
-            dialect = TEI
-        if dialect is None:
+        dialect = dialect_of(request.method, request.path)
+        if dialect is OWN:
             return None
         return answer_refusal(dialect, Refusal(status, _REASONS.get(status, "MALFORMED_REQUEST"), message))
+
+
+def dialect_of(method: str, path: str) -> Dialect:
+    """In whose form an error on this path is told, whether or not it is a route."""
+    if (method, path) == ("POST", "/"):
+        return TEI
+    return _FORMS.get(path) or next((_FORMS[each] for each in _FORMS if path.startswith(each) and each[-1] == "/"), OWN)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,8 @@ from ml_inference_server.utils.errors import BodyRefused, InvalidRequest, Servic
 
 _NOT_STORED = {"Cache-Control": "no-store"}
 _JSON_ONLY = ("application/json",)
+# ServerState.relay_key, a space, and the address of the caller that the request came from.
+RELAYED_FROM = "x-relayed-from"
 _TIMEOUT_HEADER = "x-request-timeout-ms"
 _MOST_TIMEOUT_MS = 86_400_000
 # Parsed in a millisecond where it holds texts, in some ten where it holds as many small values as it can.
@@ -75,9 +78,10 @@ class Route:
 class Endpoints:
     """Makes aiohttp's handlers round the functions of the dialects, and remembers them for the documentation."""
 
-    def __init__(self, calls: Calls, max_body_bytes: int) -> None:
+    def __init__(self, calls: Calls, max_body_bytes: int, relay_key: str) -> None:
         self._calls = calls
         self._max_body_bytes = max_body_bytes
+        self._relay_key = relay_key.encode()
         self.routes: list[Route] = []
         self._handlers: list[Callable[[web.Request], Awaitable[web.StreamResponse]]] = []
         self._needs: dict[object, Needs] = {}
@@ -210,9 +214,16 @@ class Endpoints:
             traceparent=request.headers.get("traceparent"),
             expect_space_id=request.headers.get("x-expect-space-id"),
             priority=request.headers.get("x-priority"),
-            peer=request.remote or "",
+            peer=self._sender(request),
             timeout_s=_timeout_s(request.headers.get(_TIMEOUT_HEADER)),
         )
+
+    def _sender(self, request: web.Request) -> str:
+        """Its address."""
+        key, _, address = request.headers.get(RELAYED_FROM, "").partition(" ")
+        if secrets.compare_digest(key.encode(errors="replace"), self._relay_key):
+            return address
+        return request.remote or ""
 
     async def _body(self, request: web.Request, call: Call, content_types: Sequence[str] = _JSON_ONLY) -> bytes:
         """content_types: none refuses none."""

@@ -17,6 +17,7 @@ _TYPES = {
     "CALLER_LIMIT": "Overloaded",
     "MODEL_LOADING": "Unhealthy",
     "DRAINING": "Unhealthy",
+    "REPLICA_LOST": "Unhealthy",
     "ENGINE_STUCK": "Unhealthy",
     "WRONG_TASK": "Backend",
     "BACKEND_ERROR": "Backend",

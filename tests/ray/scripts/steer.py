@@ -42,20 +42,20 @@ class Steered:
     def add_node(self, cpus: int) -> Any:
         return self.cluster.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
 
-    def start(self) -> int:
-        """The port of the gRPC proxy."""
+    def start(self) -> dict[str, int]:
+        """The ports of the proxy, by protocol."""
         ray.init(address=self.cluster.address, log_to_driver=False)
-        port = free_port()
+        ports = {"grpc": free_port(), "http": free_port()}
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": "127.0.0.1", "port": free_port()},
+            http_options={"host": "127.0.0.1", "port": ports["http"], "request_timeout_s": 60},
             grpc_options=gRPCOptions(
-                port=port,
+                port=ports["grpc"],
                 grpc_servicer_functions=["ml_inference_server.deploy.ray_proxy.add_inference_service"],
                 request_timeout_s=60,
             ),
         )
-        return port
+        return ports
 
     def deploy(self, arguments: dict[str, Any], user_config: Any, name: str = "default", wait_s: float = 90) -> str:
         """As `serve deploy` does: all applications at once. Empty once this one runs; else what Ray says of it."""
