@@ -49,12 +49,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:
-    """The widest extension that matters here: AMX, AVX-512 VNNI, AVX-512, AVX2, NEON, or the bare architecture."""
+    """The widest extension that matters here, from AMX down to AVX2, NEON, or the bare architecture."""
     have = cpu_flags() if flags is None else flags
     for flag, name in (
         ("amx_tile", "AMX"),
         ("avx512_vnni", "AVX-512 VNNI"),
         ("avx512f", "AVX-512"),
+        ("avx_vnni", "AVX-VNNI"),
         ("avx2", "AVX2"),
         ("asimd", "NEON"),
         ("neon", "NEON"),
@@ -71,9 +72,9 @@ def has_native_bf16(flags: frozenset[str] | None = None) -> bool:
 
 
 def has_int8_vectors(flags: frozenset[str] | None = None) -> bool:
-    """Whether the operators of our own can compute INT8: they are written for AVX-512 VNNI."""
+    """Whether the operators of our own can compute INT8: they are written for AVX2 and what came after it."""
     have = cpu_flags() if flags is None else flags
-    return {"avx512_vnni", "avx512bw"} <= have
+    return {"avx2", "fma"} <= have
 
 
 @cache

@@ -44,12 +44,16 @@ def restored() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rows_of(backend: Backend, lengths: list[int], segments: bool = False) -> np.ndarray:
+def batch_of(lengths: list[int], segments: bool = False) -> TokenBatch:
     random = np.random.default_rng(sum(lengths))
     texts = [Encoded(random.integers(1000, 20000, n).astype(np.int32)) for n in lengths]
     if segments:
         texts = [Encoded(text.ids, (np.arange(text.length) >= text.length // 2).astype(np.int32)) for text in texts]
-    return backend.infer(TokenBatch.of(texts))
+    return TokenBatch.of(texts)
+
+
+def rows_of(backend: Backend, lengths: list[int], segments: bool = False) -> np.ndarray:
+    return backend.infer(batch_of(lengths, segments))
 
 
 def both(folder: Path, **keys: object) -> tuple[Backend, Backend]:

@@ -67,6 +67,7 @@ def test_affinity_counts_not_the_hosts_cores(tmp_path: Path) -> None:
         ({"avx2", "avx512f", "avx512_vnni", "amx_tile"}, "AMX"),
         ({"avx2", "avx512f", "avx512_vnni"}, "AVX-512 VNNI"),
         ({"avx2", "avx512f"}, "AVX-512"),
+        ({"avx2", "avx_vnni"}, "AVX-VNNI"),
         ({"sse4_2", "avx2"}, "AVX2"),
         ({"asimd", "bf16"}, "NEON"),
     ],
@@ -94,6 +95,19 @@ def test_without_known_flags_the_architecture_is_named() -> None:
 )
 def test_native_bf16_is_told_by_the_flags(flags: set[str], native: bool) -> None:
     assert cpu.has_native_bf16(frozenset(flags)) is native
+
+
+@pytest.mark.parametrize(
+    ("flags", "can"),
+    [
+        ({"avx2", "fma", "avx512bw", "avx512_vnni"}, True),
+        ({"avx2", "fma"}, True),
+        ({"avx", "fma"}, False),
+        ({"asimd", "asimddp"}, False),
+    ],
+)
+def test_int8_operators_are_told_by_the_flags(flags: set[str], can: bool) -> None:
+    assert cpu.has_int8_vectors(frozenset(flags)) is can
 
 
 def test_this_machine_can_be_described() -> None:

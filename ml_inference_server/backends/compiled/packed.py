@@ -88,7 +88,7 @@ class PackedModule(torch.nn.Module):
         self.quantized_layers = 0
         if int8:
             self.quantized_layers = _use_int8_layers(encoder)
-            self.attention = "INT8 layers (AVX-512 VNNI)"
+            self.attention = f"INT8 layers ({torch.ops.mlis.int8_instructions()})"
         else:
             # The condition of packed_attention.cpp: the label must say what runs.
             dim = encoder.config.hidden_size // encoder.config.num_attention_heads
@@ -220,17 +220,16 @@ _MATRICES_OF_A_LAYER = 6
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """As native/int8_linear.h reads it: by 64 outputs, 4 inputs, output, one of the four."""
+    """As native/int8_linear.h reads it: by panel of outputs, 4 inputs, output, one of the four."""
     outputs, inputs = weight.shape
-    return weight.view(outputs // 64, 64, inputs // 4, 4).permute(0, 2, 1, 3).contiguous()
+    panel = torch.ops.mlis.int8_panel()
+    return weight.view(outputs // panel, panel, inputs // 4, 4).permute(0, 2, 1, 3).contiguous()
 
 
 def _use_int8_layers(base: Any) -> int:
     """Put an Int8Layer in the place of each layer; how many matrices are INT8 now. ModelError if that cannot be."""
-    if not torch.ops.mlis.uses_vnni():
-        raise ModelError(
-            "INT8 without padding needs AVX-512 VNNI, which this processor has not: set model.compile: false"
-        )
+    if not torch.ops.mlis.int8_instructions():
+        raise ModelError("INT8 without padding needs AVX2, which this processor has not: set model.compile: false")
     layers = _bert_layers(base)
     config = base.config
     sizes = (config.hidden_size, getattr(config, "intermediate_size", 0))

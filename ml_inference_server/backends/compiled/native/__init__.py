@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("packed_attention", "encoder_layer", "int8_layer"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
+TARGET: tuple[str, ...] = ("-march=native",)
+"""For which processor the operators are built. Tests set another one, before the operators are loaded."""
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
 _LIMIT_S = 600
 
 
@@ -42,7 +44,8 @@ def load_operators() -> bool:
     if found is None:
         raise ModelError(no_compiler())
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    command = [found, *_FLAGS, *(["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"])]
+    for_system = ["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+    command = [found, *TARGET, *_FLAGS, *for_system]
     key = {
         "sources": [file.read_text(encoding="utf-8") for file in (*_SOURCES, *_HEADERS)],
         "torch": torch.__version__,

@@ -32,12 +32,12 @@ inline void one_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, ui
   for (int64_t nb = 0; nb < key_blocks; ++nb) {
     const int64_t rows = std::min<int64_t>(16, length - nb * 16);
     for (int64_t ks = 0; ks < dim_steps; ++ks) {
-      __m512i r[16];
+      Floats r[16];  // pairs of BF16, in truth
       for (int64_t i = 0; i < 16; ++i)
-        r[i] = i < rows ? _mm512_loadu_si512(k + (nb * 16 + i) * stride + ks * 32) : _mm512_setzero_si512();
-      transpose16(r);
+        r[i] = i < rows ? _mm512_loadu_ps(k + (nb * 16 + i) * stride + ks * 32) : _mm512_setzero_ps();
+      transpose(r);
       uint16_t* tile = s.keys.data() + (nb * dim_steps + ks) * 512;
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * 32, r[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(tile + i * 32, r[i]);
     }
   }
   // Values: tiles of 16 pairs of keys by 16 dimensions.

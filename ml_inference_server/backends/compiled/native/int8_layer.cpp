@@ -13,7 +13,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <string>
 #include <vector>
 
 #include "float_attention.h"
@@ -21,7 +21,7 @@
 
 namespace {
 
-#ifdef MLIS_VNNI
+#ifdef MLIS_VECTORS
 
 using namespace mlis;
 
@@ -37,22 +37,22 @@ struct Layer {
 
 // row = normalised row + more.
 void add_and_norm(float* row, const float* more, const float* weight, const float* bias, float eps, int64_t width) {
-  __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (int64_t j = 0; j < width; j += 16) {
-    const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(row + j), _mm512_loadu_ps(more + j));
-    _mm512_storeu_ps(row + j, sum);
-    total = _mm512_add_ps(total, sum);
+  Floats total = spread(0.0f), squares = spread(0.0f);
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Floats sum = load(row + j) + load(more + j);
+    store(row + j, sum);
+    total = total + sum;
   }
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / static_cast<float>(width));
-  for (int64_t j = 0; j < width; j += 16) {
-    const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(row + j), mean);
-    squares = _mm512_fmadd_ps(centred, centred, squares);
+  const Floats mean = spread(sum_of(total) / static_cast<float>(width));
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Floats centred = load(row + j) - mean;
+    squares = multiply_add(centred, centred, squares);
   }
-  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(variance + eps));
-  for (int64_t j = 0; j < width; j += 16) {
-    const __m512 centred = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + j), mean), scale);
-    _mm512_storeu_ps(row + j, _mm512_fmadd_ps(centred, _mm512_loadu_ps(weight + j), _mm512_loadu_ps(bias + j)));
+  const float variance = sum_of(squares) / static_cast<float>(width);
+  const Floats scale = spread(1.0f / std::sqrt(variance + eps));
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Floats centred = (load(row + j) - mean) * scale;
+    store(row + j, multiply_add(centred, load(weight + j), load(bias + j)));
   }
 }
 
@@ -131,7 +131,7 @@ Layer checked(const at::Tensor& x, at::TensorList matrices, at::TensorList scale
   TORCH_CHECK(matrices.size() == 4 && scales.size() == 4 && sums.size() == 4 && biases.size() == 4 && norms.size() == 4,
               "int8_layer: parameters");
   const int64_t inner = biases[2].numel();
-  TORCH_CHECK(width % (32 * heads) == 0 && width % kPanel == 0 && inner % kPanel == 0, "int8_layer: sizes");
+  TORCH_CHECK(width % (32 * heads) == 0 && width % 64 == 0 && inner % 64 == 0, "int8_layer: sizes");
   Layer layer{{}, {}, width, inner, heads, static_cast<float>(eps)};
   for (size_t i = 0; i < 4; ++i) {
     const int64_t in = i == 3 ? inner : width, out = i == 0 ? 3 * width : i == 2 ? inner : width;
@@ -152,19 +152,28 @@ Layer checked(const at::Tensor& x, at::TensorList matrices, at::TensorList scale
   return layer;
 }
 
-#endif  // MLIS_VNNI
+#endif  // MLIS_VECTORS
 
-bool uses_vnni() {
-#ifdef MLIS_VNNI
-  return true;
+// What the operator runs on, and the outputs of a panel of its weights; "" and 0 where it does not run.
+std::string int8_instructions() {
+#ifdef MLIS_VECTORS
+  return kInt8Instructions;
 #else
-  return false;
+  return "";
+#endif
+}
+
+int64_t int8_panel() {
+#ifdef MLIS_VECTORS
+  return kPanel;
+#else
+  return 0;
 #endif
 }
 
 at::Tensor int8_layer(const at::Tensor& x, const at::Tensor& starts, at::TensorList matrices, at::TensorList scales,
                       at::TensorList sums, at::TensorList biases, at::TensorList norms, int64_t heads, double eps) {
-#ifdef MLIS_VNNI
+#ifdef MLIS_VECTORS
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2, "int8_layer: x is contiguous FP32");
   TORCH_CHECK(starts.scalar_type() == at::kLong && starts.is_contiguous(), "int8_layer: starts: contiguous int64");
   const Layer layer = checked(x, matrices, scales, sums, biases, norms, heads, eps);
@@ -191,7 +200,7 @@ at::Tensor int8_layer(const at::Tensor& x, const at::Tensor& starts, at::TensorL
     some(0, count);  // the threads share the rows of each group instead
   return out;
 #else
-  TORCH_CHECK(false, "int8_layer: built for a processor without AVX-512 VNNI");
+  TORCH_CHECK(false, "int8_layer: built for a processor without AVX2");
 #endif
 }
 
@@ -201,7 +210,8 @@ TORCH_LIBRARY_FRAGMENT(mlis, m) {
   m.def(
       "int8_layer(Tensor x, Tensor starts, Tensor[] matrices, Tensor[] scales, Tensor[] sums, Tensor[] biases, "
       "Tensor[] norms, int heads, float eps) -> Tensor");
-  m.def("uses_vnni() -> bool", uses_vnni);
+  m.def("int8_instructions() -> str", int8_instructions);
+  m.def("int8_panel() -> int", int8_panel);
 }
 
 TORCH_LIBRARY_IMPL(mlis, CPU, m) { m.impl("int8_layer", int8_layer); }

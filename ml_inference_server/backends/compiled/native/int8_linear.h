@@ -1,18 +1,17 @@
-// x W^T + b in INT8 with AVX-512 VNNI, and GELU of it if wanted: bytes in, exact 32-bit sums, FP32 out.
+// x W^T + b in INT8, and GELU of it if wanted: bytes in, exact 32-bit sums, FP32 out.
 //
 // W is symmetric with a scale for each output: W[n][k] = scale[n] * w[n][k], w in -127 .. 127. x is quantised here, a
-// row at a time, with a scale and a zero point of its own: x[m][k] = s[m] * (u[m][k] - zero[m]), u in 0 .. 255. Then
+// row at a time, with a scale and a zero point of its own: x[m][k] = s[m] * (u[m][k] - zero[m]), u in 0 .. kMost. Then
 //
 //   sum over k of x W = s[m] * scale[n] * (sum of u w - zero[m] * sum of w[n])
 //
-// w lies in panels of 64 outputs: for each 4 inputs, the 4 bytes of output 0, then of 1, ... (packed.py, Int8Layer).
-// Inputs and outputs are multiples of 64.
+// w lies in panels of kPanel outputs: for each 4 inputs, the 4 bytes of output 0, then of 1, ... (packed.py,
+// Int8Layer). Inputs and outputs are multiples of 64.
 #pragma once
 
 #include "vectors.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define MLIS_VNNI 1
+#ifdef MLIS_VECTORS
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,8 +19,43 @@
 
 namespace mlis {
 
-constexpr int64_t kPanel = 64;  // outputs whose weights lie together
-constexpr int kRowsAtOnce = 6;  // 6 rows of 4 x 16 sums fill 24 of the 32 registers
+// add_products: to each of `sums`, four products of bytes of `u` and of `w`. kMost: the largest byte of `u` for which
+// that is exact. kVectors: of sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512, 6
+// of 2 12 of the 16 of AVX2.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr const char* kInt8Instructions = "AVX-512 VNNI";
+constexpr int32_t kMost = 255;
+constexpr int kVectors = 4;
+inline Ints add_products(Ints sums, Ints u, Ints w) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)w);
+}
+#elif defined(__AVX512BW__)
+constexpr const char* kInt8Instructions = "AVX-512";
+constexpr int32_t kMost = 129;
+constexpr int kVectors = 4;
+inline Ints add_products(Ints sums, Ints u, Ints w) {
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)w);
+  return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif defined(__AVXVNNI__)
+constexpr const char* kInt8Instructions = "AVX-VNNI";
+constexpr int32_t kMost = 255;
+constexpr int kVectors = 2;
+inline Ints add_products(Ints sums, Ints u, Ints w) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)u, (__m256i)w);
+}
+#else
+constexpr const char* kInt8Instructions = "AVX2";
+constexpr int32_t kMost = 129;  // two products are added up in 16 bits: 2 * 129 * 127 = 32,766 just fits
+constexpr int kVectors = 2;
+inline Ints add_products(Ints sums, Ints u, Ints w) {
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)w);
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+
+constexpr int64_t kPanel = kVectors * kLanes;  // outputs whose weights lie together
+constexpr int kRowsAtOnce = 6;
 
 // One matrix, in -> out. sums: of the bytes of each output.
 struct Int8Matrix {
@@ -42,55 +76,54 @@ struct Int8Rows {
 
 // Row m of `rows` from `width` floats. What is not finite makes the row's scale, and so all that follows, NaN.
 inline void quantise_row(const float* from, const Int8Rows& rows, int64_t m) {
+  constexpr float most_byte = static_cast<float>(kMost);
   const int64_t width = rows.width;
-  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps(), check = _mm512_setzero_ps();
-  for (int64_t j = 0; j < width; j += 16) {
-    const __m512 x = _mm512_loadu_ps(from + j);
-    low = _mm512_min_ps(low, x);
-    high = _mm512_max_ps(high, x);
-    check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);  // 0 * x is NaN where x is not finite
+  const Floats none = spread(0.0f);
+  Floats low = none, high = none, check = none;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Floats x = load(from + j);
+    low = least(low, x);
+    high = greatest(high, x);
+    check = multiply_add(x, none, check);  // 0 * x is NaN where x is not finite
   }
-  const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
-  const float scale = std::max((most - least) / 255.0f, 1e-30f);
-  const int32_t zero = static_cast<int32_t>(std::nearbyint(std::clamp(-least / scale, 0.0f, 255.0f)));
-  rows.scales[m] = scale + _mm512_reduce_add_ps(check);
+  const float lowest = least_of(low), highest = greatest_of(high);
+  const float scale = std::max((highest - lowest) / most_byte, 1e-30f);
+  const int32_t zero = static_cast<int32_t>(std::nearbyint(std::clamp(-lowest / scale, 0.0f, most_byte)));
+  rows.scales[m] = scale + sum_of(check);
   rows.zeros[m] = zero;
-  const __m512 inverse = _mm512_set1_ps(1.0f / scale);
-  const __m512i offset = _mm512_set1_epi32(zero), none = _mm512_setzero_si512();
+  const Floats inverse = spread(1.0f / scale);
+  const Ints offset = spread(zero), limit = spread(kMost);
   uint8_t* to = rows.bytes + m * width;
-  for (int64_t j = 0; j < width; j += 16) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + j), inverse));
-    const __m512i value = _mm512_max_epi32(_mm512_add_epi32(whole, offset), none);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm512_cvtusepi32_epi8(value));
-  }
+  for (int64_t j = 0; j < width; j += kLanes)
+    store_bytes(to + j, least(rounded(load(from + j) * inverse) + offset, limit));
 }
 
-// The exact sums of `kRows` rows of x and the 64 outputs of a panel; to: (kRows, 64). Nothing else stands here, so that
-// the compiler keeps all sums in registers.
+// The exact sums of `kRows` rows of x and the outputs of a panel; to: (kRows, kPanel). Nothing else stands here, so
+// that the compiler keeps all sums in registers.
 template <int kRows>
 inline void sum_panel(const uint8_t* x, const int8_t* w, int64_t in, int32_t* to) {
-  __m512i sums[kRows][4];
+  Ints sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_setzero_si512();
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = spread(0);
   for (int64_t k = 0; k < in; k += 4, w += 4 * kPanel) {
-    __m512i weights[4];
+    Ints weights[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) weights[j] = _mm512_loadu_si512(w + 64 * j);
+    for (int j = 0; j < kVectors; ++j) std::memcpy(&weights[j], w + 4 * kLanes * j, sizeof(Ints));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int32_t four;
       std::memcpy(&four, x + i * in + k, 4);
-      const __m512i row = _mm512_set1_epi32(four);
+      const Ints row = spread(four);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], row, weights[j]);
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = add_products(sums[i][j], row, weights[j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_store_si512(to + i * kPanel + 16 * j, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) store(to + i * kPanel + kLanes * j, sums[i][j]);
 }
 
 // `kRows` rows from row m on by one panel.
@@ -98,15 +131,14 @@ template <int kRows, bool kGelu>
 inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matrix, int64_t n, float* out) {
   alignas(64) int32_t sums[kRows * kPanel];
   sum_panel<kRows>(x.bytes + m * matrix.in, matrix.panels + n * matrix.in, matrix.in, sums);
-  for (int64_t j = 0; j < kPanel; j += 16) {
-    const __m512i all = _mm512_loadu_si512(matrix.sums + n + j);
-    const __m512 scales = _mm512_loadu_ps(matrix.scales + n + j), bias = _mm512_loadu_ps(matrix.bias + n + j);
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    const Ints all = load(matrix.sums + n + j);
+    const Floats scales = load(matrix.scales + n + j), bias = load(matrix.bias + n + j);
     for (int i = 0; i < kRows; ++i) {
-      const __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(x.zeros[m + i]), all);
-      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + i * kPanel + j), offset));
-      __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(exact, scales), _mm512_set1_ps(x.scales[m + i]), bias);
+      const Floats exact = as_floats(load(sums + i * kPanel + j) - spread(x.zeros[m + i]) * all);
+      Floats y = multiply_add(exact * scales, spread(x.scales[m + i]), bias);
       if constexpr (kGelu) y = gelu(y);
-      _mm512_storeu_ps(out + i * matrix.out + n + j, y);
+      store(out + i * matrix.out + n + j, y);
     }
   }
 }

@@ -1,28 +1,54 @@
-// What the operators share of AVX-512: functions of 16 floats, and a transposition.
+// The vectors that the operators compute with: 16 floats with AVX-512, 8 with AVX2. What differs between the two stands
+// here, once for each; all else is written for `Floats` of `kLanes`.
+//
+// ATen's Vectorized<float> is not used: it is one thing or the other by a macro of PyTorch's own build, its least and
+// greatest spend three instructions on NaN, and it has neither the rows of bytes nor powers as coarse as these.
 #pragma once
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define MLIS_VECTORS 1
 #include <immintrin.h>
+
+#include <cstdint>
 
 namespace mlis {
 
-// 2^x for x <= 0, relative error below 1e-4: BF16 holds 8 bits.
-inline __m512 exp2_nonpositive(__m512 x) {
-  const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: its sum with x holds round(x) in its low bits
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
-  const __m512 shifted = _mm512_add_ps(x, magic);
-  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
-  __m512 p = _mm512_set1_ps(0.05583828f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24263948f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314718f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992522f));
-  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power));
+constexpr int64_t kLanes = 16;
+using Floats = __m512;
+using Ints = int32_t __attribute__((vector_size(64)));
+
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Ints load(const int32_t* from) { return (Ints)_mm512_loadu_si512(from); }
+inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+inline void store(int32_t* to, Ints x) { _mm512_storeu_si512(to, (__m512i)x); }
+inline Floats spread(float x) { return _mm512_set1_ps(x); }
+inline Ints spread(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
+inline Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats greatest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Ints least(Ints a, Ints b) { return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+inline float least_of(Floats x) { return _mm512_reduce_min_ps(x); }
+inline float greatest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
+// a * b + c and a * b - c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+inline Ints rounded(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }
+
+// The first `count` of x, and `rest` in the other places.
+inline Floats first_of(Floats x, int64_t count, Floats rest) {
+  return _mm512_mask_mov_ps(rest, static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1), x);
 }
 
-// 16 x 16 dwords.
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
+// One byte of each, 0 .. 255; what lies outside becomes the nearest of them.
+inline void store_bytes(uint8_t* to, Ints x) {
+  const __m512i from_zero = _mm512_max_epi32((__m512i)x, _mm512_setzero_si512());
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(from_zero));
+}
+
+// 16 rows of 16.
+inline void transpose(Floats rows[kLanes]) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(rows[i]);
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -45,23 +71,124 @@ inline void transpose16(__m512i r[16]) {
     r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
     r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
   }
-}
-
-// x * Phi(x), absolute error below 1e-4: BF16 holds 8 bits. Phi(x) - 1/2 is an odd polynomial up to |x| = 4.
-inline __m512 gelu(__m512 x) {
-  const __m512 t = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-4.0f)), _mm512_set1_ps(4.0f));
-  const __m512 s = _mm512_mul_ps(t, t);
-  __m512 p = _mm512_set1_ps(-8.521429952e-10f);
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(7.676403314e-08f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-2.982062081e-06f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(6.629969466e-05f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-9.473684633e-04f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(9.289026502e-03f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(-6.551710584e-02f));
-  p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(3.984620620e-01f));
-  return _mm512_mul_ps(x, _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f)));
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_castsi512_ps(r[i]);
 }
 
 }  // namespace mlis
 
+#elif defined(__AVX2__) && defined(__FMA__)
+#define MLIS_VECTORS 1
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace mlis {
+
+constexpr int64_t kLanes = 8;
+using Floats = __m256;
+using Ints = int32_t __attribute__((vector_size(32)));
+
+inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Ints load(const int32_t* from) { return (Ints)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+inline void store(int32_t* to, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)x); }
+inline Floats spread(float x) { return _mm256_set1_ps(x); }
+inline Ints spread(int32_t x) { return (Ints)_mm256_set1_epi32(x); }
+inline Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats greatest(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Ints least(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+// a * b + c and a * b - c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
+inline Ints rounded(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }
+
+// f, of two vectors, over all of x.
+template <typename F>
+inline float reduced(Floats x, const F& f) {
+  x = f(x, _mm256_permute2f128_ps(x, x, 1));
+  x = f(x, _mm256_permute_ps(x, 0x4e));
+  return _mm256_cvtss_f32(f(x, _mm256_permute_ps(x, 0xb1)));
+}
+
+inline float least_of(Floats x) {
+  return reduced(x, [](Floats a, Floats b) { return least(a, b); });
+}
+inline float greatest_of(Floats x) {
+  return reduced(x, [](Floats a, Floats b) { return greatest(a, b); });
+}
+inline float sum_of(Floats x) {
+  return reduced(x, [](Floats a, Floats b) { return a + b; });
+}
+
+// The first `count` of x, and `rest` in the other places.
+inline Floats first_of(Floats x, int64_t count, Floats rest) {
+  const Ints places = {0, 1, 2, 3, 4, 5, 6, 7};
+  return _mm256_blendv_ps(rest, x, (Floats)(places < spread(static_cast<int32_t>(count < 8 ? count : 8))));
+}
+
+// One byte of each, 0 .. 255; what lies outside becomes the nearest of them.
+inline void store_bytes(uint8_t* to, Ints x) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  const __m128i words = _mm_packs_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+
+// 8 rows of 8.
+inline void transpose(Floats r[kLanes]) {
+  Floats t[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+}  // namespace mlis
+
+#endif
+
+#ifdef MLIS_VECTORS
+namespace mlis {
+
+inline Floats as_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// 2^x for x <= 0, relative error below 1e-4: BF16 holds 8 bits.
+inline Floats exp2_nonpositive(Floats x) {
+  const Floats magic = spread(12582912.0f);  // 1.5 * 2^23: its sum with x holds round(x) in its low bits
+  x = greatest(x, spread(-126.0f));
+  const Floats shifted = x + magic;
+  const Floats f = x - (shifted - magic);
+  Floats p = spread(0.05583828f);
+  p = multiply_add(p, f, spread(0.24263948f));
+  p = multiply_add(p, f, spread(0.69314718f));
+  p = multiply_add(p, f, spread(0.99992522f));
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+// x * Phi(x), absolute error below 1e-4: BF16 holds 8 bits. Phi(x) - 1/2 is an odd polynomial up to |x| = 4.
+inline Floats gelu(Floats x) {
+  const Floats t = least(greatest(x, spread(-4.0f)), spread(4.0f));
+  const Floats s = t * t;
+  Floats p = spread(-8.521429952e-10f);
+  p = multiply_add(p, s, spread(7.676403314e-08f));
+  p = multiply_add(p, s, spread(-2.982062081e-06f));
+  p = multiply_add(p, s, spread(6.629969466e-05f));
+  p = multiply_add(p, s, spread(-9.473684633e-04f));
+  p = multiply_add(p, s, spread(9.289026502e-03f));
+  p = multiply_add(p, s, spread(-6.551710584e-02f));
+  p = multiply_add(p, s, spread(3.984620620e-01f));
+  return x * multiply_add(p, t, spread(0.5f));
+}
+
+}  // namespace mlis
 #endif
