@@ -18,6 +18,7 @@ from ml_inference_server.backends.base import (
     run_in_company,
 )
 from ml_inference_server.backends.exported.folder import exported_graph
+from ml_inference_server.backends.files.model_files import sha256_of
 from ml_inference_server.backends.model.export import (
     MOST_BYTES_IN_ONE_FILE,
     Exported,
@@ -58,13 +59,12 @@ class OnnxBackend:
         """
         self._exported = exported_graph(self._settings) or export(self._settings)
         file = _file(self._exported, self._quantization)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._settings.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options = _options(self._settings.threads)
         provider = _PROVIDERS[self._settings.device]
+        is_shared = self._settings.process_per_stream and self._settings.device == "cpu"
         with engine_errors(f"ONNX Runtime cannot run {self._exported.describe(file)}"):
-            self.session = ort.InferenceSession(str(file), options, providers=[provider])
+            runs = prepacked(file) if is_shared else file
+            self.session = ort.InferenceSession(str(runs), options, providers=[provider])
         self.input_names = [each.name for each in self.session.get_inputs()]
         self._info = self._describe(file)
 
@@ -133,6 +133,40 @@ def _file(exported: Exported, quantization: Quantization) -> Path:
     return quantize_int8(exported) if needs_quantising else exported.file
 
 
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def prepacked(file: Path) -> Path:
+    """The same graph with its weights laid out as this processor's kernels read them, in a file that is mapped.
+
+    Several processes then hold them once. Otherwise each one would lay them out for itself, in memory of its own.
+    """
+    parts = sorted(file.parent.glob(f"{file.name}*"))
+    key = {
+        "graph": {part.name: sha256_of(part) for part in parts},
+        "onnxruntime": ort.__version__,
+        "cpu_flags": sorted(cpu_flags()),
+    }
+
+    def make(folder: Path) -> None:
+        options = _options(threads=0)
+        options.optimized_model_filepath = str(folder / "model.onnx")
+        for name, value in (
+            ("save_external_prepacked_constant_initializers", "1"),
+            ("optimized_model_external_initializers_file_name", "model.onnx.data"),
+            ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ):
+            options.add_session_config_entry(f"session.{name}", value)
+        ort.InferenceSession(str(file), options, providers=[_PROVIDERS["cpu"]])
+
+    return cached("onnx-prepacked", key, make) / "model.onnx"
+
+
 def write_graph(exported: Exported, quantization: Quantization, folder: Path) -> tuple[Path, GraphFacts]:
     """Put the graph in this precision into an exported folder: from which file, and what is to be known of it."""
     import onnx
@@ -179,8 +213,12 @@ def quantize_int8(exported: Exported) -> Path:
         with engine_errors(f"ONNX Runtime cannot quantise {exported.weights}"):
             is_large = 4 * exported.parameters > MOST_BYTES_IN_ONE_FILE
             # Its optimiser holds the whole model in one protobuf.
+            graph = exported.file
+            if not is_large:  # it would write a graph whose weights it then looks for in another folder
+                graph = folder / "whole.onnx"
+                onnx.save(onnx.load(str(exported.file)), str(graph))
             quant_pre_process(
-                str(exported.file),
+                str(graph),
                 str(prepared),
                 skip_symbolic_shape=True,
                 skip_optimization=is_large,

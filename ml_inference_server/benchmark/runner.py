@@ -17,7 +17,7 @@ from ml_inference_server.benchmark.measure.quality import load_slice
 from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.report.finish import finish
 from ml_inference_server.benchmark.result.cell import planned_rows
-from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed
+from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed, Start
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultFiles,
@@ -29,7 +29,9 @@ from ml_inference_server.benchmark.result.files import (
 )
 from ml_inference_server.benchmark.target.in_process import requests_of, time_in_process
 from ml_inference_server.benchmark.target.interrupt import Interrupted, Stop, run_stoppable
+from ml_inference_server.benchmark.target.memory import memory_of_server
 from ml_inference_server.benchmark.target.server_process import COMMAND, LOOPBACK, ServerOptions, ServerProcess
+from ml_inference_server.utils.cache import cached_files, writable_root
 from ml_inference_server.utils.config import Settings, load_settings
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.installation import checkout, require, results_folder
@@ -129,6 +131,7 @@ async def run_experiment(experiment: Experiment, stop: Stop, datasets: dict[str,
     settings = experiment.settings()
     variants = {variant: experiment.settings(variant) for variant in settings.variants or ("",)}
     files = experiment.files()
+    writable_root(quiet=True)  # what one server puts into the cache is for all of them
     with locked(files):
         keep_partial(files)
         return await _run_locked(experiment, settings, variants, files, stop, datasets)
@@ -208,25 +211,11 @@ class _Visits:
             self._progress.close()
 
     async def _visit(self, variant: str, repeats: Sequence[int], *, is_last: bool) -> None:
-        experiment, progress, stop = self._experiment, self._progress, self._stop
-        load = self._variants[variant].experiment
-        result = self._result
+        load, result, progress = self._variants[variant].experiment, self._result, self._progress
         try:
-            async with ServerProcess(experiment.server_options(variant, self._log), stop) as server:
-                who = f" for variant {variant}" if variant else ""
-                progress.say(f"starting the server{who}; its log is {self._log}")
-                ports = await stop.race(server.start())
-                progress.say(
-                    f"serving on port {ports['grpc_port']}; live figures: http://{LOOPBACK}:{ports['http_port']}"
-                )
-                await measure(
-                    Address(LOOPBACK, ports["grpc_port"]),
-                    Address(LOOPBACK, ports["http_port"]),
-                    Measurement(load, self._dataset, self._labelled[variant], repeats, experiment.start_timeout_s),
-                    self._result,
-                    stop,
-                    progress,
-                )
+            options = self._experiment.server_options(variant, self._log)
+            async with ServerProcess(options, self._stop) as server:
+                await self._start_and_measure(server, variant, repeats)
                 if result.document.runs and result.document.runs[-1].lost:
                     result.about_server(variant, died=await server.death())
             if is_last and load.in_process_s:
@@ -237,6 +226,28 @@ class _Visits:
                 result.plan(-planned_rows(load))
             self._refused.add(variant)
             result.refuse(variant, error.exit_code, str(error))
+
+    async def _start_and_measure(self, server: ServerProcess, variant: str, repeats: Sequence[int]) -> None:
+        result, progress, stop = self._result, self._progress, self._stop
+        labelled, patience_s = self._labelled[variant], self._experiment.start_timeout_s
+        who = f" for variant {variant}" if variant else ""
+        progress.say(f"starting the server{who}; its log is {self._log}")
+        in_cache = cached_files()
+        ports = await stop.race(server.start())
+        start = Start(ready_s=server.ready_s, filled_cache=bool(cached_files() - in_cache), memory=None)
+        progress.say(f"serving on port {ports['grpc_port']}; live figures: http://{LOOPBACK}:{ports['http_port']}")
+        try:
+            await measure(
+                Address(LOOPBACK, ports["grpc_port"]),
+                Address(LOOPBACK, ports["http_port"]),
+                Measurement(self._variants[variant].experiment, self._dataset, labelled, repeats, patience_s),
+                result,
+                stop,
+                progress,
+            )
+            start = start.model_copy(update={"memory": memory_of_server(server.pid)})
+        finally:
+            result.add_start(variant, start)
 
     async def _time_in_process(self, variant: str) -> None:
         """Once for each model among the variants: what the variants change besides it is the server's business."""

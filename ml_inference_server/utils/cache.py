@@ -200,10 +200,18 @@ def find(kind: str, key: Mapping[str, object]) -> Path | None:
     return next((entry for entry in _entries(kind, key) if _is_whole(entry)), None)
 
 
+def cached_files() -> set[Path]:
+    """All files that are there, of whatever kind: those that are new later were made in between."""
+    return {Path(folder) / name for root in _roots() for folder, _, names in os.walk(root) for name in names}
+
+
 def _entries(kind: str, key: Mapping[str, object]) -> list[Path]:
-    """Where the entry may be: a cache that cannot be written may have been filled before."""
-    roots = [cache_root(), *map(Path, filter(None, [os.environ.get(_STAND_IN)]))]
-    return [root / _name(kind, key) for root in roots]
+    return [root / _name(kind, key) for root in _roots()]
+
+
+def _roots() -> list[Path]:
+    """Where an entry may be: a cache that cannot be written may have been filled before."""
+    return [cache_root(), *map(Path, filter(None, [os.environ.get(_STAND_IN)]))]
 
 
 def _name(kind: str, key: Mapping[str, object]) -> str:

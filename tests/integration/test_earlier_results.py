@@ -1,4 +1,7 @@
-"""Results that an earlier version wrote: today's reports and comparisons of them say what its own said."""
+"""Results that an earlier version wrote: today's reports and comparisons of them say what its own said.
+
+summary.md has two columns that came later, ready and memory, and what its legend says of them.
+"""
 
 import json
 import shutil

@@ -9,13 +9,22 @@ from ml_inference_server.benchmark.report import advice
 from ml_inference_server.benchmark.report.contenders import Comparison
 from ml_inference_server.benchmark.report.regression import compare, unlike
 from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result.document import Document, Entry, InProcess, MachineConditions, Summary
+from ml_inference_server.benchmark.result.document import (
+    Document,
+    Entry,
+    InProcess,
+    MachineConditions,
+    Memory,
+    Start,
+    Summary,
+)
 from ml_inference_server.benchmark.result.files import ResultFiles
 from tests.unit.report_kit import PASSED, inside, make_document, make_info, make_server, of_server, quality, repeats
 
 
 def entry(name: str, speeds: tuple[float, ...], *, cosine: float = 1.0, passed: bool = True, ms: float = 10.0,
-          dtype: str = "int8", without: Sequence[str] = (), in_process: InProcess | None = None, **changes: Any,
+          dtype: str = "int8", without: Sequence[str] = (), in_process: InProcess | None = None,
+          starts: Sequence[Start] = (), **changes: Any,
           ) -> Entry:  # fmt: skip
     """An experiment with two loads, of which `speeds` are the repeats of the heavier one."""
     latency = dict.fromkeys(("avg", "p50", "p95", "p99"), ms)
@@ -26,7 +35,7 @@ def entry(name: str, speeds: tuple[float, ...], *, cosine: float = 1.0, passed: 
     verdict = {"passed": passed, "reasons": [] if passed else ["too far from FP32"]}
     change = {"value": cosine - 1, "low": cosine - 1, "high": cosine - 1}
     found = quality(cosine_mean=cosine, gate=verdict, ndcg10_difference=change, without=without)
-    server = make_server(info=make_info({"dtype": dtype}), quality=found, in_process=in_process)
+    server = make_server(info=make_info({"dtype": dtype}), quality=found, in_process=in_process, starts=list(starts))
     return Entry.model_validate({
         "experiment": name, "variant": "", "verdict": "ok", "exit_code": 0, "message": "", "title": f"{name} ran",
         "settings_sha256": "", "result": f"{name}_results.md", "commit": "abc", "fingerprint": "f", "dataset": "sample",
@@ -126,6 +135,45 @@ def test_the_plots_are_there_and_the_same_each_time(tmp_path: Path) -> None:
 def test_nothing_that_is_beaten_in_both_is_on_the_front() -> None:
     points = {"a": (1.0, 1.0), "b": (2.0, 0.9), "c": (1.5, 0.8), "d": (2.0, 0.9)}
     assert aggregate.pareto(points) == {"a", "b", "d"}
+
+
+def cells(text: str, name: str) -> dict[str, str]:
+    """The line of the first table with an experiment, or else a server, of this name: column -> cell."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    at, line = next((at, line) for at, line in enumerate(lines) if line[0] == name)
+    header = next(line for line in reversed(lines[:at]) if line[0] in ("experiment", "server"))
+    return dict(zip(header, line, strict=True))
+
+
+def start(ready_s: float, *, filled_cache: bool = False, pss_mib: int | None = None, rss_mib: int = 900) -> Start:
+    pss_bytes = None if pss_mib is None else pss_mib << 20
+    memory = Memory(processes=3, rss_bytes=rss_mib << 20, pss_bytes=pss_bytes, peak_rss_bytes=(rss_mib + 7) << 20)
+    return Start(ready_s=ready_s, filled_cache=filled_cache, memory=memory)
+
+
+def test_each_experiment_says_how_long_it_starts_and_what_it_holds() -> None:
+    cold, ended = start(90, filled_cache=True, pss_mib=801), Start(ready_s=1, filled_cache=True, memory=None)
+    warm = [cold, start(4, pss_mib=800), start(6, pss_mib=790)]
+    text = advice.markdown(
+        summary(BASE, entry("warm", (9, 9), starts=warm), entry("cold", (8, 8), starts=[cold]),
+                entry("no_pss", (7, 7), starts=[start(5)]), entry("ended", (6, 6), starts=[ended])), [])  # fmt: skip
+    told = {name: (cells(text, name)["ready s"], cells(text, name)["memory MiB"])
+            for name in ("minilm_baseline", "warm", "cold", "no_pss", "ended")}  # fmt: skip
+    assert told == {
+        "minilm_baseline": ("-", "-"),  # of an earlier version
+        "warm": ("5.0", "800 PSS"),
+        "cold": ("90.0 (filled the cache)", "801 PSS"),
+        "no_pss": ("5.0", "900 RSS"),
+        "ended": ("1.0 (filled the cache)", "-"),
+    }
+
+
+def test_an_experiment_with_a_load_of_its_own_says_so_too() -> None:
+    other = entry("other", (500, 500), variant="on", starts=[start(90, filled_cache=True), start(4, pss_mib=800)])
+    other = other.model_copy(update={"runs": [run.model_copy(update={"concurrency": 64}) for run in other.runs]})
+    found = cells(advice.markdown(summary(BASE, other), []), "on")
+    assert found == {"server": "on", "starts": "2", "ready s": "4.0", "ready s, filled the cache": "90.0",
+                     "memory MiB": "900 RSS", "highest RSS MiB": "907", "processes": "3"}  # fmt: skip
 
 
 # Two results of one experiment

@@ -5,6 +5,7 @@ A model that brings such a graph of its own as onnx/model.onnx is run from that 
 """
 
 import contextlib
+import gc
 import importlib
 import io
 import logging
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 OUTPUT = "rows"
 PREBUILT = "onnx/model.onnx"
-# A protobuf takes 2 GiB; larger weights lie in a file beside the graph.
+# A protobuf takes 2 GiB; weights that come to more must lie in a file beside it. Those of an export always do.
 MOST_BYTES_IN_ONE_FILE = 1_900_000_000
 # What a graph that came with the model may call its rows: optimum's names, and our own.
 _OUTPUTS = {"embedding": ("sentence_embedding", OUTPUT), "cross_encoder": ("logits", OUTPUT)}
@@ -81,7 +82,9 @@ def export(settings: ModelSettings) -> Exported:
     _need("onnx")
     from ml_inference_server.backends.model.loading import load_model
 
-    return export_loaded(load_model(settings), settings)
+    exported = export_loaded(load_model(settings), settings)
+    gc.collect()  # torch's model is no longer needed; its modules refer to each other, so it would stay for a while
+    return exported
 
 
 def export_loaded(loaded: "LoadedModel", settings: ModelSettings) -> Exported:
@@ -149,7 +152,7 @@ def export_loaded(loaded: "LoadedModel", settings: ModelSettings) -> Exported:
                 output_names=[OUTPUT],
                 dynamic_shapes=[axes] * len(arguments),
                 dynamo=True,
-                external_data=4 * parameters > MOST_BYTES_IN_ONE_FILE,
+                external_data=True,  # engines map such a file, and processes share it; a protobuf they copy
                 verbose=False,
             )
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_inference_server.benchmark.report import plots, report, tables
+from ml_inference_server.benchmark.report import plots, report, starts, tables
 from ml_inference_server.benchmark.report.contenders import Comparison, Configuration
 from ml_inference_server.benchmark.report.tables import plain
 from ml_inference_server.benchmark.result import aggregate
@@ -45,7 +45,15 @@ def _table(found: Comparison) -> str:
     heavy, light = found.heaviest, found.lightest
     unit = tables.items_unit([heavy] if heavy else [])
     header = ["experiment", "what ran", f"{unit}/s", "to the baseline", "p50 ms alone", "to the baseline"]
-    header += ["cosine to FP32 (mean / min)", "nDCG@10 change", "of in-process", "Pareto", "gate"]
+    header += [
+        "cosine to FP32 (mean / min)",
+        "nDCG@10 change",
+        "of in-process",
+        "ready s",
+        "memory MiB",
+        "Pareto",
+        "gate",
+    ]
     lines = []
     for configuration in found.comparable:
         row = found.heavy(configuration)
@@ -64,6 +72,8 @@ def _table(found: Comparison) -> str:
             tables.alike(quality),
             tables.ndcg_change(quality),
             _of_in_process(configuration, row),
+            starts.ready(configuration.entry.server),
+            starts.memory(configuration.entry.server),
             "front" if configuration.name in found.front else "",
             _gate(row),
         ]
@@ -94,7 +104,8 @@ def _legend(found: Comparison) -> str:
         f" latency at the lightest (batch size {light and light.first.batch_size}, {light and light.load}); ratios"
         f" are to {base}; [in brackets] 95 % intervals: a ratio whose interval holds 1 is no difference. *front*:"
         " nothing else is both faster and closer to FP32. *of in-process*: of what the same backend reaches with the"
-        " same requests without a server. A row that is struck through failed its quality gate: do not run it."
+        f" same requests without a server. {starts.NOTE} A row that is struck through failed its quality gate: do"
+        " not run it."
     )
 
 
@@ -167,8 +178,10 @@ def _said(found: Comparison, configuration: Configuration) -> str:
 def _own_loads(found: Comparison) -> list[str]:
     parts = []
     for name in dict.fromkeys(c.entry.experiment for c in found.others):
-        rows = [row for c in found.others if c.entry.experiment == name for row in c.rows]
-        parts.append(f"### {name}\n\n{tables.variants(rows) or tables.results(rows)}")
+        own = [c for c in found.others if c.entry.experiment == name]
+        rows = [row for c in own for row in c.rows]
+        started = starts.table((c.entry.variant, c.entry.server) for c in own if c.entry.server)
+        parts += [f"### {name}", tables.variants(rows) or tables.results(rows), *([started] if started else [])]
     return parts
 
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from ml_inference_server.benchmark.load.records import Records
-from ml_inference_server.benchmark.report import tables
+from ml_inference_server.benchmark.report import starts, tables
 from ml_inference_server.benchmark.report.tables import figure, items_unit, plain
 from ml_inference_server.benchmark.result import aggregate
 from ml_inference_server.benchmark.result.aggregate import Row
@@ -66,6 +66,9 @@ def markdown(document: Document, raw: Mapping[str, Records], plot: str | None = 
     share = tables.server_share(rows)
     if share:
         parts += ["## Where the time went", share, _SHARE_NOTE]
+    started = starts.table((server.variant, server) for server in document.servers)
+    if started:
+        parts += ["## Start and memory", started, starts.NOTE]
     quality = _quality(document)
     if quality:
         parts += ["## Quality", quality]

@@ -403,12 +403,41 @@ AnyInProcess = Annotated[
 _TAGS = {"Quality", "QualityNotMeasured", "InProcess", "InProcessFailed"}
 
 
+class Memory(Part):
+    """Of all processes of a server together.
+
+    rss_bytes: pages that several of them share count in each. pss_bytes: they count once; None where the system does
+    not tell (it is Linux that does). peak_rss_bytes: the sum of what each held at most, whenever that was.
+    """
+
+    processes: int
+    rss_bytes: int
+    pss_bytes: int | None
+    peak_rss_bytes: int | None
+
+
+class Start(Part):
+    """One start of a server by the benchmark.
+
+    ready_s: from the start of its process until it served. filled_cache: it made what later starts find in the cache.
+    memory: at rest, after its load; None if it had ended, or was not measured to the end.
+    """
+
+    ready_s: float
+    filled_cache: bool
+    memory: Memory | None
+
+
 class MeasuredServer(Part):
-    """One server that was measured. died: how it ended by itself, "" if it did not."""
+    """One server that was measured. died: how it ended by itself, "" if it did not.
+
+    starts: none of a server that somebody else started, and in results of earlier versions.
+    """
 
     variant: str
     info: ServerFacts
     load: Load
+    starts: list[Start] = []
     quality: AnyQuality | None = None
     in_process: AnyInProcess | None = None
     died: str = ""

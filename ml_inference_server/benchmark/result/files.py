@@ -28,6 +28,7 @@ from ml_inference_server.benchmark.result.document import (
     NotStarted,
     Purpose,
     Run,
+    Start,
     Status,
     to_json,
 )
@@ -217,6 +218,11 @@ class Result:
         """What was found out about a server that is there: quality, in_process, died."""
         servers = self.document.servers
         self.set(servers=[s.model_copy(update=found) if s.variant == variant else s for s in servers])
+
+    def add_start(self, variant: str, start: Start) -> None:
+        server = self.server(variant)
+        if server is not None:
+            self.about_server(variant, starts=[*server.starts, start])
 
     def refuse(self, variant: str, exit_code: int, message: str) -> None:
         """A variant whose server did not run."""

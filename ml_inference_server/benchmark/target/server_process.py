@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,18 @@ class ServerProcess:
         self._stop = stop
         self._process: asyncio.subprocess.Process | None = None
         self._log_start_bytes = 0
+        self.ready_s = 0.0  # from the start of the process until it served
 
     async def __aenter__(self) -> "ServerProcess":
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.end()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; 0 before that. A supervisor's servers are its children."""
+        return self._process.pid if self._process else 0
 
     async def death(self, patience_s: float = 1.0) -> str:
         """How the process ended although nobody asked it to; "" if it still runs after `patience_s`."""
@@ -88,6 +95,7 @@ class ServerProcess:
             ready = Path(folder) / "ready.json"
             with self._options.log.open("ab") as log:
                 self._log_start_bytes = log.tell()
+                started_s = time.monotonic()
                 self._process = await asyncio.create_subprocess_exec(
                     *self._options.command,
                     *self._options.arguments,
@@ -105,7 +113,9 @@ class ServerProcess:
                     await asyncio.wait({died, serving}, return_when=asyncio.FIRST_COMPLETED)
                 if died.done():
                     raise self._death_notice(died.result())
-                return await serving
+                ports = await serving
+                self.ready_s = time.monotonic() - started_s
+                return ports
             except TimeoutError:
                 raise ServerNotStarted(
                     f"the server was not ready within {self._options.start_timeout_s:g} s: {self.last_line()};"

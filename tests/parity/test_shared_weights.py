@@ -1,0 +1,39 @@
+"""Processes of one model share its weights where the engine can: mapped from a file, and the answers are the same."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.tiny_model import INT8, embed, start
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads what is mapped from /proc"),
+]
+
+
+def mapped_files() -> set[Path]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if len(line.split(maxsplit=5)) == 6}
+
+
+@pytest.mark.parametrize("precision", [{}, INT8], ids=["fp32", "int8"])
+def test_onnx_runtime_maps_weights_that_are_laid_out_already(
+    tiny: Path, own_cache: Path, precision: dict[str, object]
+) -> None:
+    alone = start(tiny, "onnx", min_parity=0.9, **precision)
+    shared = start(tiny, "onnx", min_parity=0.9, process_per_stream=True, **precision)
+    (weights,) = own_cache.glob("onnx-prepacked/*/model.onnx.data")
+    assert weights in mapped_files()
+    np.testing.assert_array_equal(embed(shared.backend), embed(alone.backend))
+    assert shared.info.weights_file == alone.info.weights_file
+
+
+def test_openvino_maps_the_weights_of_an_export(tiny: Path, own_cache: Path) -> None:
+    started = start(tiny, "openvino", process_per_stream=True)
+    (weights,) = own_cache.glob("onnx/*/model.onnx.data")
+    assert weights in mapped_files()
+    assert started.backend is not None
