@@ -34,6 +34,16 @@ def test_onnx_runtime_maps_weights_that_are_laid_out_already(
     assert shared.info.weights_file == alone.info.weights_file
 
 
+def test_a_cache_that_cannot_take_them_costs_memory_and_not_the_start(
+    tiny: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own_cache.mkdir()
+    (own_cache / "onnx-prepacked").touch()  # where a folder should be
+    started = start(tiny, "onnx", process_per_stream=True)
+    assert len(embed(started.backend)) > 0
+    assert "each process holds the weights for itself: the cache " in caplog.text
+
+
 def test_the_server_does_not_import_torch_for_what_an_engine_says(tiny: Path, tmp_path: Path) -> None:
     """It would hold torch's memory once more, for nothing."""
     said = tmp_path / "said"
