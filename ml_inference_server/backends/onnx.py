@@ -31,6 +31,7 @@ from ml_inference_server.backends.model.warmup import run_warmup
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
 from ml_inference_server.utils.cpu import cpu_flags, cpu_name, instruction_set
+from ml_inference_server.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _options(threads: int) -> ort.SessionOptions:
 def prepacked(file: Path) -> Path:
     """The same graph with its weights laid out as this processor's kernels read them, in a file that is mapped.
 
-    Several processes then hold them once. Otherwise each one would lay them out for itself, in memory of its own.
+    Several processes then hold them once. Otherwise each one would lay them out for itself, in memory of its own; so it
+    is, with a warning, where the cache cannot take that file.
     """
     parts = sorted(file.parent.glob(f"{file.name}*"))
     key = {
@@ -164,7 +166,11 @@ def prepacked(file: Path) -> Path:
             options.add_session_config_entry(f"session.{name}", value)
         ort.InferenceSession(str(file), options, providers=[_PROVIDERS["cpu"]])
 
-    return cached("onnx-prepacked", key, make) / "model.onnx"
+    try:
+        return cached("onnx-prepacked", key, make) / "model.onnx"
+    except ConfigError as error:
+        log.warning("each process holds the weights for itself: %s", error)
+        return file
 
 
 def write_graph(exported: Exported, quantization: Quantization, folder: Path) -> tuple[Path, GraphFacts]:

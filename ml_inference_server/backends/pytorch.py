@@ -118,7 +118,7 @@ class PyTorchBackend:
             parameters=self._parameters,
             random_weights=self._settings.random_weights,
             versions={
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),  # its own type would have whoever unpickles it import torch
                 "transformers": transformers.__version__,
                 "sentence-transformers": sentence_transformers.__version__,
             },
