@@ -55,8 +55,14 @@ def bert_layer(width: int, heads: int, inner: int) -> torch.nn.Module:
     return layer.double()
 
 
-def rounded(linear: torch.nn.Linear, steps: int) -> None:
-    """Weights in steps of a 127th of the largest of each output, and inputs in `steps` of each row's range."""
+def steps_of_a_row() -> int:
+    """Where two products are added up in 16 bits, more would not fit."""
+    return 255 if torch.ops.mlis.int8_instructions().endswith("VNNI") else 129
+
+
+def rounded(linear: torch.nn.Linear) -> None:
+    """Weights in steps of a 127th of the largest of each output, and inputs in steps of each row's range."""
+    steps = steps_of_a_row()
     weight = linear.weight.data
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     linear.weight.data = (weight / scale).round() * scale
@@ -80,8 +86,7 @@ def test_a_layer_gives_what_float64_gives_with_the_same_roundings(
 ) -> None:
     """For texts around the kernels' steps, and more rows than pass through together."""
     native.load_operators()
-    has_whole_bytes = torch.ops.mlis.int8_instructions().endswith("VNNI")
-    steps = 255 if has_whole_bytes else 129
+    has_whole_bytes = steps_of_a_row() == 255
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     layer = bert_layer(width, heads, inner)
@@ -93,7 +98,7 @@ def test_a_layer_gives_what_float64_gives_with_the_same_roundings(
     exact.load_state_dict(layer.state_dict())
     for module in layer.modules():
         if isinstance(module, torch.nn.Linear):
-            rounded(module, steps)
+            rounded(module)
     for lengths in [[1], [2, 1, 3], [15, 16, 17], [31, 32, 33, 7], [5] * 50, [193, 4, 250]]:
         starts = torch.tensor([0, *np.cumsum(lengths)])
         x = torch.randn(1, sum(lengths) + 7, width)
@@ -109,6 +114,27 @@ def test_a_layer_gives_what_float64_gives_with_the_same_roundings(
                 assert difference.max() < (0.1 if has_whole_bytes else 0.2)
                 alike = torch.nn.functional.cosine_similarity(got[first:end].double(), unrounded)
                 assert alike.min() > (0.998 if has_whole_bytes else 0.996)
+
+
+@needs_compiler
+@needs_vectors
+def test_sums_of_the_largest_bytes_are_exact() -> None:
+    """All inputs the largest of their row, all weights the largest of their output: 16 bits hold such sums just so."""
+    native.load_operators()
+    torch.manual_seed(0)
+    layer = bert_layer(64, 2, 128)
+    linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    for linear in linears:
+        linear.weight.data = (
+            0.05 * (-1.0) ** torch.arange(linear.out_features)[:, None] * torch.ones_like(linear.weight)
+        )
+    own = packed.Int8Layer(layer)
+    for linear in linears:
+        rounded(linear)
+    with torch.inference_mode():
+        for x in (torch.full((1, 7, 64), 3.0), torch.full((1, 7, 64), -3.0)):
+            got = own(x, packed_starts=torch.tensor([0, 7]))
+            torch.testing.assert_close(got, layer(x.double()).float().view_as(got), atol=0.02, rtol=0)
 
 
 @needs_compiler
@@ -222,6 +248,7 @@ def test_what_runs_is_the_best_that_this_processor_has() -> None:
 # What is run again for each lesser processor.
 _OF_EACH_TARGET = (
     test_a_layer_gives_what_float64_gives_with_the_same_roundings,
+    test_sums_of_the_largest_bytes_are_exact,
     test_a_text_that_is_not_finite_stays_so_and_leaves_its_neighbours_alone,
     test_a_text_gets_the_same_answer_to_the_last_bit_whatever_it_travels_with,
     test_the_packed_model_is_close_to_fp32,

@@ -20,8 +20,8 @@
 namespace mlis {
 
 // add_products: to each of `sums`, four products of bytes of `u` and of `w`. kMost: the largest byte of `u` for which
-// that is exact. kVectors: of sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512, 6
-// of 2 12 of the 16 of AVX2.
+// that is exact: 129 where two products are added up in 16 bits, for 2 * 129 * 127 = 32,766 just fits. kVectors: of
+// sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512, 6 of 2 12 of the 16 of AVX2.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr const char* kInt8Instructions = "AVX-512 VNNI";
 constexpr int32_t kMost = 255;
@@ -46,7 +46,7 @@ inline Ints add_products(Ints sums, Ints u, Ints w) {
 }
 #else
 constexpr const char* kInt8Instructions = "AVX2";
-constexpr int32_t kMost = 129;  // two products are added up in 16 bits: 2 * 129 * 127 = 32,766 just fits
+constexpr int32_t kMost = 129;
 constexpr int kVectors = 2;
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)w);
