@@ -86,8 +86,8 @@ POISON_SPREADS = Bug(
         Edit(
             path=_RUNNER,
             old="""
-        await self._answer(wanted[:middle], ClosedBy.RETRY)
-        await self._answer(wanted[middle:], ClosedBy.RETRY)
+        await self._answer(replace(retry, items=wanted[:middle]))
+        await self._answer(replace(retry, items=wanted[middle:]))
 """,
             new="""
         for item in wanted[:middle] + wanted[middle:]:
