@@ -8,6 +8,7 @@ are cut, and how many dimensions were kept. Precision moves a vector within its 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ml_inference_server.backends.base import BackendInfo, TextTokenizer
 
@@ -25,16 +26,20 @@ class Spaces:
 
     def id(self, prompt_name: str | None, dimension: int) -> str:
         """Of vectors of `dimension` numbers of texts under a prompt. KeyError for a prompt that the model lacks."""
-        parts = (_VERSION, self.model, self.prompts[prompt_name or ""], str(self.max_tokens), str(dimension))
-        digest = hashlib.sha256()
-        for part in parts:
-            raw = part.encode("utf-8", "surrogatepass")
-            digest.update(len(raw).to_bytes(8, "little") + raw)
-        return digest.hexdigest()[:16]
+        return _digest(_VERSION, self.model, self.prompts[prompt_name or ""], str(self.max_tokens), str(dimension))
 
     def all(self, dimension: int) -> dict[str, str]:
         """By the name of the prompt; "" is the model's default."""
         return {name: self.id(name, dimension) for name in self.prompts}
+
+
+@lru_cache(maxsize=1024)  # asked for with each request, and a model has few
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()[:16]
 
 
 def spaces_of(info: BackendInfo, tokenizer: TextTokenizer) -> Spaces:
