@@ -11,8 +11,9 @@ from ml_inference_server.benchmark.report import advice, report
 from ml_inference_server.benchmark.report.finish import contents, show
 from ml_inference_server.benchmark.report.regression import compare, text
 from ml_inference_server.benchmark.result import figures
-from ml_inference_server.benchmark.result.document import Document, Summary, read
+from ml_inference_server.benchmark.result.document import Document, Summary
 from ml_inference_server.benchmark.result.files import ResultFiles
+from ml_inference_server.benchmark.result.stored import read
 from ml_inference_server.utils.errors import EXIT_OK, ConfigError, StartError
 from ml_inference_server.utils.files import replace_file, replaceable
 from ml_inference_server.utils.installation import require

@@ -16,7 +16,7 @@ from ml_inference_server.benchmark.load.dataset import Dataset
 from ml_inference_server.benchmark.report import advice, report, tables
 from ml_inference_server.benchmark.report.contenders import BASELINE
 from ml_inference_server.benchmark.report.report import Doubt
-from ml_inference_server.benchmark.result.document import Document, Entry, Git, Machine, Summary, Verdict, read
+from ml_inference_server.benchmark.result.document import Document, Entry, Git, Machine, Summary, Verdict
 from ml_inference_server.benchmark.result.files import (
     ResultFiles,
     ResultsNotWritten,
@@ -26,6 +26,7 @@ from ml_inference_server.benchmark.result.files import (
     rescue,
     result_files,
 )
+from ml_inference_server.benchmark.result.stored import read
 from ml_inference_server.benchmark.runner import START_TIMEOUT_S, Experiment, Outcome, run_experiment
 from ml_inference_server.benchmark.target.interrupt import Stop, run_stoppable
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts

@@ -198,7 +198,7 @@ class EngineProcess:
 
 
 class _Question:
-    """kind: of its frame; of the start, which nobody asks, that of the answer."""
+    """kind: what was asked for; READY for the start, which nobody asks for."""
 
     def __init__(self, kind: FrameKind) -> None:
         self.kind = kind

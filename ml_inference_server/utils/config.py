@@ -94,7 +94,8 @@ class ModelSettings(Section):
     process_per_stream: bool = Field(
         False,
         description="Run each stream in a process of its own: Python's lock does not come between model and requests, "
-        "and a batch that crashes or hangs costs that process, which is started again. Each holds the model once.",
+        "and a batch that crashes or hangs costs that process, which is started again. Each holds the "
+        "libraries once, and what of the model cannot be shared.",
     )
 
     @model_validator(mode="after")

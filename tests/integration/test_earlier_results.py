@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ml_inference_server.benchmark import __main__ as benchmark
-from ml_inference_server.benchmark.result import document
+from ml_inference_server.benchmark.result import document, stored
 
 # Written by the version before the results had types, each with its report and `compare before.json after.json`.
 EARLIER = Path(__file__).resolve().parents[1] / "data" / "results_v2"
@@ -34,11 +34,11 @@ def test_the_comparison_of_earlier_results_is_what_it_was(capsys: pytest.Capture
 @pytest.mark.parametrize("name", NAMES)
 def test_an_earlier_result_can_be_written_as_today(name: str, tmp_path: Path) -> None:
     """A summary that is gone on with holds entries of before."""
-    earlier = document.read(EARLIER / f"{name}.json")
+    earlier = stored.read(EARLIER / f"{name}.json")
     again = tmp_path / "again.json"
-    again.write_text(document.to_json(earlier))
+    again.write_text(stored.to_json(earlier))
     assert json.loads(again.read_text())["schema"] == document.SCHEMA
-    assert document.read(again) == earlier
+    assert stored.read(again) == earlier
 
 
 def test_fields_of_a_newer_version_are_left_out(tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ def test_fields_of_a_newer_version_are_left_out(tmp_path: Path) -> None:
     content["weather"] = {"rain": True}
     newer = tmp_path / "newer.json"
     newer.write_text(json.dumps(content))
-    assert document.read(newer) == document.read(EARLIER / "single.json")
+    assert stored.read(newer) == stored.read(EARLIER / "single.json")
 
 
 def test_what_the_server_said_of_itself_is_kept_whole() -> None:
     content = json.loads((EARLIER / "variants.json").read_text())
-    read = document.read(EARLIER / "variants.json")
+    read = stored.read(EARLIER / "variants.json")
     assert isinstance(read, document.Document)
     assert [server.info.model_dump() for server in read.servers] == [server["info"] for server in content["servers"]]

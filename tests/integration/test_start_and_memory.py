@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ml_inference_server.benchmark import runner
-from ml_inference_server.benchmark.result.document import Document, read
+from ml_inference_server.benchmark.result.document import Document
+from ml_inference_server.benchmark.result.stored import read
 from ml_inference_server.benchmark.runner import Experiment
 from ml_inference_server.benchmark.target.interrupt import Stop
 from ml_inference_server.benchmark.target.memory import memory_of_processes, memory_of_server

@@ -36,6 +36,7 @@ class StubWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.batches: list[list[int]] = []
+        self.bulk: list[bool] = []  # whether each of them was
         self.transform: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
         self.raises: Callable[[list[int]], bool] = lambda ids: POISON in ids
         self.closed = False
@@ -48,6 +49,7 @@ class StubWorker:
         self.limits_s.append(limit_s)
         ids = batch.ids[batch.starts[:-1]].tolist()
         self.batches.append(ids)
+        self.bulk.append(is_bulk)
         loop = asyncio.get_running_loop()
         started_at = loop.time()
         await self.gate.wait()

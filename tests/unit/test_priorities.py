@@ -44,6 +44,22 @@ async def test_an_interactive_batch_runs_beside_bulk_ones_that_hold_every_slot()
 
 
 @virtual_time
+async def test_the_worker_is_told_which_batches_are_bulk_also_of_those_that_are_tried_again() -> None:
+    rig = Rig(slots=1, worker=ExpressWorker)
+    rig.worker.raises = lambda ids: len(ids) > 1
+    await asyncio.gather(rig.call(100, 101, asked=BULK), rig.call(1, 2, asked=INTERACTIVE))
+    told = list(zip(rig.worker.batches, rig.worker.bulk, strict=True))
+    assert sorted(told) == [
+        ([1], False),
+        ([1, 2], False),
+        ([2], False),
+        ([100], True),
+        ([100, 101], True),
+        ([101], True),
+    ]
+
+
+@virtual_time
 async def test_only_one_batch_runs_beside_them() -> None:
     rig = Rig(slots=1, worker=ExpressWorker)
     rig.call(*range(100, 108), asked=BULK)

@@ -16,9 +16,8 @@ from ml_inference_server.benchmark.load.records import as_records, read, record
 from ml_inference_server.benchmark.load.schedule import arrivals_s
 from ml_inference_server.benchmark.report import finish as finish_module
 from ml_inference_server.benchmark.report import report, tables
-from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result import document as document_file
-from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed, Purpose, Run, to_json
+from ml_inference_server.benchmark.result import aggregate, stored
+from ml_inference_server.benchmark.result.document import Document, InProcess, InProcessFailed, Purpose, Run
 from ml_inference_server.benchmark.result.figures import figures, latency_summary_ms
 from ml_inference_server.benchmark.result.files import (
     Result,
@@ -29,6 +28,7 @@ from ml_inference_server.benchmark.result.files import (
     result_files,
     write_results,
 )
+from ml_inference_server.benchmark.result.stored import to_json
 from ml_inference_server.utils.errors import ConfigError
 from tests.unit.report_kit import (
     PASSED,
@@ -373,7 +373,7 @@ def test_the_json_reads_back_and_keeps_a_run_on_a_line(tmp_path: Path) -> None:
     for runs in ([], [make_run()], [make_run(), make_run(variant="ü")]):
         document = make_document(runs)
         (tmp_path / "r.json").write_text(text := to_json(document))
-        assert document_file.read(tmp_path / "r.json") == document
+        assert stored.read(tmp_path / "r.json") == document
         assert sum('"batch_size"' in line for line in text.splitlines()) == len(runs)
 
 

@@ -10,9 +10,10 @@ from ml_inference_server.benchmark.report.contenders import Comparison, Configur
 from ml_inference_server.benchmark.report.tables import plain
 from ml_inference_server.benchmark.result import aggregate
 from ml_inference_server.benchmark.result.aggregate import Row
-from ml_inference_server.benchmark.result.document import InProcess, Status, Summary, Verdict, to_json
+from ml_inference_server.benchmark.result.document import InProcess, Status, Summary, Verdict
 from ml_inference_server.benchmark.result.files import ResultFiles
 from ml_inference_server.benchmark.result.stats import Ratio
+from ml_inference_server.benchmark.result.stored import to_json
 from ml_inference_server.utils.share import of_limit
 
 

@@ -8,7 +8,7 @@ from ml_inference_server.benchmark.load import records as raw_records
 from ml_inference_server.benchmark.load.records import Records
 from ml_inference_server.benchmark.report import plots, report, tables
 from ml_inference_server.benchmark.result import aggregate
-from ml_inference_server.benchmark.result.document import Document, to_json
+from ml_inference_server.benchmark.result.document import Document
 from ml_inference_server.benchmark.result.files import (
     Result,
     ResultFiles,
@@ -17,6 +17,7 @@ from ml_inference_server.benchmark.result.files import (
     rescue,
     write_results,
 )
+from ml_inference_server.benchmark.result.stored import to_json
 from ml_inference_server.utils.process import leave_dead_streams
 
 

@@ -30,8 +30,8 @@ from ml_inference_server.benchmark.result.document import (
     Run,
     Start,
     Status,
-    to_json,
 )
+from ml_inference_server.benchmark.result.stored import to_json
 from ml_inference_server.benchmark.target.machine import client_versions, git_facts, machine_facts
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import EXIT_FAILED_RUN, EXIT_OK, ConfigError, StartError
