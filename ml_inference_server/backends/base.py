@@ -1,5 +1,6 @@
 """What a backend is: token ids in, float32 rows out; synchronous; it knows no server."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -65,15 +66,19 @@ class TokenBatch:
     @classmethod
     def of(cls, texts: Sequence[Encoded]) -> "TokenBatch":
         """At least one text."""
-        types = None
-        if any(text.type_ids is not None for text in texts):
-            none = np.zeros(max(text.length for text in texts), np.int32)
-            types = [none[: text.length] if text.type_ids is None else text.type_ids for text in texts]
+        ids = [text.ids for text in texts]
+        lengths = list(map(len, ids))
+        types, variants = [text.type_ids for text in texts], [text.variant for text in texts]
+        if [each for each in types if each is not None]:
+            none = np.zeros(max(lengths), np.int32)
+            segments = [none[:length] if each is None else each for each, length in zip(types, lengths, strict=True)]
+        else:
+            segments = []
         return cls(
-            np.concatenate([text.ids for text in texts], dtype=np.int32),
-            _starts([text.length for text in texts]),
-            None if types is None else np.concatenate(types, dtype=np.int32),
-            np.array([text.variant for text in texts], np.int64) if any(text.variant for text in texts) else None,
+            np.concatenate(ids, dtype=np.int32),
+            _starts(lengths),
+            np.concatenate(segments, dtype=np.int32) if segments else None,
+            np.array(variants, np.int64) if any(variants) else None,
         )
 
     def __len__(self) -> int:
@@ -117,9 +122,7 @@ class TokenBatch:
 
 
 def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts
+    return np.array([0, *itertools.accumulate(lengths)], np.int64)
 
 
 class Company(Enum):

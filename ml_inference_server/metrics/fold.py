@@ -17,10 +17,13 @@ from ml_inference_server.metrics.table import CODES, METHODS, REASONS
 from ml_inference_server.metrics.window import Slot
 from ml_inference_server.utils.stages import STAGE_NAMES, Stamps
 
-REQUEST = ("method", "code", "seconds", "texts", "pairs", "truncated", "reason", "request_id", "trace_id")
+REQUEST = ("method", "code", "seconds", "texts", "pairs", "truncated", "reason", "request_id", "trace_id", "caller")
 NO_STAMPS = Stamps(*[0.0] * len(Stamps._fields))
 """Of a request that was not answered. The stamps stand behind the values of REQUEST."""
 REQUEST_WIDTH = len(REQUEST) + len(NO_STAMPS)
+
+TOKENIZED = ("texts", "tokens", "seconds", "caller")
+TOKENIZED_WIDTH = len(TOKENIZED)
 
 BATCH = ("texts", "tokens", "padded_tokens", "compute_s", "closed_by")
 BATCH_WIDTH = len(BATCH)
@@ -32,6 +35,11 @@ def fold_requests(noted: Sequence[Any], series: Series, slot: Slot) -> None:
     stamps = np.array([noted[place::REQUEST_WIDTH] for place in range(len(REQUEST), REQUEST_WIDTH)])
     numbers, sums = series.numbers, slot.sums
     sums["requests"] += len(seconds)
+    for caller, count in Counter(columns["caller"]).items():
+        numbers["mlis_caller_requests_total"][(caller,)] += count
+    for caller, reason in zip(columns["caller"], columns["reason"], strict=True):
+        if reason == "CALLER_LIMIT":
+            numbers["mlis_caller_limited_requests_total"][(caller,)] += 1
     members: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for index, labels in enumerate(zip(columns["method"], columns["code"], strict=True)):
         members[labels].append(index)
@@ -91,12 +99,15 @@ def _count_errors(reasons: Sequence[str], series: Series, slot: Slot) -> None:
     slot.sums["errors"] += len(reasons)
 
 
-def fold_tokenized(noted: Sequence[float], series: Series) -> None:
-    """Texts, tokens and seconds of each request."""
-    texts, tokens, seconds = np.array(noted).reshape(-1, 3).T
-    series.numbers["mlis_tokenized_texts_total"][()] += int(texts.sum())
-    series.numbers["mlis_tokenized_tokens_total"][()] += int(tokens.sum())
-    series.histograms["mlis_tokenize_duration_seconds"][()].observe_many(seconds)
+def fold_tokenized(noted: Sequence[Any], series: Series) -> None:
+    """TOKENIZED of each request."""
+    texts, tokens, seconds, callers = (noted[place::TOKENIZED_WIDTH] for place in range(TOKENIZED_WIDTH))
+    series.numbers["mlis_tokenized_texts_total"][()] += sum(texts)
+    series.numbers["mlis_tokenized_tokens_total"][()] += sum(tokens)
+    series.histograms["mlis_tokenize_duration_seconds"][()].observe_many(np.array(seconds))
+    of_caller = series.numbers["mlis_caller_tokens_total"]
+    for caller, count in zip(callers, tokens, strict=True):
+        of_caller[(caller,)] += count
 
 
 def fold_loop_lags(seconds: Sequence[float], series: Series, slot: Slot) -> None:

@@ -48,11 +48,11 @@ class Metrics:
         self._tasks: Callable[[], int] = int
         self._slots = 0
         self._series = Series()
-        self._callers = {OTHER_CALLER: (OTHER_CALLER,)}
+        self._callers = {OTHER_CALLER}
         self._in_flight: defaultdict[str, int] = defaultdict(int)
         # Noted by the hot path, of the current slot only; `_settle` counts it.
         self._requests: list[Any] = []
-        self._tokenized: list[float] = []
+        self._tokenized: list[Any] = []
         self._loop_lags_s: list[float] = []
         self._batches: list[Any] = []
         self._waits_s: list[float] = []
@@ -89,12 +89,9 @@ class Metrics:
             return
         self._in_flight[method] -= 1
         self._open_slot()
-        self._requests += (method, code, seconds, texts, pairs, truncated, reason, request_id, trace_id)
+        label = caller if caller in self._callers else OTHER_CALLER
+        self._requests += (method, code, seconds, texts, pairs, truncated, reason, request_id, trace_id, label)
         self._requests += stamps or NO_STAMPS
-        numbers, label = self._series.numbers, self._caller_label(caller)
-        numbers["mlis_caller_requests_total"][label] += 1
-        if reason == "CALLER_LIMIT":
-            numbers["mlis_caller_limited_requests_total"][label] += 1
 
     def name_callers(self, names: Iterable[str]) -> None:
         """Names of keys, for the label `caller`: the first ones that are ever told keep their place."""
@@ -102,17 +99,13 @@ class Metrics:
             if len(self._callers) > MOST_CALLERS:
                 return
             if name not in self._callers:
-                self._callers[name] = (name,)
+                self._callers.add(name)
                 self._series.add_caller(name)
-
-    def _caller_label(self, caller: str) -> tuple[str]:
-        return self._callers.get(caller) or self._callers[OTHER_CALLER]
 
     def tokenized(self, texts: int, tokens: int, seconds: float, caller: str = "") -> None:
         """The texts of one request were turned into `tokens` tokens in `seconds`."""
         if self.enabled:
-            self._series.numbers["mlis_caller_tokens_total"][self._caller_label(caller)] += tokens
-            self._tokenized += (texts, tokens, seconds)
+            self._tokenized += (texts, tokens, seconds, caller if caller in self._callers else OTHER_CALLER)
 
     def batch_finished(
         self,

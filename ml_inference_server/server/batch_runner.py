@@ -66,7 +66,7 @@ class BatchRunner:
         if not (wanted := self._subscriptions.wanted(batch.items)):
             return
         try:
-            output = await self._attempt(replace(batch, items=wanted))
+            output = await self._attempt(batch if len(wanted) == len(batch.items) else replace(batch, items=wanted))
         except Exception as error:
             if len(wanted) > 1 and may_have_run_out(error):
                 self._make_smaller(wanted, error)
@@ -141,9 +141,9 @@ class BatchRunner:
     def _scatter(self, items: Sequence[Item], output: Output) -> None:
         """Give each text's row to those who wait for it."""
         rows = np.asarray(output.rows, np.float32)
-        finite = np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
-        for item, row, is_finite in zip(items, rows, finite, strict=True):
-            if is_finite:
+        are_finite = np.isfinite(rows).all()
+        for item, row in zip(items, rows, strict=True):
+            if are_finite or np.isfinite(row).all():
                 self._subscriptions.answer(item, row, output.started_at, output.ended_at)
             else:
                 message = "the model answered NaN or infinity for this input"
@@ -160,16 +160,17 @@ class BatchRunner:
                 compute_s=compute_s,
                 held_s=self._loop.time() - dispatched_at,
             )
-        padded_tokens = self.limits.work_tokens(len(batch.items), batch.longest, batch.tokens)
+        lengths = [item.length for item in batch.items]
+        padded_tokens = self.limits.work_tokens(len(lengths), batch.longest, batch.tokens)
         self._metrics.batch_finished(
-            texts=len(batch.items),
+            texts=len(lengths),
             tokens=batch.tokens,
             padded_tokens=padded_tokens,
             queue_s=_waits_s(batch.items, started_at),
             compute_s=compute_s,
             closed_by=batch.closed_by.value,
             ok=ok,
-            lengths=[item.length for item in batch.items],
+            lengths=lengths,
         )
         if self._metrics.tracer is not None:
             self._metrics.tracer.batch(

@@ -22,7 +22,7 @@ for the end of a long batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -76,19 +76,19 @@ class Limits:
         return self.overhead_tokens + self.work_tokens(len(batch.items), batch.longest, batch.tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
+    """At least one text. tokens: of all; longest: of the longest."""
+
     items: list[Item]
     closed_by: ClosedBy
     is_bulk: bool = False
+    tokens: int = field(init=False)
+    longest: int = field(init=False)
 
-    @property
-    def tokens(self) -> int:
-        return sum(item.length for item in self.items)
-
-    @property
-    def longest(self) -> int:
-        return max(item.length for item in self.items)
+    def __post_init__(self) -> None:
+        lengths = [item.length for item in self.items]
+        self.tokens, self.longest = sum(lengths), max(lengths)
 
 
 class Running(NamedTuple):
@@ -117,7 +117,7 @@ class BatchQueue:
     @property
     def texts(self) -> int:
         """How many wait."""
-        return self._interactive.texts + self._bulk.texts
+        return len(self._interactive.by_length) + len(self._bulk.by_length)
 
     @property
     def tokens(self) -> int:
@@ -169,7 +169,7 @@ class BatchQueue:
             closes_at = anchor.enqueued_at + self.limits.timeout_s
             if now < closes_at:
                 return closes_at
-            batch = Batch(batch.items, ClosedBy.TIMER, line.is_bulk)
+            batch.closed_by = ClosedBy.TIMER
         return self._take(line, turn, batch)
 
     def express_batch(self) -> Batch | None:
@@ -207,12 +207,14 @@ class BatchQueue:
         items = self._dense_run(line, anchor) if grouped else self._fit(line.in_turn(most))
         batch = Batch(items, ClosedBy.IDLE, line.is_bulk)
         if len(items) >= most:
-            return Batch(items, ClosedBy.FULL, line.is_bulk)
+            batch.closed_by = ClosedBy.FULL
+            return batch
         # One more text like the longest of it, or the next in line where that is what would have come.
         more = limits.work_tokens(len(items) + 1, batch.longest, batch.tokens + batch.longest)
         left_behind = limits.padding_free and line.texts > len(items)
-        full = more > limits.max_batch_tokens or left_behind
-        return Batch(items, ClosedBy.TOKENS if full else ClosedBy.IDLE, line.is_bulk)
+        if more > limits.max_batch_tokens or left_behind:
+            batch.closed_by = ClosedBy.TOKENS
+        return batch
 
     def _fit(self, items: Sequence[Item]) -> list[Item]:
         """The longest prefix of `items` within both budgets, at least one."""

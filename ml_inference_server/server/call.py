@@ -1,12 +1,11 @@
 """Who is asking: made where a request enters the server, and handed down to all that works for it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ml_inference_server.metrics.tracing import RequestTrace
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Times are on the event loop's clock. traceparent: as the caller sent it, or empty.
 
     expect_space_id: which space its vectors must be of, as a header said it; empty: any. trace: the request's own span,

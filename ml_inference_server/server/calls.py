@@ -7,7 +7,6 @@ import itertools
 import re
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import replace
 
 from ml_inference_server.door.door import Door
 from ml_inference_server.door.rights import Right
@@ -66,11 +65,11 @@ class Calls:
             priority=_header(priority),
         )
 
-    def opened(self) -> Callable[[], None]:
-        """A gRPC call begins; what is returned is to be called once its last byte is sent."""
+    def opened(self) -> Callable[[object], None]:
+        """A gRPC call begins; what is returned is to be called, with anything, once its last byte is sent."""
         number = next(self._numbers)
         self._open.add(number)
-        return lambda: self._open.discard(number)
+        return lambda _: self._open.discard(number)
 
     async def until_sent(self, limit_s: float) -> None:
         """Until the answers to all calls that are open now are sent, at most `limit_s`; later ones do not count."""
@@ -88,13 +87,14 @@ class Calls:
         if self._door is not None:
             self._door.check_still(stream.caller, Right.INFER)
         now = asyncio.get_running_loop().time()
-        return replace(stream, received_at=now, deadline=min(stream.deadline, now + self.default_timeout_s))
+        return stream._replace(received_at=now, deadline=min(stream.deadline, now + self.default_timeout_s))
 
     def observe(self, method: str, call: Call) -> Observation:
         """One request that is counted under `method`."""
         return Observation(self._metrics, method, call)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for with each request, and a connection has many
 def caller_at(peer: str) -> str:
     """The address in `peer`, which is one, or gRPC's form of one with its port (ipv4:192.0.2.1:50000).
 
@@ -103,7 +103,6 @@ def caller_at(peer: str) -> str:
     return _address(peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer)
 
 
-@functools.lru_cache(maxsize=4096)
 def _address(text: str) -> str:
     bare = urllib.parse.unquote(text.removeprefix("ipv4:").removeprefix("ipv6:")).strip("[]").partition("%")[0]
     try:

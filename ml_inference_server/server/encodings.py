@@ -27,8 +27,13 @@ class EncodedRows(NamedTuple):
         return self.rows.tobytes()
 
 
+_FLOAT32 = np.dtype("<f4")
+
+
 def encode_rows(values: NDArray[np.float32], encoding: Encoding) -> EncodedRows:
     """values: (texts, dimension)."""
+    if encoding is Encoding.FLOAT32:  # nearly always
+        return EncodedRows(np.ascontiguousarray(values, _FLOAT32))
     match encoding:
         case Encoding.FLOAT16:
             # float16 ends at 65,504: a larger number becomes that, not infinity.
@@ -39,12 +44,12 @@ def encode_rows(values: NDArray[np.float32], encoding: Encoding) -> EncodedRows:
             return EncodedRows(np.rint(values / safe[:, None]).clip(-127, 127).astype(np.int8), scales)
         case Encoding.BINARY:
             return EncodedRows((np.packbits(values > 0, axis=1).astype(np.int16) - 128).astype(np.int8))
-        case Encoding.UBINARY:
-            return EncodedRows(np.packbits(values > 0, axis=1))
         case _:
-            return EncodedRows(np.ascontiguousarray(values, "<f4"))
+            return EncodedRows(np.packbits(values > 0, axis=1))
 
 
 def bytes_per_vector(dimension: int, encoding: Encoding) -> int:
-    sizes = {Encoding.FLOAT32: 4 * dimension, Encoding.FLOAT16: 2 * dimension, Encoding.INT8: dimension + 4}
+    if encoding is Encoding.FLOAT32:
+        return 4 * dimension
+    sizes = {Encoding.FLOAT16: 2 * dimension, Encoding.INT8: dimension + 4}
     return sizes.get(encoding, -(-dimension // 8))

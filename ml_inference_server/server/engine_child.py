@@ -10,7 +10,6 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable
 from queue import SimpleQueue
 
 import numpy as np
@@ -71,7 +70,7 @@ def run_child(
     set_up_logging(log_level, log_format)
     connection.setblocking(True)
     try:
-        backend, described = _load(asked, lambda text: send_frame(connection, FrameKind.PHASE, text.encode()))
+        backend, described = _load(asked, connection)
         if faults:
             enable_faults(backend)
     except StartError as error:
@@ -82,10 +81,14 @@ def run_child(
     os._exit(0)  # threads of a library must not keep it
 
 
-def _load(asked: ModelSettings | Resolution, phase: Callable[[str], None]) -> tuple[Backend, Described | None]:
+def _load(asked: ModelSettings | Resolution, connection: socket.socket) -> tuple[Backend, Described | None]:
     if isinstance(asked, Resolution):
         return load_resolved(asked, lambda done, total: None), None
-    started = start_backend(asked, phase)
+    started = start_backend(
+        asked,
+        phase=lambda text: send_frame(connection, FrameKind.PHASE, text.encode()),
+        loaded=lambda resolution: send_frame(connection, FrameKind.LOADED, pickle.dumps(resolution)),
+    )
     return started.backend, started.described()
 
 

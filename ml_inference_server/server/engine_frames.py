@@ -39,6 +39,7 @@ class FrameKind(IntEnum):
     PING = 7  # are you there?
     PONG = 8
     RUN_BULK = 9  # a batch, beside those of RUN
+    LOADED = 10  # a pickled Resolution: what runs, and could be loaded by others now
 
 
 _KINDS = frozenset(FrameKind)

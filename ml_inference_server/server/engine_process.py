@@ -7,6 +7,7 @@ import pickle
 import signal
 import socket
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.startup.resolve import Resolution
@@ -41,6 +42,13 @@ class EngineDied(RuntimeError):
         self.is_killed = is_killed
 
 
+class StartNews(NamedTuple):
+    """Who hears of a start. phase: what it is busy with. loaded: what it has loaded, before it is warm and checked."""
+
+    phase: Callable[[str], None] = lambda text: None
+    loaded: Callable[[Resolution], None] = lambda resolution: None
+
+
 class EngineProcess:
     """One process. `start` first, then at most one `run` of bulk and one of other batches at a time."""
 
@@ -48,10 +56,10 @@ class EngineProcess:
         self,
         asked: ModelSettings | Resolution,
         faults: bool,
-        phase: Callable[[str], None],
+        told: "StartNews",
         died: Callable[["EngineProcess"], None],
     ) -> None:
-        self._phase, self._died = phase, died
+        self._told, self._died = told, died
         self._here, self._there = socket.socketpair()
         level, log_format = logging_choice()
         if isinstance(asked, Resolution) and level == "INFO":
@@ -159,7 +167,9 @@ class EngineProcess:
                 payload = await reader.readexactly(length)
                 question = self._open.get(number)
                 if kind is FrameKind.PHASE:
-                    self._phase(payload.decode(errors="replace"))
+                    self._told.phase(payload.decode(errors="replace"))
+                elif kind is FrameKind.LOADED and NO_QUESTION in self._open:
+                    self._told.loaded(_resolution(payload))
                 elif question is not None and not question.answer.done():
                     question.answer.set_result((kind, payload))
                 else:
@@ -195,6 +205,17 @@ class EngineProcess:
         if self.pid and self._exit_code is None:
             self._process.kill()
         (self._writer or self._here).close()
+
+
+def _resolution(payload: bytes) -> Resolution:
+    """BrokenFrame where that is none."""
+    try:
+        found = pickle.loads(payload)  # noqa: S301 - of our own child
+    except Exception as error:
+        raise BrokenFrame("what it says of its start cannot be read") from error
+    if not isinstance(found, Resolution):
+        raise BrokenFrame("what it says of its start is no resolution")
+    return found
 
 
 class _Question:

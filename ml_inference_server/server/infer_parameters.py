@@ -1,6 +1,5 @@
 """What stands beside the tensors of an Open Inference request: our options, and what clients send of their own."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -52,7 +51,7 @@ class InferParameters:
         if not timeout_us:
             return call
         timeout_s = min(timeout_us, _MOST_US) / 1e6
-        return dataclasses.replace(call, deadline=min(call.deadline, call.received_at + timeout_s))
+        return call._replace(deadline=min(call.deadline, call.received_at + timeout_s))
 
     def check_known_to_texts(self) -> None:
         self._check_known(_OF_TEXTS)

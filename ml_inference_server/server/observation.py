@@ -1,11 +1,9 @@
 """What is noted of each request, whatever its outcome: metrics, its span, a line in the log."""
 
 import asyncio
-import dataclasses
 import logging
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.call import Call
@@ -18,8 +16,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Reply(Generic[M]):
+class Reply(NamedTuple, Generic[M]):
     """An answer to send, and what it answers: texts embedded or pairs scored, texts cut, and the stage timestamps.
 
     metadata: what gRPC sends before the answer.
@@ -52,7 +49,7 @@ class Observation:
         if (tracer := self._metrics.tracer) is not None:
             call = self.call
             trace = tracer.start_request(self.method, call.request_id, call.traceparent, call.received_at)
-            self.call = dataclasses.replace(call, trace=trace)
+            self.call = call._replace(trace=trace)
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """What a request may ask beside its texts, in the words of no protocol."""
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Overflow(StrEnum):
@@ -20,8 +20,7 @@ class Priority(StrEnum):
     BULK = "bulk"  # it takes what the others leave, and never less than its share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedOptions:
+class EmbedOptions(NamedTuple):
     """prompt_name: one of the model's own prompts. role: what the texts are for (see roles.py); at most one of the two.
 
     dimensions: keep so many numbers of each vector; None: all. normalize: True scales vectors to length 1; False and
@@ -40,8 +39,7 @@ class EmbedOptions:
     priority: Priority | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(NamedTuple):
     """As in EmbedOptions. For a cross-encoder `overflow` is CUT or REFUSE."""
 
     overflow: Overflow = Overflow.CUT
@@ -49,8 +47,7 @@ class ScoreOptions:
     priority: Priority | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RerankOptions:
+class RerankOptions(NamedTuple):
     """max_document_tokens: use no more than so many tokens of each document; None: what the model takes."""
 
     overflow: Overflow = Overflow.CUT

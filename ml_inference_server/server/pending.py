@@ -122,10 +122,10 @@ class Subscriptions:
 
     def leave(self, pending: Pending) -> list[Item]:
         """End all that `pending` subscribed to; returns the texts that wait for nobody now."""
-        unwanted: list[Item] = []
         items, pending.items = pending.items, []
         if not pending.missing:
-            return unwanted
+            return []
+        unwanted: list[Item] = []
         for item in items:
             del item.subscribers[pending]
             if not item.waiting:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.startup.resolve import Resolution
 from ml_inference_server.backends.startup.start import Described
-from ml_inference_server.server.engine_process import EngineDied, EngineProcess
+from ml_inference_server.server.engine_process import EngineDied, EngineProcess, StartNews
 from ml_inference_server.server.workers import Output, express_slots
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError, StartError
@@ -51,31 +51,48 @@ class ProcessWorker:
         self.lost = ""  # what hangs here can be ended
 
     async def start(self, model: ModelSettings, phase: Callable[[str], None]) -> Described:
-        """The first process chooses, checks and fills the caches; then the others load. ModelError if one cannot."""
+        """The first process chooses, fills the caches and checks; the others load once it has loaded.
+
+        ModelError if one cannot.
+        """
         loop = asyncio.get_running_loop()
         began_at = loop.time()
-        try:
-            described = await self._launch(model, phase)
-            assert described is not None  # noqa: S101 - the first one describes what it loaded
+        others: list[asyncio.Task[Described | None]] = []
+
+        def limit_starts() -> None:
             self._start_limit_s = max(LEAST_START_LIMIT_S, _TIMES_THE_FIRST_START * (loop.time() - began_at))
-            self._resolution = described.resolution
+
+        def start_others(resolution: Resolution) -> None:
+            limit_starts()
+            self._resolution = resolution
+            others.extend(loop.create_task(self._launch(resolution)) for _ in range(resolution.model.streams - 1))
+
+        try:
+            described = await self._launch(model, StartNews(phase, start_others))
+            assert described is not None  # noqa: S101 - the first one describes what it loaded
+            limit_starts()
             self.slots = described.resolution.model.streams
             self.express_slots = express_slots(described.info)
             phase(f"starting {self.slots} processes")
-            await asyncio.gather(*(self._launch(self._resolution) for _ in range(self.slots - 1)))
+            await asyncio.gather(*others)
         except EngineDied as error:
-            self.close()
+            await self._give_up(others)
             raise ModelError(f"the model could not be loaded: {error}") from error
         except BaseException:
-            self.close()
+            await self._give_up(others)
             raise
         self._keep(asyncio.create_task(self._ping_idle_ones()))
         return described
 
-    async def _launch(
-        self, asked: ModelSettings | Resolution, phase: Callable[[str], None] = lambda text: None
-    ) -> Described | None:
-        engine = EngineProcess(asked, self._faults, phase, self._replace)
+    async def _give_up(self, launches: Sequence[asyncio.Task[Described | None]]) -> None:
+        """The start has failed: whatever was started ends."""
+        for launch in launches:
+            launch.cancel()
+        await asyncio.gather(*launches, return_exceptions=True)
+        self.close()
+
+    async def _launch(self, asked: ModelSettings | Resolution, told: StartNews | None = None) -> Described | None:
+        engine = EngineProcess(asked, self._faults, told or StartNews(), self._replace)
         described = await engine.start(self._start_limit_s)
         if self._closed:
             engine.kill()

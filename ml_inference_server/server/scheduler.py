@@ -20,7 +20,7 @@ from ml_inference_server.metrics.registry import Metrics
 from ml_inference_server.server.admission import Reservation
 from ml_inference_server.server.answer_cache import AnswerCache
 from ml_inference_server.server.batch_runner import BatchRunner
-from ml_inference_server.server.batching import Batch, BatchQueue, Limits, Running
+from ml_inference_server.server.batching import COMPANY_WAIT_S, Batch, BatchQueue, Limits, Running
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_rate import EngineRate
 from ml_inference_server.server.out_of_memory import BatchRoom
@@ -33,6 +33,8 @@ from ml_inference_server.utils.errors import ServiceError, Unavailable
 log = logging.getLogger(__name__)
 
 _BUG = "internal error in the batcher"
+# So many turns of the event loop without a new text, some 3 us each, before a batch is chosen for a free slot.
+_QUIET_TURNS = 8
 
 
 def batch_limits(settings: BatchingSettings, info: BackendInfo) -> Limits:
@@ -102,6 +104,8 @@ class DynamicBatcher:
         self._pending: set[Pending] = set()
         self._running: dict[asyncio.Task[None], _InFlight] = {}
         self._pump_handle: asyncio.Handle | None = None
+        self._quiet_turns = 0
+        self._gathers_until = 0.0
         self._window: asyncio.TimerHandle | None = None
         self._closed = False
         metrics.watch(
@@ -152,22 +156,37 @@ class DynamicBatcher:
 
     def _leave(self, pending: Pending) -> None:
         try:
-            self._queue.remove(self._subscriptions.leave(pending))
+            if unwanted := self._subscriptions.leave(pending):
+                self._queue.remove(unwanted)
         except Exception:
             self._start_anew()
 
     def _pump_soon(self) -> None:
-        """All texts that arrive in one turn of the event loop are there before the first batch is chosen."""
+        """All texts that are coming in are there before the first batch is chosen: gRPC hands over one call at a time.
+
+        An engine that is free at once would otherwise get one text after the other.
+        """
+        self._quiet_turns = 0
         if self._pump_handle is None:
-            self._pump_handle = self._loop.call_soon(self._pump)
+            self._gathers_until = self._loop.time() + COMPANY_WAIT_S
+            self._pump_handle = self._loop.call_soon(self._gather)
+
+    def _gather(self) -> None:
+        """A turn of the event loop; several that brought no text say that none is on its way."""
+        self._quiet_turns += 1
+        goes_on = self._quiet_turns <= _QUIET_TURNS and self._loop.time() < self._gathers_until
+        if goes_on and self._has_slot():
+            self._pump_handle = self._loop.call_soon(self._gather)
+        else:
+            self._pump()
 
     def _pump(self) -> None:
         try:
-            self._pump_handle = None
-            if self._window is not None:
-                self._window.cancel()
-                self._window = None
-            while self._has_slot() and self._hand_out():
+            for handle in (self._pump_handle, self._window):
+                if handle is not None:
+                    handle.cancel()
+            self._pump_handle = self._window = None
+            while self._queue.texts and self._has_slot() and self._hand_out():
                 pass
         except Exception:
             self._start_anew()
@@ -175,14 +194,14 @@ class DynamicBatcher:
     def _has_slot(self) -> bool:
         """One that is free; an express one is only for when bulk batches hold all others."""
         running = self._running.values()
-        taken, express_taken = sum(not each.is_express for each in running), sum(each.is_express for each in running)
-        if taken < self._worker.slots:
+        express_taken = sum([each.is_express for each in running])
+        if len(running) - express_taken < self._worker.slots:
             return True
         return express_taken < self._worker.express_slots and all(each.batch.is_bulk for each in running)
 
     def _hand_out(self) -> bool:
         """Start the next batch; False where there is none now."""
-        is_express = sum(not each.is_express for each in self._running.values()) >= self._worker.slots
+        is_express = sum([not each.is_express for each in self._running.values()]) >= self._worker.slots
         chosen = self._queue.express_batch() if is_express else self._next_batch()
         if chosen is None:
             return False

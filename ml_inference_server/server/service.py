@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,7 @@ _INLINE_BYTES = 2048
 TOKENIZE_THREADS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class TextLengths:
+class TextLengths(NamedTuple):
     """Of each text, or pair: tokens that it had, and how many of them the model got; special ones and prompt included.
 
     truncated_rows: which texts were cut.
@@ -46,7 +46,7 @@ class TextLengths:
         return len(self.truncated_rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Answered:
     """What every answer tells. tokens: that the model got, of all texts. shared: texts that were computed for another
     request; cached: texts whose row was known. warnings: sentences for people."""
@@ -63,7 +63,7 @@ class Answered:
         return self.lengths.truncated
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Answer(Answered):
     """`values`: (texts, dimension) for embed, (pairs,) for score. prompt_name: that was applied; "" is the default."""
 
@@ -72,7 +72,7 @@ class Answer(Answered):
     prompt_name: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Ranking(Answered):
     """(index, score) of the best documents, best first."""
 
@@ -122,15 +122,17 @@ class InferenceService:
         _check_space(space_id, options.expect_space_id, call.expect_space_id)
         self._texts.check_count("texts", len(texts))
         jobs = [embedding_job(f"texts[{i}]", text, prompt_name) for i, text in enumerate(texts)]
-        rows = await self._rows(jobs, call, options.overflow, options.priority)
-        values = rows.values
+        answer = await self._rows(jobs, call, options.overflow, options.priority)
+        values = answer.values
         if dimension < values.shape[1]:
             values = values[:, :dimension]
             if self._info.normalized:
                 values = _normalized(values)
         if options.normalize and not self._info.normalized:
             values = _normalized(values)
-        return replace(rows, values=values, space_id=space_id, prompt_name=prompt_name or "", warnings=tuple(warnings))
+        answer.values, answer.space_id, answer.prompt_name = values, space_id, prompt_name or ""
+        answer.warnings = tuple(warnings)
+        return answer
 
     async def score(self, pairs: Sequence[tuple[str, str]], call: Call, options: ScoreOptions | None = None) -> Answer:
         """One score for each (query, passage) pair, in order: raw logits, or what `BackendInfo.similarity` names."""
@@ -142,13 +144,15 @@ class InferenceService:
         passages = [(f"pairs[{i}].passage", passage) for i, (_, passage) in enumerate(pairs)]
         if self._is_cross_encoder:
             jobs = [pair_job(f"pairs[{i}]", *both) for i, both in enumerate(zip(queries, passages, strict=True))]
-            rows = await self._rows(jobs, call, options.overflow, options.priority)
-            return replace(rows, values=rows.values[:, 0])
+            answer = await self._rows(jobs, call, options.overflow, options.priority)
+            answer.values = answer.values[:, 0]
+            return answer
         jobs = [embedding_job(*query, self._query_prompt) for query in queries]
         jobs += [embedding_job(*passage, self._document_prompt) for passage in passages]
-        rows = await self._rows(jobs, call, options.overflow, options.priority)
-        scores = similarity(self._info.similarity, *np.split(rows.values, 2))
-        return replace(rows, values=scores, lengths=_of_pairs(rows.lengths, len(pairs)))
+        answer = await self._rows(jobs, call, options.overflow, options.priority)
+        answer.values = similarity(self._info.similarity, *np.split(answer.values, 2))
+        answer.lengths = _of_pairs(answer.lengths, len(pairs))
+        return answer
 
     async def rerank(
         self, query: str, documents: Sequence[str], top_k: int, call: Call, options: RerankOptions | None = None
@@ -251,7 +255,7 @@ class InferenceService:
             else:
                 texts = await loop.run_in_executor(self._pool, self._texts.encode, list(places), overflow)
             parts = [part for text in texts for part in text.parts]
-            sent = sum(part.length for part in parts)
+            sent = sum([part.length for part in parts])
             self._metrics.tokenized(len(texts), sent, loop.time() - admitted_at, call.caller)
             self._texts.check_tokens(jobs, where, texts, overflow)
             computed = await self._batcher.compute(parts, call, reservation)

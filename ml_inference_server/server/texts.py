@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ml_inference_server.backends.base import Encoded, NoSpans, TextTokenizer
 from ml_inference_server.backends.text.windows import head, keep_end, windows
@@ -28,8 +27,7 @@ class Key(NamedTuple):
     most_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One row to compute; equal keys are computed once. `field` names it in errors. texts: (field, text) to check."""
 
     field: str
@@ -46,8 +44,7 @@ def pair_job(field: str, query: tuple[str, str], passage: tuple[str, str], most_
     return Job(field, Key(query[1], passage[1], most_tokens), (query, passage))
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """One row's tokens: `parts` are its windows, one but for Overflow.CHUNK. total: before anything was cut."""
 
     parts: list[Encoded]
@@ -56,7 +53,7 @@ class Tokens:
 
     @property
     def used(self) -> int:
-        return sum(part.length for part in self.parts) if not self.is_chunked else self.total
+        return self.total if self.is_chunked else self.parts[0].length
 
     @property
     def is_chunked(self) -> bool:
@@ -92,7 +89,10 @@ class Texts:
                 except _BadText as fault:
                     wrong[field] = fault
             sizes.append(size)
-        _raise_violations([(field, str(fault)) for field, fault in wrong.items()], {f.reason for f in wrong.values()})
+        if wrong:
+            _raise_violations(
+                [(field, str(fault)) for field, fault in wrong.items()], {f.reason for f in wrong.values()}
+            )
         return sizes
 
     def estimate_tokens(self, sizes: Sequence[int], overflow: Overflow) -> int:
@@ -103,7 +103,7 @@ class Texts:
         if overflow is Overflow.CHUNK:
             return sum(size // 4 + 2 for size in sizes)
         limit = self._tokenizer.max_tokens
-        return sum(min(limit, size // 4 + 2) for size in sizes)
+        return sum([min(limit, size // 4 + 2) for size in sizes])
 
     def encode(self, keys: Sequence[Key], overflow: Overflow) -> list[Tokens]:
         """Pairs at once, texts with one call for each prompt in use (at most two). Safe to call from any thread.
@@ -113,6 +113,8 @@ class Texts:
         try:
             texts = [key.text if key.most_tokens is None else self._beginning(key) for key in keys]
             found = self._tokens([key.first for key in keys], texts, overflow)
+            if texts == [key.text for key in keys]:
+                return found
             return [
                 tokens if text == key.text else self._shortened(tokens, key.text, text)
                 for tokens, key, text in zip(found, keys, texts, strict=True)
@@ -127,14 +129,24 @@ class Texts:
                 [(query or "", text) for query, text in zip(firsts, texts, strict=True)]
             )
             return [_whole(encoded) for encoded in pairs]
+        prompt_names = set(firsts)
+        if len(prompt_names) == 1:
+            return self._under(firsts[0], texts, overflow)
         out: dict[int, Tokens] = {}
-        for prompt_name in dict.fromkeys(firsts):
+        for prompt_name in prompt_names:
             places = [i for i, name in enumerate(firsts) if name == prompt_name]
-            encoded = self._tokenizer.encode([texts[i] for i in places], prompt_name)
-            for place, one in zip(places, encoded, strict=True):
-                is_long = one.truncated and overflow in (Overflow.CUT_LEFT, Overflow.CHUNK)
-                out[place] = self._long(texts[place], prompt_name, one, overflow) if is_long else _whole(one)
+            out.update(zip(places, self._under(prompt_name, [texts[i] for i in places], overflow), strict=True))
         return [out[i] for i in range(len(texts))]
+
+    def _under(self, prompt_name: str | None, texts: Sequence[str], overflow: Overflow) -> list[Tokens]:
+        """Of texts that all get that prompt."""
+        encoded = self._tokenizer.encode(texts, prompt_name)
+        if overflow in (Overflow.CUT, Overflow.REFUSE):
+            return [_whole(one) for one in encoded]
+        return [
+            self._long(text, prompt_name, one, overflow) if one.truncated else _whole(one)
+            for text, one in zip(texts, encoded, strict=True)
+        ]
 
     def _long(self, text: str, prompt_name: str | None, cut: Encoded, overflow: Overflow) -> Tokens:
         """cut: the text as it is cut at the model's limit."""
@@ -165,8 +177,9 @@ class Texts:
         """
         # Where a tokenizer adds no special tokens, a text of characters that it drops becomes nothing.
         empty = "text is empty for this model: its tokenizer leaves no token of it"
-        wrong = [(job.field, empty) for job, place in zip(jobs, where, strict=True) if not tokens[place].used]
-        _raise_violations(wrong, {"EMPTY_TEXT"})
+        if not all(each.used for each in tokens):
+            wrong = [(job.field, empty) for job, place in zip(jobs, where, strict=True) if not tokens[place].used]
+            _raise_violations(wrong, {"EMPTY_TEXT"})
         if overflow is Overflow.REFUSE:
             limit = self._tokenizer.max_tokens
             long = [(job.field, tokens[place]) for job, place in zip(jobs, where, strict=True)]
@@ -203,8 +216,7 @@ def _whole(encoded: Encoded) -> Tokens:
     return Tokens([encoded], encoded.total_tokens, encoded.truncated)
 
 
-def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> None:
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        reason = reasons.pop() if len(reasons) == 1 else "INVALID_FIELD"
-        raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", reason=reason, violations=wrong)
+def _raise_violations(wrong: Sequence[tuple[str, str]], reasons: set[str]) -> NoReturn:
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    reason = reasons.pop() if len(reasons) == 1 else "INVALID_FIELD"
+    raise InvalidRequest(f"{wrong[0][0]}: {wrong[0][1]}{more}", reason=reason, violations=wrong)

@@ -48,15 +48,11 @@ def spans(stamps: Stamps, ended_at: float) -> Iterator[tuple[str, float, float]]
     return zip(STAGE_NAMES, stamps, (*stamps[1:], ended_at), strict=True)
 
 
-_WIRE = [(stage.wire, place) for place, stage in enumerate(STAGES) if stage.wire]
+# A field, and the stamps between which its time lies.
+_WIRE = [(stage.wire, place, place + 1) for place, stage in enumerate(STAGES) if stage.wire]
+_WIRE += [(WIRE_TOTAL.wire, 0, len(Stamps._fields) - 1)]
 
 
 def wire_us(stamps: Stamps) -> dict[str, int]:
     """The fields of the message Timing."""
-    fields = {wire: _us(stamps[place + 1] - stamps[place]) for wire, place in _WIRE}
-    fields[WIRE_TOTAL.wire] = _us(stamps.gathered_at - stamps.received_at)
-    return fields
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
+    return {wire: max(0, round(1e6 * (stamps[end] - stamps[begin]))) for wire, begin, end in _WIRE}

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from ml_inference_server.metrics.system import SystemSampler
 from ml_inference_server.server import process_worker
 from ml_inference_server.server.call import Call
 from ml_inference_server.server.engine_frames import FrameKind, pack_batch, pack_frame, unpack_batch
-from ml_inference_server.server.engine_process import EngineDied
+from ml_inference_server.server.engine_process import EngineDied, EngineProcess
 from ml_inference_server.server.process_worker import ProcessWorker
 from ml_inference_server.server.workers import ThreadWorker
 from ml_inference_server.utils.config import Settings
@@ -75,6 +76,49 @@ def test_a_batch_travels_unchanged(segments: list[list[int] | None], variants: l
     assert (None if got.variants is None else got.variants.tolist()) == (variants if any(variants) else None)
     arrays = [each for each in (got.ids, got.starts, got.type_ids, got.variants) if each is not None]
     assert all(each.flags.writeable for each in arrays)  # torch warns of others, on the server's standard error
+
+
+async def test_the_other_processes_load_while_the_first_one_is_still_warmed_up_and_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = EngineProcess.start
+    begun: list[EngineProcess] = []
+    begun_before_ready: list[int] = []
+
+    async def noted(self: EngineProcess, limit_s: float = math.inf) -> Described | None:
+        begun.append(self)
+        described = await start(self, limit_s)
+        begun_before_ready.append(len(begun))
+        return described
+
+    monkeypatch.setattr(EngineProcess, "start", noted)
+    async with started(streams=3) as (_, worker):
+        assert len(worker.pids) == 3
+    assert begun_before_ready[0] == 3
+
+
+async def test_where_the_first_process_is_not_fit_the_others_that_had_begun_end_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = EngineProcess.start
+    begun: list[EngineProcess] = []
+
+    async def unfit(self: EngineProcess, limit_s: float = math.inf) -> Described | None:
+        begun.append(self)
+        described = await start(self, limit_s)
+        if self is begun[0]:
+            raise ModelError("too far from FP32")
+        return described
+
+    monkeypatch.setattr(EngineProcess, "start", unfit)
+    with pytest.raises(ModelError, match="too far from FP32"):
+        async with started(streams=3):
+            pass
+    assert len(begun) == 3
+    for engine in begun[1:]:
+        assert not engine.alive
+    begun[0].kill()
+    await until(lambda: not {engine.pid for engine in begun} & {child.pid for child in psutil.Process().children()})
 
 
 async def test_each_stream_is_a_process_and_all_answer_right() -> None:

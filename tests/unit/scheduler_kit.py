@@ -159,7 +159,7 @@ class Rig:
             pass
 
 
-async def turns(count: int = 5) -> None:
+async def turns(count: int = 16) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
 

@@ -18,13 +18,13 @@ async def test_a_stop_waits_for_the_answers_to_calls_that_are_open_and_not_for_l
     waiting = asyncio.create_task(known.until_sent(60))
     await asyncio.sleep(1)
     later = known.opened()
-    sent[0]()
+    sent[0](None)
     await asyncio.sleep(1)
     assert not waiting.done()
-    sent[1]()
+    sent[1](None)
     await asyncio.sleep(1)
     assert waiting.done()
-    later()
+    later(None)
 
 
 @virtual_time

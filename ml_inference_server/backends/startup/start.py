@@ -55,13 +55,19 @@ class Started(Described):
         )
 
 
-def start_backend(model: ModelSettings, phase: Callable[[str], None]) -> Started:
-    """A loaded, warm, checked backend. `phase` is told what is being done. ModelError says what is not fit and why."""
+def start_backend(
+    model: ModelSettings, phase: Callable[[str], None], loaded: Callable[[Resolution], None] = lambda resolution: None
+) -> Started:
+    """A loaded, warm, checked backend. ModelError says what is not fit and why.
+
+    phase: is told what is being done. loaded: is told what runs once it is loaded and all caches are filled, before it
+    is warmed up and checked.
+    """
     with start_errors(model):
-        return _start(model, phase)
+        return _start(model, phase, loaded)
 
 
-def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
+def _start(model: ModelSettings, phase: Callable[[str], None], loaded: Callable[[Resolution], None]) -> Started:
     phase("looking for the model")
     auto_choice, chosen = "", model
     folder = open_folder(model.name)
@@ -83,7 +89,9 @@ def _start(model: ModelSettings, phase: Callable[[str], None]) -> Started:
     phase("looking for the FP32 reference")
     reference = reference_for(resolution.model) if folder is None else read_reference(folder.path)
     phase("loading the model")
-    backend = load_resolved(resolution, lambda done, total: phase(f"warming up {done}/{total}"))
+    backend = _loaded(resolution)
+    loaded(resolution)
+    backend.warmup(lambda done, total: phase(f"warming up {done}/{total}"))
     phase("checking the parity to FP32")
     info = backend.info
     is_cut_shorter = folder is not None and info.max_tokens < folder.manifest.text.max_tokens
@@ -136,10 +144,15 @@ def need_libraries(model: ModelSettings) -> None:
 
 def load_resolved(resolution: Resolution, progress: Progress) -> Backend:
     """A loaded, warm backend that runs what was resolved; where each stream has a process, one stream of it."""
-    model = resolution.model
-    with start_errors(model):
-        backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
-        backend.load_model()
-        resolution.check(backend.info)
+    with start_errors(resolution.model):
+        backend = _loaded(resolution)
         backend.warmup(progress)
         return backend
+
+
+def _loaded(resolution: Resolution) -> Backend:
+    model = resolution.model
+    backend = create_backend(model.model_copy(update={"streams": 1}) if model.process_per_stream else model)
+    backend.load_model()
+    resolution.check(backend.info)
+    return backend

@@ -161,9 +161,8 @@ class MethodHandlers:
 
     def _call(self, context: "grpc.aio.ServicerContext[Any, Any]", limit_s: float | None = None) -> Call:
         """Copied at entry: the context must not be touched once the call has ended."""
-        sent = self._calls.opened()
         untyped: Any = context  # the stubs know no function that could be a callback
-        untyped.add_done_callback(lambda _: sent())
+        untyped.add_done_callback(self._calls.opened())
         metadata = dict(context.invocation_metadata() or ())
         return self._calls.begin(
             request_id=metadata.get("x-request-id"),
