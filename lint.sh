@@ -52,12 +52,12 @@ compare_stubs() {
 if [ "$fix" = true ]; then
   step "ruff check --fix" "$PYTHON" -m ruff check --fix-only .
   step "ruff format" "$PYTHON" -m ruff format .
-  step "clang-format -i" find ml_inference_server \( -name '*.cpp' -o -name '*.h' \) -exec "$(dirname -- "$PYTHON")/clang-format" -i {} +
+  step "clang-format -i" find ml_inference_server tests \( -name '*.cpp' -o -name '*.h' \) -exec "$(dirname -- "$PYTHON")/clang-format" -i {} +
   step "generate stubs" generate_stubs .
 fi
 step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "ruff check" "$PYTHON" -m ruff check .
-step "clang-format" find ml_inference_server \( -name '*.cpp' -o -name '*.h' \) -exec "$(dirname -- "$PYTHON")/clang-format" --dry-run -Werror {} +
+step "clang-format" find ml_inference_server tests \( -name '*.cpp' -o -name '*.h' \) -exec "$(dirname -- "$PYTHON")/clang-format" --dry-run -Werror {} +
 step "mypy --strict" "$PYTHON" -m mypy
 step "shellcheck" find . \( -name '.venv*' -o -name venv -o -name .git -o -name node_modules \) -prune -o \
   \( -name '*.sh' -o -path ./.ci/run \) -exec "$(dirname -- "$PYTHON")/shellcheck" -x {} +

@@ -43,9 +43,14 @@ def cpu_flags() -> frozenset[str]:
         pass
     if platform.system() == "Darwin":
         listed = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False, timeout=10).stdout
-        names = (line.split(":")[0].rsplit(".", 1)[-1].lower() for line in listed.splitlines() if "hw.optional" in line)
-        return frozenset(names)
+        return mac_flags(listed)
     return frozenset()
+
+
+def mac_flags(listed: str) -> frozenset[str]:
+    """Of `sysctl -a`: what this processor has. Newer features stand there with a 0 where it lacks them."""
+    lines = (line.split(":", 1) for line in listed.splitlines() if line.startswith("hw.optional."))
+    return frozenset(name.rsplit(".", 1)[-1].lower() for name, value in lines if value.strip() != "0")
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:
@@ -72,9 +77,10 @@ def has_native_bf16(flags: frozenset[str] | None = None) -> bool:
 
 
 def has_int8_vectors(flags: frozenset[str] | None = None) -> bool:
-    """Whether the operators of our own can compute INT8: they are written for AVX2 and what came after it."""
+    """Whether the operators of our own can compute INT8: they are written for AVX2, what came after it, and ARM."""
     have = cpu_flags() if flags is None else flags
-    return {"avx2", "fma"} <= have
+    # ARM's products of bytes as Linux and as macOS name them.
+    return {"avx2", "fma"} <= have or bool({"asimddp", "i8mm", "feat_dotprod", "feat_i8mm"} & have)
 
 
 @cache

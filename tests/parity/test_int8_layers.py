@@ -1,4 +1,4 @@
-"""model.compile with int8: layers whose matrices are INT8, without padding, on processors with AVX2 or more."""
+"""model.compile with int8: layers whose matrices are INT8, without padding, on processors with AVX2 or more, or ARM."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ from tests.parity.test_compiled import MIXES, batch_of, both, needs_compiler, ro
 from tests.parity.tiny_model import SHAPE, save, settings, start
 
 _SIZES = {**SHAPE, "hidden_size": 128, "intermediate_size": 256}
-needs_vectors = pytest.mark.skipif(not has_int8_vectors(), reason="no AVX2")
+needs_vectors = pytest.mark.skipif(not has_int8_vectors(), reason="neither AVX2 nor ARM's dot products")
 
 # In the environment of a run of this file: the compiler's flags, instead of those for this machine.
 _TARGET = "MLIS_TEST_TARGET"
@@ -35,7 +35,14 @@ _LESSER = {
 }
 
 # What the operators run on as they are built for this machine: the first that it has.
-_BEST = (("AVX-512 VNNI", {"avx512_vnni", "avx512bw"}), *((name, needs) for name, needs in reversed(_LESSER.values())))
+_BEST = (
+    ("AVX-512 VNNI", {"avx512_vnni", "avx512bw"}),
+    *((name, needs) for name, needs in reversed(_LESSER.values())),
+    ("NEON i8mm", {"i8mm"}),
+    ("NEON i8mm", {"feat_i8mm"}),
+    ("NEON dotprod", {"asimddp"}),
+    ("NEON dotprod", {"feat_dotprod"}),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +64,7 @@ def bert_layer(width: int, heads: int, inner: int) -> torch.nn.Module:
 
 def steps_of_a_row() -> int:
     """Where two products are added up in 16 bits, more would not fit."""
-    return 255 if torch.ops.mlis.int8_instructions().endswith("VNNI") else 129
+    return 129 if torch.ops.mlis.int8_instructions() in ("AVX2", "AVX-512") else 255
 
 
 def rounded(linear: torch.nn.Linear) -> None:

@@ -173,6 +173,28 @@ def test_emulated_bf16_is_no_candidate_even_if_it_was_named(
     assert "a bf16" in candidates(wish(**keys)).able
 
 
+@pytest.mark.parametrize(
+    ("flags", "can"),
+    [
+        ({"asimd", "asimddp"}, True),
+        ({"neon", "feat_dotprod", "feat_i8mm"}, True),
+        ({"avx2", "fma"}, True),
+        ({"asimd", "bf16"}, False),
+    ],
+)
+def test_compiled_int8_takes_part_where_the_processor_has_the_instructions(
+    backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch, flags: set[str], can: bool
+) -> None:
+    monkeypatch.setattr("ml_inference_server.utils.cpu.cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr("ml_inference_server.backends.compiled.native.compiler", lambda: "g++")
+    backends(pytorch={"cpu": ("none", "int8")})
+    found = candidates(wish())
+    assert ("pytorch int8 compiled" in found.able) == can
+    assert "pytorch fp32 compiled" in found.able
+    if not can:
+        assert "ARM's dot products" in found.skipped["pytorch int8 compiled"]
+
+
 def test_only_what_is_auto_is_left_open(backends: Callable[..., None]) -> None:
     backends(a=CPU, b=CPU)
     assert list(candidates(wish(quantized=False, quantization=None)).able) == ["a fp32", "b fp32"]

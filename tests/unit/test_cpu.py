@@ -103,11 +103,24 @@ def test_native_bf16_is_told_by_the_flags(flags: set[str], native: bool) -> None
         ({"avx2", "fma", "avx512bw", "avx512_vnni"}, True),
         ({"avx2", "fma"}, True),
         ({"avx", "fma"}, False),
-        ({"asimd", "asimddp"}, False),
+        ({"asimd", "asimddp"}, True),
+        ({"asimd", "asimddp", "i8mm"}, True),
+        ({"neon", "feat_dotprod"}, True),
+        ({"neon", "feat_dotprod", "feat_i8mm"}, True),
+        ({"asimd", "asimdhp", "bf16"}, False),
     ],
 )
 def test_int8_operators_are_told_by_the_flags(flags: set[str], can: bool) -> None:
     assert cpu.has_int8_vectors(frozenset(flags)) is can
+
+
+def test_what_a_mac_lists_with_a_zero_it_has_not() -> None:
+    """As an M1 tells it: dot products, but no matrix products."""
+    listed = (
+        "kern.ostype: Darwin\nhw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\n"
+        "hw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.caps: 868066517 # 1\nmachdep.user_idle_level: 0\n"
+    )
+    assert cpu.mac_flags(listed) == {"neon", "feat_dotprod", "caps"}
 
 
 def test_this_machine_can_be_described() -> None:

@@ -220,16 +220,19 @@ _MATRICES_OF_A_LAYER = 6
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """As native/int8_linear.h reads it: by panel of outputs, 4 inputs, output, one of the four."""
+    """As native/int8_linear.h reads it: by panel of outputs, some inputs, output, one of the inputs."""
     outputs, inputs = weight.shape
-    panel = torch.ops.mlis.int8_panel()
-    return weight.view(outputs // panel, panel, inputs // 4, 4).permute(0, 2, 1, 3).contiguous()
+    panel, together = torch.ops.mlis.int8_panel()
+    return weight.view(outputs // panel, panel, inputs // together, together).permute(0, 2, 1, 3).contiguous()
 
 
 def _use_int8_layers(base: Any) -> int:
     """Put an Int8Layer in the place of each layer; how many matrices are INT8 now. ModelError if that cannot be."""
     if not torch.ops.mlis.int8_instructions():
-        raise ModelError("INT8 without padding needs AVX2, which this processor has not: set model.compile: false")
+        raise ModelError(
+            "INT8 without padding needs AVX2 or ARM's dot products, and the operators were built without: "
+            "set model.compile: false"
+        )
     layers = _bert_layers(base)
     config = base.config
     sizes = (config.hidden_size, getattr(config, "intermediate_size", 0))

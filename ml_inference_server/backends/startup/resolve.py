@@ -118,7 +118,7 @@ def _can_compile(model: ModelSettings, device: str, quantization: Quantization, 
     elif device != "cpu" or quantization not in ("none", "bf16", "int8"):
         obstacle = f"model.compile runs on cpu, not {PRECISION_NAMES[DTYPES[quantization]]} on {device}"
     elif quantization == "int8" and not has_int8_vectors():
-        obstacle = "model.compile runs int8 on processors with AVX2, and this one has none"
+        obstacle = "model.compile runs int8 on processors with AVX2 or ARM's dot products, and this one has neither"
     elif native.compiler() is None:
         obstacle = native.no_compiler()
     if obstacle and not model.allow_fallback:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,11 @@ log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("packed_attention", "encoder_layer", "int8_layer"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
-TARGET: tuple[str, ...] = ("-march=native",)
+ARM = platform.machine() in ("arm64", "aarch64")
+# Not every compiler for ARM knows -march=native. GCC moves loads ahead of the products there until sums no longer fit
+# the registers, unless it is told not to; Clang does not, and takes no notice of the flag.
+ON_ARM = ("-mcpu=native", "-fno-schedule-insns")
+TARGET: tuple[str, ...] = ON_ARM if ARM else ("-march=native",)
 """For which processor the operators are built. Tests set another one, before the operators are loaded."""
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-DNDEBUG")
 _LIMIT_S = 600

@@ -11,9 +11,11 @@
 
 namespace mlis {
 
-// Rows and columns of a step: 8 x 2 sums take half of the 32 registers of AVX-512, 6 x 2 all but 4 of AVX2's 16.
+// Rows and vectors of columns of a step: 8 x 2 sums take half of the 32 registers of AVX-512, 6 x 2 all but 4 of AVX2's
+// 16, 6 x 4 all but 8 of NEON's 32.
 constexpr int64_t kQueries = kLanes == 16 ? 8 : 6;
-constexpr int64_t kColumns = 2 * kLanes;
+constexpr int kAcross = kLanes == 4 ? 4 : 2;
+constexpr int64_t kColumns = kAcross * kLanes;
 
 struct FloatScratch {
   std::vector<float> keys, values, query, scores;
@@ -22,23 +24,26 @@ struct FloatScratch {
 // to = a b: (kQueries, depth) by (depth, kColumns). stride_*: floats from one row to the next.
 inline void multiply_step(const float* a, int64_t stride_a, const float* b, int64_t stride_b, int64_t depth, float* to,
                           int64_t stride_to) {
-  Floats sums[kQueries][2];
+  Floats sums[kQueries][kAcross];
 #pragma GCC unroll 8
-  for (int i = 0; i < kQueries; ++i) sums[i][0] = sums[i][1] = spread(0.0f);
+  for (int i = 0; i < kQueries; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kAcross; ++j) sums[i][j] = spread(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
-    const Floats left = load(b + k * stride_b), right = load(b + k * stride_b + kLanes);
+    Floats columns[kAcross];
+#pragma GCC unroll 4
+    for (int j = 0; j < kAcross; ++j) columns[j] = load(b + k * stride_b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kQueries; ++i) {
       const Floats one = spread(a[i * stride_a + k]);
-      sums[i][0] = multiply_add(one, left, sums[i][0]);
-      sums[i][1] = multiply_add(one, right, sums[i][1]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kAcross; ++j) sums[i][j] = multiply_add(one, columns[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kQueries; ++i) {
-    store(to + i * stride_to, sums[i][0]);
-    store(to + i * stride_to + kLanes, sums[i][1]);
-  }
+  for (int i = 0; i < kQueries; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kAcross; ++j) store(to + i * stride_to + j * kLanes, sums[i][j]);
 }
 
 // scores = softmax, in powers of 2, of `factor` * the first `keys` scores; the rest of `wide` becomes 0.

@@ -1,11 +1,12 @@
 // x W^T + b in INT8, and GELU of it if wanted: bytes in, exact 32-bit sums, FP32 out.
 //
 // W is symmetric with a scale for each output: W[n][k] = scale[n] * w[n][k], w in -127 .. 127. x is quantised here, a
-// row at a time, with a scale and a zero point of its own: x[m][k] = s[m] * (u[m][k] - zero[m]), u in 0 .. kMost. Then
+// row at a time, with a scale and a zero point of its own: x[m][k] = s[m] * (u[m][k] - zero[m]), u in
+// kLeast .. kLeast + kMost. Then
 //
 //   sum over k of x W = s[m] * scale[n] * (sum of u w - zero[m] * sum of w[n])
 //
-// w lies in panels of kPanel outputs: for each 4 inputs, the 4 bytes of output 0, then of 1, ... (packed.py,
+// w lies in panels of kPanel outputs: for each kInputs inputs, the bytes of output 0, then of 1, ... (packed.py,
 // Int8Layer). Inputs and outputs are multiples of 64.
 #pragma once
 
@@ -16,23 +17,25 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace mlis {
 
-// add_products: to each of `sums`, four products of bytes of `u` and of `w`. kMost: the largest byte of `u` for which
-// that is exact: 129 where two products are added up in 16 bits, for 2 * 129 * 127 = 32,766 just fits. kVectors: of
-// sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512, 6 of 2 12 of the 16 of AVX2.
+// kMost: the steps of `u` for which sums are exact: 129 where two products are added up in 16 bits, for 2 * 129 * 127 =
+// 32,766 just fits. kVectors: of sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512
+// and NEON, 6 of 2 12 of the 16 of AVX2. kInputs: what one instruction adds up. add_products: to each of `sums`, four
+// products of bytes of `u` and of `w`.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr const char* kInt8Instructions = "AVX-512 VNNI";
 constexpr int32_t kMost = 255;
-constexpr int kVectors = 4;
+constexpr int kVectors = 4, kInputs = 4;
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)w);
 }
 #elif defined(__AVX512BW__)
 constexpr const char* kInt8Instructions = "AVX-512";
 constexpr int32_t kMost = 129;
-constexpr int kVectors = 4;
+constexpr int kVectors = 4, kInputs = 4;
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)w);
   return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
@@ -40,20 +43,29 @@ inline Ints add_products(Ints sums, Ints u, Ints w) {
 #elif defined(__AVXVNNI__)
 constexpr const char* kInt8Instructions = "AVX-VNNI";
 constexpr int32_t kMost = 255;
-constexpr int kVectors = 2;
+constexpr int kVectors = 2, kInputs = 4;
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)u, (__m256i)w);
 }
-#else
+#elif defined(__AVX2__)
 constexpr const char* kInt8Instructions = "AVX2";
 constexpr int32_t kMost = 129;
-constexpr int kVectors = 2;
+constexpr int kVectors = 2, kInputs = 4;
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)w);
   return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr const char* kInt8Instructions = "NEON i8mm";
+constexpr int32_t kMost = 255;
+constexpr int kVectors = 4, kInputs = 8;
+#else
+constexpr const char* kInt8Instructions = "NEON dotprod";
+constexpr int32_t kMost = 255;
+constexpr int kVectors = 4, kInputs = 4;
 #endif
 
+constexpr int32_t kLeast = std::numeric_limits<Byte>::min();
 constexpr int64_t kPanel = kVectors * kLanes;  // outputs whose weights lie together
 constexpr int kRowsAtOnce = 6;
 
@@ -68,7 +80,7 @@ struct Int8Matrix {
 
 // Rows of bytes, `width` of them each, with what is needed to read them as numbers.
 struct Int8Rows {
-  uint8_t* bytes;
+  Byte* bytes;
   float* scales;
   int32_t* zeros;
   int64_t width;
@@ -76,7 +88,7 @@ struct Int8Rows {
 
 // Row m of `rows` from `width` floats. What is not finite makes the row's scale, and so all that follows, NaN.
 inline void quantise_row(const float* from, const Int8Rows& rows, int64_t m) {
-  constexpr float most_byte = static_cast<float>(kMost);
+  constexpr float most = static_cast<float>(kMost);
   const int64_t width = rows.width;
   const Floats none = spread(0.0f);
   Floats low = none, high = none, check = none;
@@ -87,21 +99,85 @@ inline void quantise_row(const float* from, const Int8Rows& rows, int64_t m) {
     check = multiply_add(x, none, check);  // 0 * x is NaN where x is not finite
   }
   const float lowest = least_of(low), highest = greatest_of(high);
-  const float scale = std::max((highest - lowest) / most_byte, 1e-30f);
-  const int32_t zero = static_cast<int32_t>(std::nearbyint(std::clamp(-lowest / scale, 0.0f, most_byte)));
+  const float scale = std::max((highest - lowest) / most, 1e-30f);
+  const int32_t zero = kLeast + static_cast<int32_t>(std::nearbyint(std::clamp(-lowest / scale, 0.0f, most)));
   rows.scales[m] = scale + sum_of(check);
   rows.zeros[m] = zero;
   const Floats inverse = spread(1.0f / scale);
-  const Ints offset = spread(zero), limit = spread(kMost);
-  uint8_t* to = rows.bytes + m * width;
+  const Ints offset = spread(zero), limit = spread(kLeast + kMost);
+  Byte* to = rows.bytes + m * width;
   for (int64_t j = 0; j < width; j += kLanes)
     store_bytes(to + j, least(rounded(load(from + j) * inverse) + offset, limit));
 }
 
 // The exact sums of `kRows` rows of x and the outputs of a panel; to: (kRows, kPanel). Nothing else stands here, so
 // that the compiler keeps all sums in registers.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// One instruction multiplies 2 rows by 2 outputs. The last of an odd number of rows is its own partner.
 template <int kRows>
-inline void sum_panel(const uint8_t* x, const int8_t* w, int64_t in, int32_t* to) {
+inline void sum_panel(const Byte* x, const int8_t* w, int64_t in, int32_t* to) {
+  constexpr int kPairs = (kRows + 1) / 2, kOutputPairs = kPanel / 2;
+  Ints sums[kPairs][kOutputPairs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairs; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputPairs; ++j) sums[i][j] = spread(0);
+  for (int64_t k = 0; k < in; k += 8, w += 8 * kPanel) {
+    int8x16_t rows[kPairs];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i)
+      rows[i] = vcombine_s8(vld1_s8(x + 2 * i * in + k), vld1_s8(x + std::min(2 * i + 1, kRows - 1) * in + k));
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputPairs; ++j) {
+      const int8x16_t weights = vld1q_s8(w + 16 * j);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPairs; ++i) sums[i][j] = vmmlaq_s32(sums[i][j], rows[i], weights);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairs; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputPairs; j += 2) {
+      const Ints left = sums[i][j], right = sums[i][j + 1];
+      store(to + 2 * i * kPanel + 2 * j, vcombine_s32(vget_low_s32(left), vget_low_s32(right)));
+      if (2 * i + 1 < kRows)
+        store(to + (2 * i + 1) * kPanel + 2 * j, vcombine_s32(vget_high_s32(left), vget_high_s32(right)));
+    }
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+// 16 inputs at a time: an instruction takes its 4 of a row from there.
+template <int kRows>
+inline void sum_panel(const Byte* x, const int8_t* w, int64_t in, int32_t* to) {
+  Ints sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = spread(0);
+  for (int64_t k = 0; k < in; k += 16, w += 16 * kPanel) {
+    int8x16_t rows[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) rows[i] = vld1q_s8(x + i * in + k);
+    auto add_four = [&]<int kFour>() {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const int8x16_t weights = vld1q_s8(w + 4 * kPanel * kFour + 16 * j);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) sums[i][j] = vdotq_laneq_s32(sums[i][j], weights, rows[i], kFour);
+      }
+    };
+    add_four.template operator()<0>();
+    add_four.template operator()<1>();
+    add_four.template operator()<2>();
+    add_four.template operator()<3>();
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store(to + i * kPanel + kLanes * j, sums[i][j]);
+}
+#else
+template <int kRows>
+inline void sum_panel(const Byte* x, const int8_t* w, int64_t in, int32_t* to) {
   Ints sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -125,6 +201,7 @@ inline void sum_panel(const uint8_t* x, const int8_t* w, int64_t in, int32_t* to
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) store(to + i * kPanel + kLanes * j, sums[i][j]);
 }
+#endif
 
 // `kRows` rows from row m on by one panel.
 template <int kRows, bool kGelu>

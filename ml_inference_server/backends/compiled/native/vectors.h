@@ -1,5 +1,6 @@
-// The vectors that the operators compute with: 16 floats with AVX-512, 8 with AVX2. What differs between the two stands
-// here, once for each; all else is written for `Floats` of `kLanes`.
+// The vectors that the operators compute with: 16 floats with AVX-512, 8 with AVX2, 4 with ARM's NEON. What differs
+// between them stands here, once for each; all else is written for `Floats` of `kLanes`. ARM has products of signed
+// bytes before it has those of unsigned ones by signed: there a `Byte` is signed.
 //
 // ATen's Vectorized<float> is not used: it is one thing or the other by a macro of PyTorch's own build, its least and
 // greatest spend three instructions on NaN, and it has neither the rows of bytes nor powers as coarse as these.
@@ -16,6 +17,7 @@ namespace mlis {
 constexpr int64_t kLanes = 16;
 using Floats = __m512;
 using Ints = int32_t __attribute__((vector_size(64)));
+using Byte = uint8_t;
 
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline Ints load(const int32_t* from) { return (Ints)_mm512_loadu_si512(from); }
@@ -39,8 +41,8 @@ inline Floats first_of(Floats x, int64_t count, Floats rest) {
   return _mm512_mask_mov_ps(rest, static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1), x);
 }
 
-// One byte of each, 0 .. 255; what lies outside becomes the nearest of them.
-inline void store_bytes(uint8_t* to, Ints x) {
+// One byte of each; what lies outside of 0 .. 255 becomes the nearest of them.
+inline void store_bytes(Byte* to, Ints x) {
   const __m512i from_zero = _mm512_max_epi32((__m512i)x, _mm512_setzero_si512());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(from_zero));
 }
@@ -87,6 +89,7 @@ namespace mlis {
 constexpr int64_t kLanes = 8;
 using Floats = __m256;
 using Ints = int32_t __attribute__((vector_size(32)));
+using Byte = uint8_t;
 
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints load(const int32_t* from) { return (Ints)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -126,8 +129,8 @@ inline Floats first_of(Floats x, int64_t count, Floats rest) {
   return _mm256_blendv_ps(rest, x, (Floats)(places < spread(static_cast<int32_t>(count < 8 ? count : 8))));
 }
 
-// One byte of each, 0 .. 255; what lies outside becomes the nearest of them.
-inline void store_bytes(uint8_t* to, Ints x) {
+// One byte of each; what lies outside of 0 .. 255 becomes the nearest of them.
+inline void store_bytes(Byte* to, Ints x) {
   const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
   const __m128i words = _mm_packs_epi32(low, high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
@@ -151,6 +154,61 @@ inline void transpose(Floats r[kLanes]) {
     t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
   }
   for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+}  // namespace mlis
+
+#elif defined(__aarch64__) && (defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_MATMUL_INT8))
+#define MLIS_VECTORS 1
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace mlis {
+
+constexpr int64_t kLanes = 4;
+using Floats = float32x4_t;
+using Ints = int32x4_t;
+using Byte = int8_t;
+
+inline Floats load(const float* from) { return vld1q_f32(from); }
+inline Ints load(const int32_t* from) { return vld1q_s32(from); }
+inline void store(float* to, Floats x) { vst1q_f32(to, x); }
+inline void store(int32_t* to, Ints x) { vst1q_s32(to, x); }
+inline Floats spread(float x) { return vdupq_n_f32(x); }
+inline Ints spread(int32_t x) { return vdupq_n_s32(x); }
+// Of NaN and a number, the number: as on x86, NaN is not kept here.
+inline Floats least(Floats a, Floats b) { return vminnmq_f32(a, b); }
+inline Floats greatest(Floats a, Floats b) { return vmaxnmq_f32(a, b); }
+inline Ints least(Ints a, Ints b) { return vminq_s32(a, b); }
+inline float least_of(Floats x) { return vminnmvq_f32(x); }
+inline float greatest_of(Floats x) { return vmaxnmvq_f32(x); }
+inline float sum_of(Floats x) { return vaddvq_f32(x); }
+// a * b + c and a * b - c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return vfmaq_f32(vnegq_f32(c), a, b); }
+inline Ints rounded(Floats x) { return vcvtnq_s32_f32(x); }
+
+// The first `count` of x, and `rest` in the other places.
+inline Floats first_of(Floats x, int64_t count, Floats rest) {
+  const Ints places = {0, 1, 2, 3};
+  return vbslq_f32(vcltq_s32(places, spread(static_cast<int32_t>(count < 4 ? count : 4))), x, rest);
+}
+
+// One byte of each; what lies outside of -128 .. 127 becomes the nearest of them.
+inline void store_bytes(Byte* to, Ints x) {
+  const int16x4_t words = vqmovn_s32(x);
+  const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+  vst1_lane_s32(reinterpret_cast<int32_t*>(to), vreinterpret_s32_s8(bytes), 0);
+}
+
+// 4 rows of 4.
+inline void transpose(Floats r[kLanes]) {
+  const float32x4x2_t even = vtrnq_f32(r[0], r[1]), odd = vtrnq_f32(r[2], r[3]);
+  for (int i = 0; i < 2; ++i) {
+    r[i] = vcombine_f32(vget_low_f32(even.val[i]), vget_low_f32(odd.val[i]));
+    r[i + 2] = vcombine_f32(vget_high_f32(even.val[i]), vget_high_f32(odd.val[i]));
+  }
 }
 
 }  // namespace mlis
