@@ -201,7 +201,7 @@ def graph_facts(file: Path) -> GraphFacts:
 
 
 def _has_byte_products() -> bool:
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & cpu_flags())
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "feat_dotprod"} & cpu_flags())
 
 
 def quantize_int8(exported: Exported) -> Path:

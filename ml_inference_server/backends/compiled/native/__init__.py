@@ -16,8 +16,7 @@ from ml_inference_server.utils.errors import ModelError
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}.cpp" for name in ("packed_attention", "encoder_layer", "int8_layer"))
-_HEADERS = sorted(_FOLDER.glob("*.h"))
+_SOURCE = _FOLDER / "operators.cpp"
 ARM = platform.machine() in ("arm64", "aarch64")
 # Not every compiler for ARM knows -march=native. GCC moves loads ahead of the products there until sums no longer fit
 # the registers, unless it is told not to; Clang does not, and takes no notice of the flag.
@@ -52,7 +51,7 @@ def load_operators() -> bool:
     for_system = ["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
     command = [found, *TARGET, *_FLAGS, *for_system]
     key = {
-        "sources": [file.read_text(encoding="utf-8") for file in (*_SOURCES, *_HEADERS)],
+        "sources": [file.read_text(encoding="utf-8") for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))],
         "torch": torch.__version__,
         "compiler": version[:1],
         "command": command,
@@ -63,9 +62,8 @@ def load_operators() -> bool:
         log.info("building the operators with %s (once; later starts read the cache)", found)
         includes = [part for path in include_paths() for part in ("-isystem", path)]
         libraries = [f"-L{path}" for path in library_paths()]
-        sources = [str(file) for file in _SOURCES]
         built = subprocess.run(
-            [*command, *includes, *sources, *libraries, "-ltorch_cpu", "-lc10", "-o", str(folder / "operators.so")],
+            [*command, *includes, str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10", "-o", str(folder / "operators.so")],
             capture_output=True,
             text=True,
             check=False,
