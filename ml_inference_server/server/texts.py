@@ -188,7 +188,8 @@ class Texts:
                 for field, each in long
                 if any(part.truncated for part in each.parts)  # not at a limit that the request itself set
             ]
-            _raise_violations(wrong, {"TEXT_TOO_LONG"})
+            if wrong:
+                _raise_violations(wrong, {"TEXT_TOO_LONG"})
 
     def _text_bytes(self, text: str) -> int:
         """The UTF-8 size of a sound text."""
