@@ -17,7 +17,7 @@ from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError
 from ml_inference_server.utils.sample import sample_pairs
 
-PROBE_TEXTS = 128
+PROBE_TEXTS = 96
 # Batches of queries are small: they come one by one, and the streams share those that wait.
 QUERY_BATCH = 16
 # Passes over all texts that decide among those that can still win, one of each in turn.
