@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ml_inference_server.backends.base import Encoded
-from ml_inference_server.server.batching import BatchQueue
+from ml_inference_server.server.batching import COMPANY_WAIT_S, BatchQueue
 from ml_inference_server.server.call import Call
 from ml_inference_server.utils.errors import (
     BackendFailure,
@@ -19,7 +19,7 @@ from ml_inference_server.utils.errors import (
     Overloaded,
     Unavailable,
 )
-from tests.conftest import virtual_time
+from tests.conftest import JumpingLoop, virtual_time
 from tests.unit.scheduler_kit import HOUR, POISON, Rig, turns
 
 
@@ -452,3 +452,30 @@ async def test_a_request_that_was_let_in_but_not_queued_when_the_server_closed_i
         with pytest.raises(Unavailable):
             await rig.batcher.compute([Encoded(np.array([1, 0, 0], np.int32))], call, reservation)
     assert (rig.admission.requests, rig.worker.batches) == (0, [])
+
+
+@virtual_time
+async def test_texts_that_come_one_after_the_other_travel_together_although_a_stream_is_free() -> None:
+    """gRPC hands over one call in a turn of the event loop, or in a few."""
+    rig = Rig(slots=2)
+    calls: list[asyncio.Task[list[float]]] = []
+    for i in (1, 2, 3, 4):
+        calls.append(rig.call(i))
+        await turns(4)
+    assert await asyncio.gather(*calls) == [[1.0], [2.0], [3.0], [4.0]]
+    assert rig.worker.batches == [[1, 2, 3, 4]]
+
+
+@virtual_time
+async def test_texts_that_come_without_end_keep_a_free_stream_waiting_for_no_longer_than_company_may() -> None:
+    rig = Rig()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, JumpingLoop)
+    began_at = loop.time()
+    calls: list[asyncio.Task[list[float]]] = []
+    while not rig.worker.batches and len(calls) < 32:
+        calls.append(rig.call(len(calls)))
+        loop.jumping.now += COMPANY_WAIT_S / 10  # what a turn took
+        await turns(4)
+    assert 0.9 * COMPANY_WAIT_S < loop.time() - began_at < 1.3 * COMPANY_WAIT_S
+    await asyncio.gather(*calls)

@@ -50,8 +50,9 @@ def load_operators() -> bool:
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
     for_system = ["-fopenmp"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
     command = [found, *TARGET, *_FLAGS, *for_system]
+    sources = sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))
     key = {
-        "sources": [file.read_text(encoding="utf-8") for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))],
+        "sources": [file.read_text(encoding="utf-8") for file in sources],
         "torch": torch.__version__,
         "compiler": version[:1],
         "command": command,
