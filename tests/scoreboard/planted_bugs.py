@@ -23,8 +23,8 @@ SWAPPED = Bug(
     edits=(
         Edit(
             path=_RUNNER,
-            old="for item, row, is_finite in zip(items, rows, finite, strict=True):",
-            new="for item, row, is_finite in zip(items, rows[::-1], finite, strict=True):",
+            old="for item, row in zip(items, rows, strict=True):",
+            new="for item, row in zip(items, rows[::-1], strict=True):",
         ),
     ),
     seen_by=f"{_HARD}::test_each_caller_gets_its_own_rows_whatever_they_travelled_with",
@@ -41,12 +41,12 @@ NEIGHBOURS_DROPPED = Bug(
         Edit(
             path=_RUNNER,
             old="""
-            if is_finite:
+            if are_finite or np.isfinite(row).all():
 """,
             new="""
             if not item.subscribers:
                 return
-            if is_finite:
+            if are_finite or np.isfinite(row).all():
 """,
         ),
         Edit(
