@@ -87,11 +87,14 @@ def run(program: str, *arguments: object) -> list[str]:
 
 @pytest.mark.parametrize("engine", ENGINES, ids=name)
 def test_memory_does_not_grow_with_every_new_shape(engine: dict[str, object]) -> None:
-    """Kernels that are kept for every shape took 1 to 2 MiB each in BF16; a bound is reached after some 300 shapes."""
+    """Kernels that are kept for every shape took 1 to 2 MiB each in BF16; a bound is reached after some 300 shapes.
+
+    OpenVINO keeps up to 1 MiB for each of the first 240, and 0.2 and less for those after them.
+    """
     is_bf16 = engine.get("quantization") == "bf16"
     if is_bf16 and not has_native_bf16():
         pytest.skip("no BF16 instructions: PyTorch takes minutes for 500 batches without")
-    shapes = [350, 150] if is_bf16 else [80, 80]
+    shapes = [350, 150] if is_bf16 else [240, 80] if engine["backend"] == "openvino" else [80, 80]
     before_mib, after_mib = (int(each) for each in run(MEMORY, engine, shapes))
     assert after_mib - before_mib < 60
 
