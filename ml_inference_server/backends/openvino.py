@@ -24,6 +24,7 @@ from ml_inference_server.backends.model.export import Exported, engine_errors, e
 from ml_inference_server.backends.model.warmup import run_warmup
 from ml_inference_server.utils.cache import cached
 from ml_inference_server.utils.config import ModelSettings, Quantization
+from ml_inference_server.utils.cores import threads_stay_free
 from ml_inference_server.utils.cpu import cpu_flags, has_native_bf16, instruction_set
 from ml_inference_server.utils.errors import ModelError
 from ml_inference_server.utils.installation import pip_install
@@ -190,7 +191,8 @@ def quantize_int8(exported: Exported) -> Path:
             return graph_inputs(names, TokenBatch.of([row]).padded(exported.tokenizer.pad_id))
 
         nncf.set_log_level(logging.ERROR)
-        with engine_errors(f"NNCF cannot quantise {exported.weights}"):
+        # NNCF calibrates with an engine that binds threads to cores, and they outlive it.
+        with threads_stay_free(), engine_errors(f"NNCF cannot quantise {exported.weights}"):
             quantized = nncf.quantize(
                 model,
                 nncf.Dataset(_calibration_rows(exported), arrays),

@@ -117,7 +117,7 @@ class BatchQueue:
     @property
     def texts(self) -> int:
         """How many wait."""
-        return len(self._interactive.by_length) + len(self._bulk.by_length)
+        return self._interactive.texts + self._bulk.texts
 
     @property
     def tokens(self) -> int:

@@ -32,9 +32,9 @@ _FLOAT32 = np.dtype("<f4")
 
 def encode_rows(values: NDArray[np.float32], encoding: Encoding) -> EncodedRows:
     """values: (texts, dimension)."""
-    if encoding is Encoding.FLOAT32:  # nearly always
-        return EncodedRows(np.ascontiguousarray(values, _FLOAT32))
     match encoding:
+        case Encoding.FLOAT32:  # nearly always, so it is asked for first
+            return EncodedRows(np.ascontiguousarray(values, _FLOAT32))
         case Encoding.FLOAT16:
             # float16 ends at 65,504: a larger number becomes that, not infinity.
             return EncodedRows(np.clip(values, -65504, 65504).astype("<f2"))
@@ -44,7 +44,7 @@ def encode_rows(values: NDArray[np.float32], encoding: Encoding) -> EncodedRows:
             return EncodedRows(np.rint(values / safe[:, None]).clip(-127, 127).astype(np.int8), scales)
         case Encoding.BINARY:
             return EncodedRows((np.packbits(values > 0, axis=1).astype(np.int16) - 128).astype(np.int8))
-        case _:
+        case Encoding.UBINARY:
             return EncodedRows(np.packbits(values > 0, axis=1))
 
 

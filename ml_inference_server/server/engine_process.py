@@ -42,7 +42,7 @@ class EngineDied(RuntimeError):
         self.is_killed = is_killed
 
 
-class StartNews(NamedTuple):
+class StartListener(NamedTuple):
     """Who hears of a start. phase: what it is busy with. loaded: what it has loaded, before it is warm and checked."""
 
     phase: Callable[[str], None] = lambda text: None
@@ -56,7 +56,7 @@ class EngineProcess:
         self,
         asked: ModelSettings | Resolution,
         faults: bool,
-        told: "StartNews",
+        told: StartListener,
         died: Callable[["EngineProcess"], None],
     ) -> None:
         self._told, self._died = told, died

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ml_inference_server.backends.base import TokenBatch
 from ml_inference_server.backends.startup.resolve import Resolution
 from ml_inference_server.backends.startup.start import Described
-from ml_inference_server.server.engine_process import EngineDied, EngineProcess, StartNews
+from ml_inference_server.server.engine_process import EngineDied, EngineProcess, StartListener
 from ml_inference_server.server.workers import Output, express_slots
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.errors import ModelError, StartError
@@ -68,7 +68,7 @@ class ProcessWorker:
             others.extend(loop.create_task(self._launch(resolution)) for _ in range(resolution.model.streams - 1))
 
         try:
-            described = await self._launch(model, StartNews(phase, start_others))
+            described = await self._launch(model, StartListener(phase, start_others))
             assert described is not None  # noqa: S101 - the first one describes what it loaded
             limit_starts()
             self.slots = described.resolution.model.streams
@@ -91,8 +91,8 @@ class ProcessWorker:
         await asyncio.gather(*launches, return_exceptions=True)
         self.close()
 
-    async def _launch(self, asked: ModelSettings | Resolution, told: StartNews | None = None) -> Described | None:
-        engine = EngineProcess(asked, self._faults, told or StartNews(), self._replace)
+    async def _launch(self, asked: ModelSettings | Resolution, told: StartListener | None = None) -> Described | None:
+        engine = EngineProcess(asked, self._faults, told or StartListener(), self._replace)
         described = await engine.start(self._start_limit_s)
         if self._closed:
             engine.kill()

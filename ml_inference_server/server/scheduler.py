@@ -1,8 +1,9 @@
 """The asyncio side of the batching policy: which batch runs when, on which free slot.
 
-Nothing here loops or polls. `_pump` hands batches to free slots and is called when a text arrives, when a batch ends
-and when a batching window closes; so there is no background task whose death would leave the callers waiting. Whatever
-raises in it is a bug: the requests that it may have struck are answered with an error, and the next ones start anew.
+Nothing here loops for ever or polls. `_pump` hands batches to free slots and is called when texts have come in, when a
+batch ends and when a batching window closes; so there is no background task whose death would leave the callers
+waiting. Whatever raises in it is a bug: the requests that it may have struck are answered with an error, and the next
+ones start anew.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from ml_inference_server.utils.errors import ServiceError, Unavailable
 log = logging.getLogger(__name__)
 
 _BUG = "internal error in the batcher"
-# So many turns of the event loop without a new text, some 3 us each, before a batch is chosen for a free slot.
+# So many turns of the event loop without a new text, about 1 us each, before a batch is chosen for a free slot.
 _QUIET_TURNS = 8
 
 
@@ -167,7 +168,7 @@ class DynamicBatcher:
         An engine that is free at once would otherwise get one text after the other.
         """
         self._quiet_turns = 0
-        if self._pump_handle is None:
+        if self._pump_handle is None and self._has_slot():  # where none is free, the end of a batch pumps
             self._gathers_until = self._loop.time() + COMPANY_WAIT_S
             self._pump_handle = self._loop.call_soon(self._gather)
 
@@ -175,7 +176,7 @@ class DynamicBatcher:
         """A turn of the event loop; several that brought no text say that none is on its way."""
         self._quiet_turns += 1
         goes_on = self._quiet_turns <= _QUIET_TURNS and self._loop.time() < self._gathers_until
-        if goes_on and self._has_slot():
+        if goes_on:
             self._pump_handle = self._loop.call_soon(self._gather)
         else:
             self._pump()

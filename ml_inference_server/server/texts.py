@@ -113,8 +113,6 @@ class Texts:
         try:
             texts = [key.text if key.most_tokens is None else self._beginning(key) for key in keys]
             found = self._tokens([key.first for key in keys], texts, overflow)
-            if texts == [key.text for key in keys]:
-                return found
             return [
                 tokens if text == key.text else self._shortened(tokens, key.text, text)
                 for tokens, key, text in zip(found, keys, texts, strict=True)

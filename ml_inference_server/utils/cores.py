@@ -94,6 +94,21 @@ def claimed(cpus: Sequence[int], name: str = "ml-inference-server-cpu") -> Itera
         yield
 
 
+@contextlib.contextmanager
+def threads_stay_free() -> Iterator[None]:
+    """Afterwards all threads of this process may run where its caller may, whoever bound them to a core inside."""
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(thread.name), allowed)
+
+
 def listed(cpus: Iterable[int]) -> str:
     """As Linux writes it: 0-3,8."""
     runs: list[list[int]] = []

@@ -342,6 +342,10 @@ BROKEN = {
     "noise": (b"\xff" * 64, "it sent what is no frame"),
     "a kind that is none": (pack_frame(200, 2, b""), "it sent what is no frame"),
     "an old answer": (pack_frame(FrameKind.ROWS, 1, ROWS_OF_ONE_TEXT), "it sent ROWS, for which nobody had asked"),
+    "news of a start that is over": (
+        pack_frame(FrameKind.LOADED, 0, b""),
+        "it sent LOADED, for which nobody had asked",
+    ),
     "an answer of no rows": (pack_frame(FrameKind.PONG, 2, b""), "its answer to a batch holds no rows"),
     "half an answer": (pack_frame(FrameKind.ROWS, 2, ROWS_OF_ONE_TEXT[:40]), "its answer to a batch holds no rows"),
 }

@@ -31,11 +31,7 @@ def _placed(model: ModelSettings) -> set[frozenset[int]]:
 def test_no_engine_pins_its_threads(backend: str, keys: dict[str, object], tiny: Path) -> None:
     """Two engines that both choose the first core would share it, and leave the others idle."""
     allowed = frozenset(os.sched_getaffinity(0))
-    model = settings(tiny, backend, threads=0, streams=2, **keys)
-    in_own_process(
-        _placed, model
-    )  # fills the cache: NNCF calibrates with an engine of its own, whose threads are not ours
-    found = in_own_process(_placed, model)
+    found = in_own_process(_placed, settings(tiny, backend, threads=0, streams=2, **keys))
     assert found == {allowed}
 
 

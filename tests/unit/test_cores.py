@@ -1,7 +1,9 @@
 """How CPUs are divided among processes: machines as Linux describes them, and claims that the kernel keeps."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,26 @@ def test_a_claim_holds_against_other_processes_until_its_own_is_killed() -> None
         other.wait()
         with cores.claimed([1, 2], name):
             pass
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no processor affinity to set")
+def test_threads_that_a_library_has_bound_are_free_afterwards() -> None:
+    allowed = os.sched_getaffinity(0)
+    bound, done = threading.Event(), threading.Event()
+
+    def bind() -> None:
+        os.sched_setaffinity(0, {min(allowed)})
+        bound.set()
+        done.wait()
+
+    thread = threading.Thread(target=bind)
+    try:
+        with cores.threads_stay_free():
+            thread.start()
+            bound.wait()
+            assert thread.native_id is not None
+            assert os.sched_getaffinity(thread.native_id) == {min(allowed)}
+        assert os.sched_getaffinity(thread.native_id) == allowed
+    finally:
+        done.set()
+        thread.join()
