@@ -4,8 +4,9 @@
 
 The ceiling: the backend's own `infer`, `concurrency` batches at a time, on texts that are already tokenised and batched
 within the experiment's budgets, in an order that tells nothing of their length, all of them equally often. The
-roofline: the rate of the processor's matrix products in the same precision, on the shapes of this model, measured
-between the passes, over the operations that the real tokens need (padding not counted).
+roofline: the rate of the processor's matrix products in the same precision (FP32 and BF16: PyTorch's, on the shapes of
+this model; INT8: at most, in the L1 cache), measured between the passes, over the operations that the real tokens need
+(padding not counted).
 """
 
 import argparse
@@ -92,7 +93,7 @@ class Ceiling:
     padding_share: float
     tokens_per_text: float
     texts_per_batch: float
-    matrix_tflops: float | None
+    matrix_t_operations_per_s: float | None
     operations_per_text: float | None
     roofline_texts_per_s: float | None
     repeats: int
@@ -111,11 +112,12 @@ def measure(settings: Settings, requests: Sequence[Sequence[Item]], seconds: flo
     run_pass(backend, batches, rows, seconds, whole=False)  # not counted: caches and pools are warm afterwards
     for _ in range(REPEATS):
         passes.append(run_pass(backend, batches, rows, seconds))
-        if shape and info.device == "cpu" and info.dtype in ("float32", "bfloat16"):
+        if shape and info.device == "cpu":
             tokens = int(statistics.mean(sum(rows[i].length for i in batch) for batch in batches))
-            matrix.append(matrix_rate(shape, info.dtype, max(1, tokens), info.concurrency, info.threads))
+            rate = matrix_rate(shape, info.dtype, max(1, tokens), info.concurrency, info.threads)
+            matrix += [] if rate is None else [rate]
     operations = sum(operations_of(row.length, shape) for row in rows) / texts if shape else None
-    tflops = statistics.median(matrix) if matrix else None
+    rate = statistics.median(matrix) if matrix else None
     rates = [each.rows * texts / len(rows) for each in passes]
     return Ceiling(
         title=title(started.resolution, info),
@@ -126,9 +128,9 @@ def measure(settings: Settings, requests: Sequence[Sequence[Item]], seconds: flo
         padding_share=1 - statistics.median(each.tokens / each.computed_tokens for each in passes),
         tokens_per_text=sum(row.length for row in rows) / texts,
         texts_per_batch=len(rows) / len(batches),
-        matrix_tflops=tflops,
+        matrix_t_operations_per_s=rate,
         operations_per_text=operations,
-        roofline_texts_per_s=tflops * 1e12 / operations if tflops and operations else None,
+        roofline_texts_per_s=rate * 1e12 / operations if rate and operations else None,
         repeats=REPEATS,
     )
 
@@ -298,8 +300,9 @@ def report(found: Ceiling) -> str:
     if found.roofline_texts_per_s is not None and found.operations_per_text is not None:
         share = found.texts_per_s / found.roofline_texts_per_s
         lines.append(
-            f"roofline  {found.roofline_texts_per_s:8.1f} texts/s: {found.matrix_tflops:.2f} TFLOP/s of matrix "
-            f"products, {found.operations_per_text / 1e9:.2f} GFLOP a text; the ceiling is {of_limit(share)} of it"
+            f"roofline  {found.roofline_texts_per_s:8.1f} texts/s: {found.matrix_t_operations_per_s:.2f} T operations/s"
+            f" of matrix products, {found.operations_per_text / 1e9:.2f} G operations a text; "
+            f"the ceiling is {of_limit(share)} of it"
         )
     return "\n".join(lines)
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ml_inference_server.backends.compiled.native import compiler, load_operators
 from ml_inference_server.backends.files.model_files import architecture_of, find_model
 from ml_inference_server.utils.config import ModelSettings
+from ml_inference_server.utils.cpu import has_int8_vectors
 
 _SECONDS = 0.5
 
@@ -56,8 +58,34 @@ def in_threads(count: int, work: Callable[[], Result]) -> list[Result]:
         return list(pool.map(run, range(count)))
 
 
-def matrix_rate(shape: Shape, dtype: str, tokens: int, streams: int, threads: int) -> float:
-    """TFLOP/s of the model's own products (h x h, h x i, i x h) on `tokens` rows, over all streams."""
+def matrix_rate(shape: Shape, dtype: str, tokens: int, streams: int, threads: int) -> float | None:
+    """10^12 operations/s of matrix products on all streams; None for a `dtype` that nothing here can measure.
+
+    float32, bfloat16: of PyTorch, with the model's own products (h x h, h x i, i x h) on `tokens` rows. int8: what the
+    processor can do at most, with rows and weights that stay in the L1 cache.
+    """
+    if dtype in ("float32", "bfloat16"):
+        return _linear_rate(shape, dtype, tokens, streams, threads)
+    if dtype == "int8" and compiler() is not None and has_int8_vectors():
+        return _int8_rate(streams * threads)
+    return None
+
+
+def _int8_rate(threads: int) -> float:
+    import torch
+
+    load_operators()
+
+    def work() -> float:
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < _SECONDS:
+            done += torch.ops.mlis.int8_multiply_in_cache(10_000)
+        return done / (time.perf_counter() - started) / 1e12
+
+    return sum(in_threads(threads, work))
+
+
+def _linear_rate(shape: Shape, dtype: str, tokens: int, streams: int, threads: int) -> float:
     import torch
 
     torch.set_num_threads(threads)

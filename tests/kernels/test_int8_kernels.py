@@ -3,6 +3,7 @@
 int8_kernels.cpp has the checks. QEMU tells nothing of speed.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,8 +23,13 @@ _CROSS = "aarch64-linux-gnu-g++"
 _QEMU = ("qemu-aarch64", "qemu-aarch64-static")
 _ARM = {"NEON dotprod": "-march=armv8.2-a+dotprod", "NEON i8mm": "-march=armv8.6-a+i8mm", "none": "-march=armv8-a"}
 
-# How the kernels are built here: for this machine, as x86 with VNNI would compute them, and for ARM.
-BUILDS = ("this machine", "plain VNNI", "NEON dotprod", "NEON i8mm")
+_PLAIN = {"plain VNNI": "plain_dpbusd.h", "plain tiles": "plain_tiles.h"}
+
+# Clang warns of a flag that only GCC needs, and GCC 12 of its own headers for AVX-512.
+_WARNINGS = ("-Wall", "-Werror", "-Wno-ignored-optimization-argument", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+
+# How the kernels are built here: for this machine, as x86 with VNNI or AMX would compute them, and for ARM.
+BUILDS = ("this machine", "plain VNNI", "plain tiles", "NEON dotprod", "NEON i8mm")
 
 
 class Program(NamedTuple):
@@ -66,14 +72,12 @@ def build(name: str, folder: Path) -> Program:
             pytest.skip("no C++ compiler, or a processor without INT8 instructions")
         compiler = own
         flags = list(native.TARGET)
-        if name == "plain VNNI":
+        if name in _PLAIN:
             if not {"avx2", "fma"} <= cpu_flags():
                 pytest.skip("no AVX2")
-            flags = ["-march=x86-64-v3", "-include", str(_HERE / "plain_dpbusd.h")]
+            flags = ["-march=x86-64-v3", "-include", str(_HERE / _PLAIN[name])]
     path = folder / name.replace(" ", "_")
-    # Clang warns of a flag that only GCC needs.
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-ignored-optimization-argument"]
-    command = [compiler, *flags, "-O3", "-std=c++20", *warnings, f"-I{_KERNELS}"]
+    command = [compiler, *flags, "-O3", "-std=c++20", "-Wextra", *_WARNINGS, f"-I{_KERNELS}"]
     subprocess.run([*command, _HERE / "int8_kernels.cpp", "-o", path], check=True, timeout=120)
     return Program(path, runner)
 
@@ -98,6 +102,8 @@ def test_kernels_do_what_plain_code_does(name: str, program: Callable[[str], Pro
     assert printed.count(": ok") > 100
     if name in _ARM:
         assert f"built for {name}, 255 steps" in printed
+    if name == "plain tiles":
+        assert "built for AMX, 255 steps" in printed
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -130,11 +136,22 @@ def test_arm_without_products_of_bytes_has_no_int8(program: Callable[[str], Prog
 @pytest.mark.parametrize("name", ["NEON i8mm", "none"])
 def test_all_operators_compile_for_arm(name: str) -> None:
     """Against torch's headers, which are the same for all processors."""
+    compile_operators(cross_compiler(), _ARM[name], *native.ON_ARM[1:], "-fsyntax-only")
+
+
+@pytest.mark.parametrize("target", ["sapphirerapids", "x86-64-v4"])
+def test_all_operators_compile_for_processors_with_more_than_this_one(target: str) -> None:
+    """AMX, and AVX-512 without it; the assembler sees AMX's instructions, too."""
+    found = native.compiler()
+    if found is None or native.ARM:
+        pytest.skip("no C++ compiler for x86")
+    compile_operators(found, f"-march={target}", "-O1", "-c", "-fPIC", "-o", os.devnull)
+
+
+def compile_operators(compiler: str, *flags: str) -> None:
     from torch.utils.cpp_extension import include_paths
 
-    compiler = cross_compiler()
     includes = [part for path in include_paths() for part in ("-isystem", path)]
-    command = [compiler, _ARM[name], *native.ON_ARM[1:], "-fopenmp", "-fsyntax-only", "-std=c++20", "-Wall", "-Werror"]
-    source = _KERNELS / "operators.cpp"
-    done = subprocess.run([*command, *includes, source], capture_output=True, text=True, check=False, timeout=150)
+    command = [compiler, *flags, "-fopenmp", "-std=c++20", *_WARNINGS, *includes, str(_KERNELS / "operators.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, done.stderr

@@ -32,10 +32,12 @@ _LESSER = {
     "-march=x86-64-v3": ("AVX2", {"avx2", "fma"}),
     "-march=x86-64-v3 -mavxvnni": ("AVX-VNNI", {"avx2", "fma", "avx_vnni"}),
     "-march=x86-64-v4": ("AVX-512", {"avx512f", "avx512bw", "avx512vl"}),
+    "-march=x86-64-v4 -mavx512vnni": ("AVX-512 VNNI", {"avx512_vnni", "avx512bw", "avx512vl", "amx_int8"}),
 }
 
 # What the operators run on as they are built for this machine: the first that it has.
 _BEST = (
+    ("AMX", {"amx_tile", "amx_int8", "avx512_vnni"}),
     ("AVX-512 VNNI", {"avx512_vnni", "avx512bw"}),
     *((name, needs) for name, needs in reversed(_LESSER.values())),
     ("NEON i8mm", {"i8mm"}),
@@ -252,6 +254,16 @@ def test_what_runs_is_the_best_that_this_processor_has() -> None:
     assert bool(found) == has_int8_vectors()
 
 
+@needs_compiler
+@needs_vectors
+def test_the_rate_at_most_counts_each_operation_once() -> None:
+    native.load_operators()
+    panel, _ = torch.ops.mlis.int8_panel()
+    rows = 16 if torch.ops.mlis.int8_instructions() == "AMX" else 6
+    assert torch.ops.mlis.int8_multiply_in_cache(3) == 3 * 2 * rows * 256 * panel
+    assert torch.ops.mlis.int8_multiply_in_cache(0) == 0
+
+
 # What is run again for each lesser processor.
 _OF_EACH_TARGET = (
     test_a_layer_gives_what_float64_gives_with_the_same_roundings,
@@ -260,6 +272,7 @@ _OF_EACH_TARGET = (
     test_a_text_gets_the_same_answer_to_the_last_bit_whatever_it_travels_with,
     test_the_packed_model_is_close_to_fp32,
     test_what_runs_is_the_best_that_this_processor_has,
+    test_the_rate_at_most_counts_each_operation_once,
 )
 
 

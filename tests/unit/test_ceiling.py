@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ml_inference_server.backends.base import Encoded, TokenBatch
-from ml_inference_server.engine_bench import ceiling
+from ml_inference_server.engine_bench import ceiling, roofline
 from ml_inference_server.engine_bench.ceiling import batches_of, read_requests, read_texts, run_pass, work_of
 from ml_inference_server.utils.config import Settings
 from ml_inference_server.utils.errors import ConfigError
@@ -153,3 +153,7 @@ def test_the_texts_of_a_file_are_a_fair_choice(tmp_path: Path, monkeypatch: pyte
     assert found == read_texts(file, "passages")
     assert np.mean([len(text) for text in found]) == pytest.approx(100, rel=0.2)
     assert read_texts(file, "queries") == ["q"]
+
+
+def test_a_precision_that_nothing_can_measure_has_no_roofline() -> None:
+    assert roofline.matrix_rate({"hidden": 64, "intermediate": 64, "layers": 1}, "float16", 8, 1, 1) is None

@@ -1,8 +1,13 @@
 // What the operators share: AMX's tiles of 16 rows by 64 bytes, configured all alike.
 #pragma once
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__linux__) && defined(__AMX_TILE__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define MLIS_AMX 1
+#endif
+#if defined(__AMX_INT8__)
+#define MLIS_AMX_INT8 1
+#endif
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,7 +32,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Each thread configures its tiles before use, and ends with _tile_release().
+// Each thread configures its tiles before use, and ends with _tile_release(). GCC does not know what its instructions
+// for tiles read: what was written before this is in memory afterwards.
 inline void configure_tiles() {
   static const TileConfig config = [] {
     TileConfig c;
@@ -37,6 +43,7 @@ inline void configure_tiles() {
     }
     return c;
   }();
+  __asm__ volatile("" ::: "memory");
   _tile_loadconfig(&config);
 }
 

@@ -52,9 +52,9 @@ Layer checked(const at::Tensor& x, at::TensorList matrices, at::TensorList scale
 
 // What the operator runs on, and the outputs of a panel of its weights and the inputs that lie together there; "" and 0
 // where it does not run.
-std::string int8_instructions() {
+std::string instructions() {
 #ifdef MLIS_VECTORS
-  return kInt8Instructions;
+  return int8_instructions();
 #else
   return "";
 #endif
@@ -65,6 +65,14 @@ std::tuple<int64_t, int64_t> int8_panel() {
   return {kPanel, kInputs};
 #else
   return {0, 0};
+#endif
+}
+
+int64_t multiplied_in_cache(int64_t repeats) {
+#ifdef MLIS_VECTORS
+  return multiply_in_cache(repeats);
+#else
+  TORCH_CHECK(false, "int8_multiply_in_cache: built for a processor without AVX2 or ARM's dot products, not ", repeats);
 #endif
 }
 
@@ -96,8 +104,9 @@ TORCH_LIBRARY_FRAGMENT(mlis, m) {
   m.def(
       "int8_layer(Tensor x, Tensor starts, Tensor[] matrices, Tensor[] scales, Tensor[] sums, Tensor[] biases, "
       "Tensor[] norms, int heads, float eps) -> Tensor");
-  m.def("int8_instructions() -> str", int8_instructions);
+  m.def("int8_instructions() -> str", instructions);
   m.def("int8_panel() -> (int, int)", int8_panel);
+  m.def("int8_multiply_in_cache(int repeats) -> int", multiplied_in_cache);
 }
 
 TORCH_LIBRARY_IMPL(mlis, CPU, m) { m.impl("int8_layer", int8_layer); }

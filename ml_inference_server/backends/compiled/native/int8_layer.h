@@ -18,6 +18,7 @@ namespace mlis {
 
 constexpr int64_t kTokensTogether = 192;  // of texts that pass through the layer together, unless one is longer
 constexpr int64_t kRowsTogether = 48;     // of which the inner floats of a thread stay in its L2 cache
+static_assert(kRowsTogether % 16 == 0);   // Int8Rows
 
 struct Layer {
   std::array<Int8Matrix, 4> matrices;

@@ -10,6 +10,7 @@
 // Int8Layer). Inputs and outputs are multiples of 64.
 #pragma once
 
+#include "amx.h"
 #include "vectors.h"
 
 #ifdef MLIS_VECTORS
@@ -24,7 +25,7 @@ namespace mlis {
 // kMost: the steps of `u` for which sums are exact: 129 where two products are added up in 16 bits, for 2 * 129 * 127 =
 // 32,766 just fits. kVectors: of sums that a row has in sum_panel; 6 rows of 4 fill 24 of the 32 registers of AVX-512
 // and NEON, 6 of 2 12 of the 16 of AVX2. kInputs: what one instruction adds up. add_products: to each of `sums`, four
-// products of bytes of `u` and of `w`.
+// products of bytes of `u` and of `w`. Processors with AMX have AVX-512 VNNI too; tests have tiles beside AVX-VNNI.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr const char* kInt8Instructions = "AVX-512 VNNI";
 constexpr int32_t kMost = 255;
@@ -43,7 +44,11 @@ inline Ints add_products(Ints sums, Ints u, Ints w) {
 #elif defined(__AVXVNNI__)
 constexpr const char* kInt8Instructions = "AVX-VNNI";
 constexpr int32_t kMost = 255;
+#ifdef MLIS_AMX_INT8
+constexpr int kVectors = 8, kInputs = 4;
+#else
 constexpr int kVectors = 2, kInputs = 4;
+#endif
 inline Ints add_products(Ints sums, Ints u, Ints w) {
   return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)u, (__m256i)w);
 }
@@ -78,7 +83,8 @@ struct Int8Matrix {
   int64_t in, out;
 };
 
-// Rows of bytes, `width` of them each, with what is needed to read them as numbers.
+// Rows of bytes, `width` of them each, with what is needed to read them as numbers. There is room for a multiple of 16
+// rows: tiles read so many, and what comes of rows that are none is left.
 struct Int8Rows {
   Byte* bytes;
   float* scales;
@@ -203,15 +209,14 @@ inline void sum_panel(const Byte* x, const int8_t* w, int64_t in, int32_t* to) {
 }
 #endif
 
-// `kRows` rows from row m on by one panel.
-template <int kRows, bool kGelu>
-inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matrix, int64_t n, float* out) {
-  alignas(64) int32_t sums[kRows * kPanel];
-  sum_panel<kRows>(x.bytes + m * matrix.in, matrix.panels + n * matrix.in, matrix.in, sums);
+// What `rows` rows from row m on give, from their sums: (rows, kPanel).
+template <bool kGelu>
+inline void finish_panel(const int32_t* sums, int64_t rows, const Int8Rows& x, int64_t m, const Int8Matrix& matrix,
+                         int64_t n, float* out) {
   for (int64_t j = 0; j < kPanel; j += kLanes) {
     const Ints all = load(matrix.sums + n + j);
     const Floats scales = load(matrix.scales + n + j), bias = load(matrix.bias + n + j);
-    for (int i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       const Floats exact = as_floats(load(sums + i * kPanel + j) - spread(x.zeros[m + i]) * all);
       Floats y = multiply_add(exact * scales, spread(x.scales[m + i]), bias);
       if constexpr (kGelu) y = gelu(y);
@@ -220,9 +225,87 @@ inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matri
   }
 }
 
+// `kRows` rows from row m on by one panel.
+template <int kRows, bool kGelu>
+inline void multiply_panel(const Int8Rows& x, int64_t m, const Int8Matrix& matrix, int64_t n, float* out) {
+  alignas(64) int32_t sums[kRows * kPanel];
+  sum_panel<kRows>(x.bytes + m * matrix.in, matrix.panels + n * matrix.in, matrix.in, sums);
+  finish_panel<kGelu>(sums, kRows, x, m, matrix, n, out);
+}
+
+#ifdef MLIS_AMX_INT8
+static_assert(kPanel == 64 && kInputs == 4 && kLeast == 0 && kMost == 255, "bytes lie and count as in four tiles");
+
+// As sum_panel, for 16 rows. The thread's tiles are configured.
+inline void sum_panel_in_tiles(const Byte* x, const int8_t* w, int64_t in, int32_t* to) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < in; k += 64, w += 64 * kPanel) {
+    _tile_loadd(4, x + k, in);
+    _tile_loadd(5, w, 4 * kPanel);
+    _tile_dpbusd(0, 4, 5);
+    _tile_loadd(6, w + 64, 4 * kPanel);
+    _tile_dpbusd(1, 4, 6);
+    _tile_loadd(7, w + 128, 4 * kPanel);
+    _tile_dpbusd(2, 4, 7);
+    _tile_loadd(5, w + 192, 4 * kPanel);
+    _tile_dpbusd(3, 4, 5);
+  }
+  _tile_stored(0, to, 4 * kPanel);
+  _tile_stored(1, to + 16, 4 * kPanel);
+  _tile_stored(2, to + 32, 4 * kPanel);
+  _tile_stored(3, to + 48, 4 * kPanel);
+}
+
+// Whether the kernel grants tiles, and they give the sums that vectors give: looked at once, with bytes of all kinds.
+inline bool uses_int8_tiles() {
+  static const bool uses = [] {
+    if (!amx_granted()) return false;
+    constexpr int64_t in = 128;
+    alignas(64) Byte x[kRows * in];
+    alignas(64) int8_t w[in * kPanel];
+    alignas(64) int32_t in_tiles[kRows * kPanel], in_vectors[kRows * kPanel];
+    uint32_t any = 1;
+    auto next = [&any] { return (any = any * 1664525u + 1013904223u) >> 24; };
+    for (Byte& each : x) each = static_cast<Byte>(next());
+    for (int8_t& each : w) each = static_cast<int8_t>(next());
+    configure_tiles();
+    sum_panel_in_tiles(x, w, in, in_tiles);
+    _tile_release();
+    for (int64_t m = 0; m < kRows; ++m) sum_panel<1>(x + m * in, w, in, in_vectors + m * kPanel);
+    return std::memcmp(in_tiles, in_vectors, sizeof(in_tiles)) == 0;
+  }();
+  return uses;
+}
+
+template <bool kGelu>
+void multiply_in_tiles(const Int8Rows& x, int64_t rows, const Int8Matrix& matrix, float* out) {
+  alignas(64) int32_t sums[kRows * kPanel];
+  configure_tiles();
+  for (int64_t n = 0; n < matrix.out; n += kPanel)
+    for (int64_t m = 0; m < rows; m += kRows) {
+      sum_panel_in_tiles(x.bytes + m * matrix.in, matrix.panels + n * matrix.in, matrix.in, sums);
+      finish_panel<kGelu>(sums, std::min<int64_t>(kRows, rows - m), x, m, matrix, n, out + m * matrix.out);
+    }
+  _tile_release();
+}
+#endif
+
+inline const char* int8_instructions() {
+#ifdef MLIS_AMX_INT8
+  if (uses_int8_tiles()) return "AMX";
+#endif
+  return kInt8Instructions;
+}
+
 // All outputs of `rows` rows; out: (rows, matrix.out). A panel stays in the cache for all rows.
 template <bool kGelu>
 void multiply_int8(const Int8Rows& x, int64_t rows, const Int8Matrix& matrix, float* out) {
+#ifdef MLIS_AMX_INT8
+  if (uses_int8_tiles()) return multiply_in_tiles<kGelu>(x, rows, matrix, out);
+#endif
   for (int64_t n = 0; n < matrix.out; n += kPanel) {
     int64_t m = 0;
     for (; m + kRowsAtOnce <= rows; m += kRowsAtOnce)
@@ -247,6 +330,28 @@ void multiply_int8(const Int8Rows& x, int64_t rows, const Int8Matrix& matrix, fl
         break;
     }
   }
+}
+
+// What the processor can do at most: the sums of rows and a panel that stay in the L1 cache, `repeats` times. The
+// number of operations: a multiply and an add for each product.
+inline int64_t multiply_in_cache(int64_t repeats) {
+  constexpr int64_t in = 256;
+  alignas(64) thread_local Byte x[16 * in] = {};
+  alignas(64) thread_local int8_t w[in * kPanel] = {};
+  alignas(64) int32_t sums[16 * kPanel];
+#ifdef MLIS_AMX_INT8
+  if (uses_int8_tiles()) {
+    configure_tiles();
+    for (int64_t i = 0; i < repeats; ++i) sum_panel_in_tiles(x, w, in, sums);
+    _tile_release();
+    return 2 * repeats * kRows * in * kPanel;
+  }
+#endif
+  for (int64_t i = 0; i < repeats; ++i) {
+    sum_panel<kRowsAtOnce>(x, w, in, sums);
+    x[i % in] = static_cast<Byte>(sums[0]);  // so that no repeat is left out
+  }
+  return 2 * repeats * kRowsAtOnce * in * kPanel;
 }
 
 }  // namespace mlis
