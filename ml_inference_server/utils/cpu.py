@@ -11,16 +11,46 @@ SHARE_VARIABLE = "ML_INFERENCE_SERVER_CPU_SHARE"
 """In the environment of a process that has no CPUs of its own: on how many of them it may count."""
 
 
-def quota_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The cgroup's CPU quota in CPUs (v2, then v1), or None where there is no limit."""
+def quota_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """The cgroup's CPU quota in CPUs, or None where there is no limit: the least of its own and those above it.
+
+    own: the cgroups of this process, as cgroups(7) describes the file. Both versions of cgroups are looked at. A
+    container may see its own group as the root, whatever `own` says.
+    """
+    found = []
+    for _, controllers, path in _cgroups(own):
+        if not controllers:
+            base, read = root, _quota_v2
+        elif "cpu" in controllers.split(","):
+            base, read = root / "cpu", _quota_v1
+        else:
+            continue
+        group = base / path.lstrip("/")
+        found += [read(folder) for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _cgroups(own: Path) -> list[tuple[str, str, str]]:
+    """(number, controllers, path) of each; the two roots where the system does not tell."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    return [(line[0], line[1], line[2]) for line in lines if len(line) == 3] or [("0", "", "/"), ("1", "cpu", "/")]
+
+
+def _quota_v2(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()[:2]
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
-        pass
+        return None
+
+
+def _quota_v1(group: Path) -> float | None:
     try:
-        limit = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        return None if limit <= 0 else limit / int((root / "cpu/cpu.cfs_period_us").read_text())
+        limit = int((group / "cpu.cfs_quota_us").read_text())
+        return None if limit <= 0 else limit / int((group / "cpu.cfs_period_us").read_text())
     except (OSError, ValueError):
         return None
 

@@ -23,7 +23,7 @@ def cgroup(root: Path, files: dict[str, str]) -> Path:
     [
         ({"cpu.max": "150000 100000\n"}, 1.5),
         ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "50000 100000\n", "cpu/cpu.cfs_quota_us": "400000\n"}, 0.5),
+        ({"cpu.max": "50000 100000\n", "cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
         ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.5),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         ({"cpu/cpu.cfs_quota_us": "250000\n"}, None),
@@ -33,7 +33,33 @@ def cgroup(root: Path, files: dict[str, str]) -> Path:
     ],
 )
 def test_quota_is_read_from_either_cgroup_version(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
-    assert cpu.quota_cpus(cgroup(tmp_path, files)) == quota
+    assert cpu.quota_cpus(cgroup(tmp_path, files), tmp_path / "a system that does not tell") == quota
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        # A unit of systemd with CPUQuota=, in a slice that has a larger one, or a smaller one.
+        ("0::/a.slice/b\n", {"a.slice/b/cpu.max": "200000 100000", "a.slice/cpu.max": "400000 100000"}, 2),
+        ("0::/a.slice/b\n", {"a.slice/b/cpu.max": "400000 100000", "a.slice/cpu.max": "50000 100000"}, 0.5),
+        ("0::/a.slice/b\n", {"a.slice/b/cpu.max": "max 100000", "a.slice/cpu.max": "max 100000"}, None),
+        # The groups of others.
+        ("0::/a.slice/b\n", {"a.slice/c/cpu.max": "50000 100000", "cpu.max": "max 100000"}, None),
+        # A container of version 1: the path is that of the host, the files are its own.
+        (
+            "4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000", "memory/cpu.max": "1 100000"},
+            1.5,
+        ),
+        ("2:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 0.5),
+        ("rubbish\n", {"cpu.max": "150000 100000"}, 1.5),
+    ],
+)
+def test_the_least_quota_of_the_groups_that_hold_this_process_counts(
+    tmp_path: Path, own: str, files: dict[str, str], quota: float | None
+) -> None:
+    (tmp_path / "own").write_text(own)
+    assert cpu.quota_cpus(cgroup(tmp_path / "root", files), tmp_path / "own") == quota
 
 
 def test_available_cpus_is_the_smaller_of_quota_and_affinity(tmp_path: Path) -> None:
