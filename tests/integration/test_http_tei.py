@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ml_inference_server.backends.fake import DIMENSION, fake_embedding, fake_logit
+from ml_inference_server.metrics import http_connections
 from ml_inference_server.server.similarity import probability
 from tests.conftest import until
 from tests.integration.http_kit import NO_OBJECTS, HttpClient, float32, http_client
@@ -355,3 +356,10 @@ async def test_what_is_no_post_of_json_is_refused_in_teis_form(http: HttpClient)
     reply = await http.send("/embed", b" " * (17 << 20))
     assert (reply.status, set(reply.json)) == (413, {"error", "error_type"})
     assert (await http.post("/embed", {"inputs": "one"})).status == 200
+
+
+async def test_too_many_connections_are_an_overload(http: HttpClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connections, "MAX_CONNECTIONS", 0)
+    reply = await http.post("/embed", {"inputs": "one"})
+    assert (reply.status, reply.json["error_type"]) == (503, "Overloaded")
+    assert "too many connections" in reply.json["error"]

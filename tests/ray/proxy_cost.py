@@ -1,8 +1,9 @@
-"""What Ray Serve's proxy costs: the same replicas behind it, and bare behind gRPC's own round_robin, in one run.
+"""What Ray Serve's proxy costs: the same replicas behind it, and bare, over gRPC and over HTTP (OpenAI), in one run.
 
     python -m tests.ray.proxy_cost [--settings model.name=...] [--seconds 10] [--rounds 3] [--json FILE]
 
-Both arms run at the same time, one of them idle, and are measured in turn. It builds Ray's environment if it has to.
+All run at the same time, and are measured in turn. The bare servers share the calls by gRPC's own round_robin, and over
+HTTP the callers. It builds Ray's environment if it has to.
 """
 
 import argparse
@@ -13,10 +14,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 
 from ml_inference_server.proto import inference_pb2 as pb
@@ -26,16 +28,18 @@ from tests.ray.cluster import cluster, ray_python
 
 REPLICAS = 2
 RAY, BARE = "ray_proxy", "bare_round_robin"
+RAY_HTTP, BARE_HTTP = "ray_proxy, HTTP", "bare, HTTP"
 ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 WARM_UP_S = 2.0
 Row = dict[str, float]
+Arm = str | list[str]
+"""A target of gRPC, or URLs of HTTP."""
 
 
-async def measure(address: str, callers: int, texts: int, seconds: float) -> Row:
+async def measure(arm: Arm, callers: int, texts: int, seconds: float) -> Row:
     """A closed loop of `callers`; every text of every call is another one."""
-    async with grpc.aio.insecure_channel(address, options=[("grpc.service_config", ROUND_ROBIN)]) as channel:
-        stub: Any = rpc.InferenceServiceStub(channel)
-        latencies: list[float] = []
+    latencies: list[float] = []
+    async with _sender(arm) as send:
         begin = time.perf_counter() + WARM_UP_S
         end = begin + seconds
 
@@ -43,8 +47,7 @@ async def measure(address: str, callers: int, texts: int, seconds: float) -> Row
             number = 0
             while (sent_at := time.perf_counter()) < end:
                 number += 1
-                words = [f"passage {caller} {number} {place} of some length" for place in range(texts)]
-                await stub.Embed(pb.EmbedRequest(texts=words), timeout=60)
+                await send(caller, [f"passage {caller} {number} {place} of some length" for place in range(texts)])
                 if sent_at >= begin:
                     latencies.append(time.perf_counter() - sent_at)
 
@@ -58,22 +61,49 @@ async def measure(address: str, callers: int, texts: int, seconds: float) -> Row
     }
 
 
+@contextlib.asynccontextmanager
+async def _sender(arm: Arm) -> AsyncIterator[Callable[[int, list[str]], Awaitable[object]]]:
+    """Sends the texts of a caller, and has their vectors when it returns."""
+    if isinstance(arm, str):
+        async with grpc.aio.insecure_channel(arm, options=[("grpc.service_config", ROUND_ROBIN)]) as channel:
+            stub: Any = rpc.InferenceServiceStub(channel)
+            yield lambda caller, texts: stub.Embed(pb.EmbedRequest(texts=texts), timeout=60)
+        return
+    async with aiohttp.ClientSession(raise_for_status=True, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def post(caller: int, texts: list[str]) -> None:
+            # A caller stays with its server, as its connection does.
+            url = arm[caller % len(arm)] + "/v1/embeddings"
+            body = {"model": "fake", "input": texts, "encoding_format": "base64"}
+            async with session.post(url, json=body, timeout=aiohttp.ClientTimeout(60)) as answer:
+                await answer.read()
+
+        yield post
+
+
 @contextlib.contextmanager
-def arms(settings: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Addresses."""
+def arms(settings: Sequence[str]) -> Iterator[dict[str, Arm]]:
+    """Where each is reached."""
     sets = [part for each in settings for part in ("--set", each)]
     with contextlib.ExitStack() as stack:
         ray = stack.enter_context(cluster(ray_python(), nodes=1, cpus=REPLICAS))
         if said := ray.deploy(*settings, replicas=REPLICAS, cpus=1):
             sys.exit(said)
         ray.pids(REPLICAS)
-        ports = []
+        ports, urls = [], []
         for _ in range(REPLICAS):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             server = stack.enter_context(server_process(folder, *sets, "--set", "model.streams=1", *ONE_THREAD))
-            ports.append(server.ready()["grpc_port"])
+            ready = server.ready()
+            ports.append(ready["grpc_port"])
+            urls.append(f"http://127.0.0.1:{ready['http_port']}")
         bare = ",".join(f"127.0.0.1:{port}" for port in ports)
-        yield {RAY: f"127.0.0.1:{ray.port}", BARE: f"ipv4:{bare}"}
+        yield {
+            RAY: f"127.0.0.1:{ray.port}",
+            BARE: f"ipv4:{bare}",
+            RAY_HTTP: [f"http://127.0.0.1:{ray.http_port}"],
+            BARE_HTTP: urls,
+        }
 
 
 # As `cpus: 1` gives a replica.
@@ -96,7 +126,7 @@ def main() -> None:
                 for arm in list(addresses)[:: 1 if place % 2 else -1]:
                     row = asyncio.run(measure(addresses[arm], callers, args.texts, args.seconds))
                     found.setdefault((arm, callers), []).append(row)
-                    print(f"round {place + 1} {arm:17} {callers:3} callers: {row}", file=sys.stderr, flush=True)
+                    print(f"round {place + 1} {arm:16} {callers:3} callers: {row}", file=sys.stderr, flush=True)
     print("| callers | through | requests/s | p50 | p99 |\n| ---: | --- | ---: | ---: | ---: |")
     for (arm, callers), rows in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         rate, p50, p99 = (statistics.median(row[key] for row in rows) for key in ("requests_per_s", "p50_ms", "p99_ms"))

@@ -13,7 +13,7 @@ from ml_inference_server.server.http.endpoint import Endpoints, answer_refusal
 from ml_inference_server.server.http.tei_answers import DIALECT as TEI
 from ml_inference_server.server.http.tei_answers import info as tei_info
 from ml_inference_server.server.state import ServerState
-from ml_inference_server.utils.errors import Forbidden, Unauthenticated
+from ml_inference_server.utils.errors import Forbidden, Overloaded, Unauthenticated
 
 # Whose form the errors of a path have, those included that no route answers; below it where it ends with a slash.
 _FORMS: dict[str, Dialect] = {
@@ -24,7 +24,7 @@ _FORMS: dict[str, Dialect] = {
     **dict.fromkeys(("/v2", "/v2/"), open_inference.DIALECT),
 }
 
-_REASONS = {401: Unauthenticated.reason, 403: Forbidden.reason}
+_REASONS = {401: Unauthenticated.reason, 403: Forbidden.reason, 503: Overloaded.reason}
 # As the sidecar's own routes write an error.
 OWN = Dialect("This server", lambda refusal: {"error": {"code": refusal.status, "message": refusal.message}})
 
