@@ -178,7 +178,7 @@ async def test_a_refusal_is_repeated_where_that_is_safe_and_named_for_what_it_is
     async with odd_server(Embed=refused) as target, client_of(kind, target, max_attempts=2, timeout_s=9) as client:
         with pytest.raises(ServerError) as caught:
             await client.call("embed", ["a"])
-    assert (type(caught.value), caught.value.code, len(asked)) == (error, code, attempts)
+    assert (type(caught.value), caught.value.code, len(asked)) == (error, code, attempts), caught.value
     assert all(left is not None and left < 30 for left in asked), "every call has a deadline"
 
 
