@@ -1,16 +1,21 @@
 """How fast the processor could run a transformer encoder: the rate of its matrix products over what a text needs."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from ml_inference_server.backends.compiled.native import compiler, load_operators
 from ml_inference_server.backends.files.model_files import architecture_of, find_model
 from ml_inference_server.utils.config import ModelSettings
 from ml_inference_server.utils.cpu import has_int8_vectors
+from ml_inference_server.utils.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 _SECONDS = 0.5
 
@@ -59,22 +64,27 @@ def in_threads(count: int, work: Callable[[], Result]) -> list[Result]:
 
 
 def matrix_rate(shape: Shape, dtype: str, tokens: int, streams: int, threads: int) -> float | None:
-    """10^12 operations/s of matrix products on all streams; None for a `dtype` that nothing here can measure.
+    """10^12 operations/s of matrix products on all streams; None where nothing here can measure those of `dtype`.
 
     float32, bfloat16: of PyTorch, with the model's own products (h x h, h x i, i x h) on `tokens` rows. int8: what the
     processor can do at most, with rows and weights that stay in the L1 cache.
     """
+    if find_spec("torch") is None:
+        return None
     if dtype in ("float32", "bfloat16"):
         return _linear_rate(shape, dtype, tokens, streams, threads)
     if dtype == "int8" and compiler() is not None and has_int8_vectors():
+        try:
+            load_operators()
+        except ModelError as error:
+            log.warning("no roofline of INT8: %s", error)
+            return None
         return _int8_rate(streams * threads)
     return None
 
 
 def _int8_rate(threads: int) -> float:
     import torch
-
-    load_operators()
 
     def work() -> float:
         started, done = time.perf_counter(), 0

@@ -18,7 +18,7 @@ def quota_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
     container may see its own group as the root, whatever `own` says.
     """
     found = []
-    for _, controllers, path in _cgroups(own):
+    for controllers, path in _cgroups(own):
         if not controllers:
             base, read = root, _quota_v2
         elif "cpu" in controllers.split(","):
@@ -30,13 +30,13 @@ def quota_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
     return min((quota for quota in found if quota is not None), default=None)
 
 
-def _cgroups(own: Path) -> list[tuple[str, str, str]]:
-    """(number, controllers, path) of each; the two roots where the system does not tell."""
+def _cgroups(own: Path) -> list[tuple[str, str]]:
+    """(controllers, path) of each, and of the root of both versions."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         lines = []
-    return [(line[0], line[1], line[2]) for line in lines if len(line) == 3] or [("0", "", "/"), ("1", "cpu", "/")]
+    return [("", "/"), ("cpu", "/"), *((line[1], line[2]) for line in lines if len(line) == 3)]
 
 
 def _quota_v2(group: Path) -> float | None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from ml_inference_server.backends import create_backend
 from ml_inference_server.backends.base import Backend, Encoded, TokenBatch, packed_size
-from ml_inference_server.backends.compiled import native, packed
+from ml_inference_server.backends.compiled import graph, native, packed
 from ml_inference_server.backends.files.model_files import find_model
 from ml_inference_server.backends.model.loading import load_model
 from ml_inference_server.backends.startup.resolve import resolve, title
@@ -250,3 +250,20 @@ def test_positions_are_counted_within_each_text(positions: packed.Positions) -> 
             counted += not is_skipped
             expected.append(positions.first - 1 + (0 if is_skipped else counted))
     assert got.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "laid_out"),
+    [
+        ({"avx2", "fma"}, torch.float32, False),
+        ({"avx2", "fma"}, torch.bfloat16, True),
+        ({"avx2", "fma", "avx512f"}, torch.float32, True),
+        ({"asimd", "asimddp"}, torch.float32, True),
+    ],
+)
+def test_weights_stay_as_they_are_only_where_that_was_measured_to_be_faster(
+    flags: set[str], dtype: torch.dtype, laid_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert graph._options(dtype)["cpp.weight_prepack"] is laid_out  # noqa: SLF001 - what reaches the compiler

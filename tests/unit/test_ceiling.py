@@ -13,9 +13,10 @@ from ml_inference_server.backends.base import Encoded, TokenBatch
 from ml_inference_server.engine_bench import ceiling, roofline
 from ml_inference_server.engine_bench.ceiling import batches_of, read_requests, read_texts, run_pass, work_of
 from ml_inference_server.utils.config import Settings
-from ml_inference_server.utils.errors import ConfigError
+from ml_inference_server.utils.errors import ConfigError, ModelError
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).lognormal(4.3, 0.5, 600).clip(8, 256)]
+SMALL = {"hidden": 64, "intermediate": 64, "layers": 1}
 ROWS = [Encoded(np.ones(length, np.int32)) for length in LENGTHS]
 
 
@@ -156,4 +157,17 @@ def test_the_texts_of_a_file_are_a_fair_choice(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_precision_that_nothing_can_measure_has_no_roofline() -> None:
-    assert roofline.matrix_rate({"hidden": 64, "intermediate": 64, "layers": 1}, "float16", 8, 1, 1) is None
+    assert roofline.matrix_rate(SMALL, "float16", 8, 1, 1) is None
+
+
+def test_where_the_operators_cannot_be_built_there_is_a_ceiling_without_a_roofline(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> bool:
+        raise ModelError("g++ cannot build the operators")
+
+    monkeypatch.setattr(roofline, "compiler", lambda: "g++")
+    monkeypatch.setattr(roofline, "has_int8_vectors", lambda: True)
+    monkeypatch.setattr(roofline, "load_operators", broken)
+    assert roofline.matrix_rate(SMALL, "int8", 8, 1, 1) is None
+    assert "g++ cannot build the operators" in caplog.text

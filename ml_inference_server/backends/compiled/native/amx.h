@@ -5,7 +5,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define MLIS_AMX 1
 #endif
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && (defined(__AVX512VNNI__) || defined(__AVXVNNI__))
 #define MLIS_AMX_INT8 1
 #endif
 #include <immintrin.h>
